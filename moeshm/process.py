@@ -1,0 +1,66 @@
+"""Which process is at the other end, and whether it still lives: pidfds that survive pid reuse."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+
+def start_ticks(pid: int) -> int:
+    """When the process started, in clock ticks since boot; 0 when it cannot be read.
+
+    Together with the pid it names a process for the time of one boot (proc(5), stat field 22).
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    # The command name in parentheses may itself hold spaces and parentheses.
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+@functools.cache
+def _own_start_ticks(pid: int) -> int:
+    return start_ticks(pid)
+
+
+def own_identity() -> tuple[int, int]:
+    """The pid and start time of this process."""
+    pid = os.getpid()
+    return pid, _own_start_ticks(pid)
+
+
+def open_pidfd(pid: int, ticks: int = 0) -> int:
+    """A pidfd of the process, or -1 when it is gone or is another process by now.
+
+    `ticks`, when not 0, must be its start time: a recycled pid is not mistaken for it.
+    """
+    if pid <= 0:
+        return -1
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return -1
+    if ticks and start_ticks(pid) != ticks:
+        os.close(pidfd)
+        return -1
+    return pidfd
+
+
+def is_alive(pid: int, ticks: int = 0) -> bool:
+    """True while that very process runs; a zombie counts as gone."""
+    pidfd = open_pidfd(pid, ticks)
+    if pidfd < 0:
+        return False
+    os.close(pidfd)
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in ("Z", "X")
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0))

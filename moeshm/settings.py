@@ -1,0 +1,91 @@
+"""Every MOESHM_* variable: its name, default, meaning and allowed values, parsed once."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from .errors import SettingError
+
+TRANSPORTS = ("auto", "stream", "shared")
+WIRE_DTYPES = ("auto", "f32", "f16", "bf16")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """One field per variable: `spin_us` is MOESHM_SPIN_US, and so on."""
+
+    #: How activations travel: over the socket, through shared rings, or what fits best.
+    transport: str = "auto"
+    #: Number format of activations on the way; `auto` sends them as the caller holds them.
+    wire_dtype: str = "auto"
+    #: Most tokens in one call; longer calls are cut. The worker may advertise less.
+    batch_capacity: int = 1024
+    #: Longest busy wait before sleeping, in microseconds. It adapts below this; 0 never spins.
+    spin_us: float = 50.0
+    #: Deadline of a call that names none, in seconds.
+    timeout_s: float = 120.0
+    #: How long connecting and the handshake may take, in seconds.
+    connect_timeout_s: float = 10.0
+    log_level: str = "info"
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Settings:
+        """Read the variables; SettingError names an unknown one or a bad value and the choices."""
+        values: dict[str, Any] = {}
+        for variable, text in environment.items():
+            if not variable.startswith("MOESHM_") or variable in _NOT_OURS:
+                continue
+            name = variable.removeprefix("MOESHM_").lower()
+            if name not in cls.__struct_fields__:
+                known = ", ".join(f"MOESHM_{field.upper()}" for field in cls.__struct_fields__)
+                raise SettingError(f"{variable} is no setting; known are {known}")
+            values[name] = _parse(variable, text, getattr(_DEFAULTS, name))
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        _check_choice("MOESHM_TRANSPORT", self.transport, TRANSPORTS)
+        _check_choice("MOESHM_WIRE_DTYPE", self.wire_dtype, WIRE_DTYPES)
+        _check_choice("MOESHM_LOG_LEVEL", self.log_level, LOG_LEVELS)
+        _check_range("MOESHM_BATCH_CAPACITY", self.batch_capacity, 1, 4096)
+        _check_range("MOESHM_SPIN_US", self.spin_us, 0, 1e6)
+        _check_range("MOESHM_TIMEOUT_S", self.timeout_s, 1e-3, 1e6)
+        _check_range("MOESHM_CONNECT_TIMEOUT_S", self.connect_timeout_s, 1e-3, 3600)
+
+
+#: Read by the build and by the tests, not at run time.
+_NOT_OURS = frozenset({"MOESHM_SANITIZE"})
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SettingError(f"{name}={value!r}; choose {', '.join(choices)}")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise SettingError(f"{name}={value!r}; it must lie in {low:g}..{high:g}")
+
+
+def _parse(name: str, text: str, default: Any) -> Any:
+    if isinstance(default, str):
+        return text.strip().lower()
+    kind = type(default)
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise SettingError(f"{name}={text!r} is not {wanted}") from None
+
+
+_DEFAULTS = Settings()
+
+
+@functools.cache
+def current() -> Settings:
+    """The settings of this process, read from its environment at the first use."""
+    return Settings.from_environment(os.environ)
