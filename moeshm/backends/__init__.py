@@ -1,0 +1,43 @@
+"""What computes experts: reference (float64 oracle), cpu, null (for benchmarks).
+
+Every backend is a `Backend`; the serve loop, the fallback and the tests know nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..layers import LayerInfo
+
+Ids = npt.NDArray[np.int32]
+Weights = npt.NDArray[np.float32]
+
+
+class Backend(Protocol):
+    """Computes the routed experts of the layers it holds."""
+
+    #: Short name for logs, stats and the handshake: "cpu", "reference", "null".
+    name: str
+    #: Layer number to what is held of it.
+    layers: Mapping[int, LayerInfo]
+
+    def ffn(
+        self,
+        layer: int,
+        hidden_states: npt.NDArray[Any],
+        topk_ids: Ids,
+        topk_weights: Weights,
+        out: npt.NDArray[Any],
+    ) -> None:
+        """Write the weighted sum of the selected experts' outputs into `out`.
+
+        `hidden_states` and `out`: [n_tokens, hidden_size], float32, float16 or bfloat16 as
+        uint16, each in its own format. `topk_ids`: [n_tokens, top_k] int32 *local* ids, -1 for
+        an empty slot, already checked to be in range. `topk_weights`: [n_tokens, top_k]
+        float32. Every element of `out` is written; a row without an expert becomes zeros.
+        """
+        ...
