@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <sys/syscall.h>
@@ -65,6 +66,14 @@ static inline int moeshm_futex_wait(uint64_t *word, uint64_t seen, int64_t timeo
 
 static inline void moeshm_futex_wake(uint64_t *word) {
     syscall(SYS_futex, (uint32_t *)word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
+/* Whether the socket hung up or the process of the pidfd ended; -1 for either is ignored. */
+static inline int moeshm_peer_is_gone(int socket_fd, int pidfd) {
+    struct pollfd fds[2] = {{socket_fd, 0, 0}, {pidfd, POLLIN, 0}};
+    if (poll(fds, 2, 0) <= 0)
+        return 0;
+    return (fds[0].revents & (POLLHUP | POLLERR | POLLNVAL)) || (fds[1].revents & POLLIN);
 }
 
 /* Counts the forks between the process that loaded the extension and this one, so that an

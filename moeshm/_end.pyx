@@ -1,0 +1,346 @@
+"""One end of a ring: the word it publishes, the records it holds, and its waits.
+
+Each end publishes one word, `position << 1 | ARMED`, and keeps its own position privately:
+
+- publish: exchange the word; if ARMED was set, wake the futex;
+- wait: load the other's word; spin within the budget; set ARMED by compare-exchange; sleep on
+  the word for at most a slice; look for signals and for the peer's death; try again.
+
+Positions are multiples of 64, so bit 1 of the word is free: REBASED flips whenever the producer,
+finding the ring empty, starts again at the beginning of the data area, whose memory is still in
+the caches. The consumer was then at that very position, so it can follow without a message.
+
+Everything that the other end can write is loaded once, checked, and used from the copy. Positions
+count modulo 2^63. docs/ring.md has the reasons.
+"""
+
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport INT64_MAX, int64_t, uint64_t
+
+import os
+
+from . import process, segment, settings
+from ._atomics cimport (
+    moeshm_compare_exchange, moeshm_exchange, moeshm_fork_generation, moeshm_futex_wait,
+    moeshm_futex_wake, moeshm_load_acquire, moeshm_load_relaxed, moeshm_now_ns, moeshm_pause,
+    moeshm_peer_is_gone, moeshm_store_release, moeshm_watch_forks,
+)
+from ._mapping cimport (
+    ALIGNMENT, ATTACHER, CONSUMER_STATE, CONSUMER_WORD, CREATOR, PAGE, PRODUCER, PRODUCER_STATE,
+    PRODUCER_WORD, Identity, Mapping, Role,
+)
+from .errors import Corrupt, ForkedProcess, PeerDied, RingClosed, RingError
+
+moeshm_watch_forks()
+
+# How a slice of a wait ended.
+cdef enum:
+    CHANGED = 1
+    PEER_CLOSED = 2
+    TIMED_OUT = 3
+    AGAIN = 4
+
+# Bits of a word that are neither position, REBASED nor ARMED.
+cdef uint64_t IMPOSSIBLE_BITS = 0x7C
+# A wait looks for signals and for the peer's death this often.
+cdef int64_t SLICE_NS = 25_000_000
+
+
+cdef int64_t deadline_of(object timeout_s) except -1:
+    if timeout_s is None:
+        return INT64_MAX
+    cdef double seconds = timeout_s
+    if seconds != seconds:
+        raise ValueError("timeout_s is NaN; pass seconds, or None to wait for ever")
+    if seconds <= 0:
+        return 0
+    if seconds > 1e9:
+        return INT64_MAX
+    return moeshm_now_ns() + <int64_t>(seconds * 1e9)
+
+
+cdef class RingEnd:
+    """What producer and consumer share."""
+
+    def __cinit__(self):
+        self.fd = self.socket_fd = self.pidfd = -1
+        self.is_closed = True
+        self.generation = moeshm_fork_generation
+
+    def __init__(self):
+        raise TypeError(f"use {type(self).__name__}.create or .attach")
+
+    def __del__(self):
+        self.close()
+
+    cdef int _open(self, Mapping mapping, Role role, int fd, object name, bint is_creator,
+                   object spin_us) except -1:
+        """Be the given end of a mapped segment; owns `fd` from here on."""
+        cdef char *control = mapping.control
+        self.spin_us = settings.current().spin_us if spin_us is None else spin_us
+        self.mapping = mapping
+        self.area = mapping.area
+        self.capacity = mapping.area - PAGE
+        self.epoch = mapping.header.epoch
+        self.name = name
+        self.is_creator = is_creator
+        if role == PRODUCER:
+            self.own = <uint64_t *>(control + PRODUCER_WORD)
+            self.own_state = <uint64_t *>(control + PRODUCER_STATE)
+            self.peer = <uint64_t *>(control + CONSUMER_WORD)
+            self.peer_state = <uint64_t *>(control + CONSUMER_STATE)
+        else:
+            self.own = <uint64_t *>(control + CONSUMER_WORD)
+            self.own_state = <uint64_t *>(control + CONSUMER_STATE)
+            self.peer = <uint64_t *>(control + PRODUCER_WORD)
+            self.peer_state = <uint64_t *>(control + PRODUCER_STATE)
+        self.next_position = self.published = self.peer_position = mapping.header.first_position
+        self.seen = mapping.header.first_position << 1
+        self.fd = fd
+        self.is_closed = False
+        return 0
+
+    @property
+    def closed(self):
+        """True once this end was closed."""
+        return self.is_closed
+
+    @property
+    def peer_closed(self):
+        """True once the other end was closed; what it sent can still be read."""
+        self._check_usable()
+        return bool(moeshm_load_acquire(self.peer_state) & CLOSED)
+
+    @property
+    def outstanding(self):
+        """Records that this end holds: reserved and not yet published, or acquired and not yet
+        freed for the producer."""
+        return self.window.count
+
+    @property
+    def spin_us(self):
+        """The longest busy wait, in microseconds; 0 sleeps at once."""
+        return self.spin_cap_ns / 1e3
+
+    @spin_us.setter
+    def spin_us(self, double value):
+        if not 0 <= value <= 1e9:
+            raise ValueError(f"spin_us={value}; it must lie in 0..1e9")
+        self.spin_cap_ns = <int64_t>(value * 1e3)
+        # With one CPU, spinning only keeps the other end from running.
+        self.spin_ns = self.spin_cap_ns if process.usable_cpus() > 1 else 0
+
+    def counters(self):
+        """How often this end waited, slept in the kernel, and woke the other."""
+        return {"waits": self.waits, "sleeps": self.sleeps, "wakes": self.wakes}
+
+    def fileno(self):
+        """The segment's file descriptor, to be passed to the process of the other end."""
+        self._check_usable()
+        return self.fd
+
+    def watch(self, int socket_fd=-1, int pidfd=-1):
+        """Take the hang-up of a socket or the end of a pidfd's process for the peer's death.
+
+        Both stay the caller's, who keeps them open while this end is. A named ring that is not
+        told finds its peer by the pid that this left in the segment.
+        """
+        self._check_usable()
+        self.socket_fd = socket_fd
+        if self.owns_pidfd:
+            os.close(self.pidfd)
+            self.owns_pidfd = False
+        self.pidfd = pidfd
+        self.knows_peer = True
+
+    def close(self):
+        """Close this end; the other reads what was committed and then gets RingClosed."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        if self.generation == moeshm_fork_generation:
+            if self.corruption is None:
+                moeshm_store_release(self.own_state, CLOSED)
+                self._publish()
+                # A thread of our own may sleep on the other's word.
+                moeshm_futex_wake(self.peer)
+            if self.name is not None and self.is_creator and not self._peer_identity().pid:
+                segment.unlink(self.name)
+        os.close(self.fd)
+        if self.owns_pidfd:
+            os.close(self.pidfd)
+        self.fd = self.pidfd = -1
+        self.owns_pidfd = False
+        if not self.waiting:
+            self.mapping = None
+
+    cdef int _check_usable(self) except -1:
+        if self.is_closed:
+            raise RingClosed("this end of the ring is closed")
+        if self.generation != moeshm_fork_generation:
+            raise ForkedProcess(
+                f"this ring was opened by the parent of process {os.getpid()}; "
+                "open one after fork()")
+        if self.corruption is not None:
+            raise Corrupt(self.corruption)
+        return 0
+
+    cdef bint _is_ours(self) noexcept:
+        """Open, and opened by this process."""
+        return not self.is_closed and self.generation == moeshm_fork_generation
+
+    cdef int _corrupt(self, str what) except -1:
+        self.corruption = f"the other end of the ring wrote {what}; close the ring"
+        raise Corrupt(self.corruption)
+
+    cdef bint _load_peer(self) noexcept nogil:
+        """Load the other's word; False when it is impossible. Follows a rebase."""
+        cdef uint64_t word = moeshm_load_acquire(self.peer) & ~<uint64_t>ARMED
+        cdef uint64_t position = word >> 1 & ~<uint64_t>(ALIGNMENT - 1)
+        self.seen = word
+        if word & IMPOSSIBLE_BITS:
+            return False
+        # It may move on by what it has not yet used of what we published (the consumer) or by
+        # what we have freed (the producer): in both cases at most the area ahead of us.
+        if ahead(position, self.peer_position) > self.area:
+            return False
+        self.peer_position = position
+        return True
+
+    cdef int _wait(self, int64_t deadline_ns) except -1:
+        """Return 1 when the other's word is no longer `seen`, 0 at the deadline.
+
+        RingClosed, PeerDied: and everything that the other end did before was seen.
+        """
+        cdef uint64_t seen = self.seen
+        cdef int64_t start = moeshm_now_ns()
+        cdef int64_t spin_until = start + self.spin_ns
+        cdef bint slept = False
+        cdef int outcome = AGAIN
+        if self.waiting:
+            raise RingError("another thread waits at this end of the ring; one may at a time")
+        self.waits += 1
+        self.waiting = True
+        try:
+            while outcome == AGAIN:
+                with nogil:
+                    outcome = self._wait_slice(seen, spin_until, deadline_ns, &slept)
+                if self.is_closed:
+                    raise RingClosed("this end of the ring was closed by another thread")
+                if outcome == PEER_CLOSED:
+                    return self._drain(seen, RingClosed, "the other end of the ring is closed")
+                if outcome != CHANGED:
+                    PyErr_CheckSignals()
+                    if self._peer_is_dead():
+                        return self._drain(seen, PeerDied, "the other end's process is gone")
+        finally:
+            self.waiting = False
+            if self.is_closed:
+                self.mapping = None
+        if slept:
+            self._adapt(moeshm_now_ns() - start)
+        return outcome == CHANGED
+
+    cdef int _wait_slice(self, uint64_t seen, int64_t spin_until, int64_t deadline_ns,
+                         bint *slept) noexcept nogil:
+        """Spin within the budget, then sleep; at most for SLICE_NS.
+
+        The steps are those of the model: load, arm by compare-exchange, sleep on the armed word.
+        """
+        cdef int64_t now = moeshm_now_ns()
+        cdef int64_t slice_until = now + SLICE_NS
+        cdef uint64_t word
+        cdef int i
+        while True:
+            for i in range(16):
+                word = moeshm_load_acquire(self.peer)
+                if word & ~<uint64_t>ARMED != seen:
+                    return CHANGED
+                moeshm_pause()
+            if moeshm_load_acquire(self.peer_state) & CLOSED:
+                return PEER_CLOSED
+            now = moeshm_now_ns()
+            if now >= deadline_ns:
+                return TIMED_OUT
+            if now >= spin_until:
+                break
+            if now >= slice_until:
+                return AGAIN
+        if not word & ARMED and not moeshm_compare_exchange(self.peer, word, word | ARMED):
+            return AGAIN
+        # Once armed: an end that closes either wakes us or was seen here.
+        if moeshm_load_acquire(self.peer_state) & CLOSED:
+            return PEER_CLOSED
+        if self.is_closed:
+            return AGAIN
+        self.sleeps += 1
+        slept[0] = True
+        moeshm_futex_wait(self.peer, word | ARMED, min(SLICE_NS, deadline_ns - now))
+        return CHANGED if moeshm_load_acquire(self.peer) & ~<uint64_t>ARMED != seen else AGAIN
+
+    cdef void _adapt(self, int64_t waited_ns) noexcept:
+        """After a sleep: spin for the whole cap if that would have done, for half as long if not."""
+        if waited_ns <= self.spin_cap_ns and self.spin_ns:
+            self.spin_ns = self.spin_cap_ns
+        elif self.spin_ns > self.spin_cap_ns >> 5:
+            self.spin_ns >>= 1
+
+    cdef int _drain(self, uint64_t seen, object kind, str why) except -1:
+        """What the other end published before it closed or died comes first."""
+        if moeshm_load_acquire(self.peer) & ~<uint64_t>ARMED != seen:
+            return 1
+        raise kind(f"{why}, and all it sent was read")
+
+    cdef bint _peer_is_dead(self) except -1:
+        cdef Identity peer
+        if not self.knows_peer:
+            peer = self._peer_identity()
+            if peer.pid == 0:
+                return False
+            if peer.pid != <uint64_t>os.getpid():
+                self.pidfd = process.open_pidfd(peer.pid, peer.ticks)
+                if self.pidfd < 0:
+                    # Gone, or a kernel without pidfds.
+                    return process.start_ticks(peer.pid) != peer.ticks
+                self.owns_pidfd = True
+            self.knows_peer = True
+        return moeshm_peer_is_gone(self.socket_fd, self.pidfd)
+
+    cdef Identity _peer_identity(self):
+        cdef Identity *at = <Identity *>(
+            self.mapping.control + (ATTACHER if self.is_creator else CREATOR))
+        cdef Identity identity
+        identity.pid = moeshm_load_acquire(&at.pid)
+        identity.ticks = moeshm_load_relaxed(&at.ticks)
+        return identity
+
+    cdef void _publish(self) noexcept nogil:
+        cdef uint64_t word = self.published << 1 | self.rebased
+        if moeshm_exchange(self.own, word) & ARMED:
+            self.wakes += 1
+            moeshm_futex_wake(self.own)
+
+    cdef unsigned _hold(self, uint64_t size) noexcept:
+        """Take `size` bytes at the next position into the window; its slot."""
+        cdef unsigned slot = (self.window.first + self.window.count) % SLOTS
+        self.window.spans[slot].size = size
+        self.window.spans[slot].done = False
+        self.window.count += 1
+        self.next_position = ahead(self.next_position + size, 0)
+        self.next_offset += size
+        if self.next_offset >= self.area:
+            self.next_offset -= self.area
+        self.next_sequence += 1
+        return slot
+
+    cdef void _finish(self, unsigned slot) noexcept:
+        """Publish every record up to the first that is still open."""
+        self.window.spans[slot].done = True
+        if slot != self.window.first:
+            return
+        while self.window.count and self.window.spans[self.window.first].done:
+            self.published += self.window.spans[self.window.first].size
+            self.window.first = (self.window.first + 1) % SLOTS
+            self.window.count -= 1
+        self.published = ahead(self.published, 0)
+        self._publish()
