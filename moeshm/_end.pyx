@@ -77,7 +77,10 @@ cdef class RingEnd:
                    object spin_us) except -1:
         """Be the given end of a mapped segment; owns `fd` from here on."""
         cdef char *control = mapping.control
-        self.spin_us = settings.current().spin_us if spin_us is None else spin_us
+        if spin_us is None:
+            # With one CPU for both ends, spinning only keeps the other from running.
+            spin_us = settings.current().spin_us if process.usable_cpus() > 1 else 0
+        self.spin_us = spin_us
         self.mapping = mapping
         self.area = mapping.area
         self.capacity = mapping.area - PAGE
@@ -126,9 +129,7 @@ cdef class RingEnd:
     def spin_us(self, double value):
         if not 0 <= value <= 1e9:
             raise ValueError(f"spin_us={value}; it must lie in 0..1e9")
-        self.spin_cap_ns = <int64_t>(value * 1e3)
-        # With one CPU, spinning only keeps the other end from running.
-        self.spin_ns = self.spin_cap_ns if process.usable_cpus() > 1 else 0
+        self.spin_cap_ns = self.spin_ns = <int64_t>(value * 1e3)
 
     def counters(self):
         """How often this end waited, slept in the kernel, and woke the other."""
