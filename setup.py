@@ -1,16 +1,19 @@
-"""Builds the Cython extension; everything else is in pyproject.toml.
+"""Builds every moeshm/*.pyx and finds the packages; everything else is in pyproject.toml.
 
-MOESHM_SANITIZE=address|thread|undefined builds it with that sanitizer.
+MOESHM_SANITIZE=address|thread|undefined builds with that sanitizer.
 """
 
 import os
+from pathlib import Path
 
 import numpy as np
 from Cython.Build import cythonize
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 SANITIZERS = ("address", "thread", "undefined")
 
+sources = Path("moeshm")
+headers = sorted(str(path) for pattern in ("*.h", "*.pxd") for path in sources.glob(pattern))
 compile_args = ["-std=gnu11", "-O3", "-g1", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 link_args: list[str] = []
 
@@ -25,17 +28,24 @@ if sanitizer:
     link_args += flags
 
 setup(
+    packages=[
+        *find_packages(include=["moeshm", "moeshm.*"]),
+        # Folders beside the package; pyproject.toml says which.
+        "moeshm.kernels",
+        "moeshm.bench",
+    ],
     ext_modules=cythonize(
         [
             Extension(
-                "moeshm._ring",
-                ["moeshm/_ring.pyx"],
-                depends=["moeshm/_atomics.h", "moeshm/_ring.pxd"],
+                f"moeshm.{source.stem}",
+                [str(source)],
+                depends=headers,
                 include_dirs=["moeshm", np.get_include()],
                 define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
                 extra_compile_args=compile_args,
                 extra_link_args=link_args,
             )
+            for source in sorted(sources.glob("*.pyx"))
         ],
         compiler_directives={
             "language_level": 3,
@@ -44,5 +54,7 @@ setup(
             "cdivision": True,
             "embedsignature": False,
         },
-    )
+    ),
+    # A build is judged up to date by its sources alone, and the flags are not among them.
+    options={"build_ext": {"force": bool(sanitizer)}},
 )

@@ -77,7 +77,7 @@ cdef class RingEnd:
     cdef int _wait_slice(self, uint64_t seen, int64_t spin_until, int64_t deadline_ns,
                          bint *slept) noexcept nogil
     cdef void _adapt(self, int64_t waited_ns) noexcept
-    cdef int _drain(self, uint64_t seen, object kind, str why) except -1
+    cdef int _drain(self, uint64_t seen) except -1
     cdef bint _peer_is_dead(self) except -1
     cdef Identity _peer_identity(self)
     cdef void _publish(self) noexcept nogil

@@ -229,11 +229,11 @@ cdef class RingEnd:
                 if self.is_closed:
                     raise RingClosed("this end of the ring was closed by another thread")
                 if outcome == PEER_CLOSED:
-                    return self._drain(seen, RingClosed, "the other end of the ring is closed")
+                    return self._drain(seen)
                 if outcome != CHANGED:
                     PyErr_CheckSignals()
                     if self._peer_is_dead():
-                        return self._drain(seen, PeerDied, "the other end's process is gone")
+                        return self._drain(seen)
         finally:
             self.waiting = False
             if self.is_closed:
@@ -286,11 +286,15 @@ cdef class RingEnd:
         elif self.spin_ns > self.spin_cap_ns >> 5:
             self.spin_ns >>= 1
 
-    cdef int _drain(self, uint64_t seen, object kind, str why) except -1:
-        """What the other end published before it closed or died comes first."""
+    cdef int _drain(self, uint64_t seen) except -1:
+        """The other end closed or died: what it published before comes first."""
+        cdef bint is_closed = moeshm_load_acquire(self.peer_state) & CLOSED
         if moeshm_load_acquire(self.peer) & ~<uint64_t>ARMED != seen:
             return 1
-        raise kind(f"{why}, and all it sent was read")
+        # A process that closes its end and exits closed it.
+        if is_closed:
+            raise RingClosed("the other end of the ring is closed, and all it sent was read")
+        raise PeerDied("the other end's process is gone, and all it sent was read")
 
     cdef bint _peer_is_dead(self) except -1:
         cdef Identity peer

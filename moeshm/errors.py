@@ -88,6 +88,10 @@ class DeadlineExceeded(CallError, TimeoutError):
     """The worker did not answer in time; the session is abandoned."""
 
 
+class NotReady(CallError, TimeoutError):
+    """`result(timeout_s)` waited that long; the call is still on its way."""
+
+
 class WorkerDied(CallError, ConnectionError):
     """The worker went away with this call in flight."""
 

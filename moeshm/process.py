@@ -50,15 +50,11 @@ def open_pidfd(pid: int, ticks: int = 0) -> int:
 
 def is_alive(pid: int, ticks: int = 0) -> bool:
     """True while that very process runs; a zombie counts as gone."""
-    pidfd = open_pidfd(pid, ticks)
-    if pidfd < 0:
-        return False
-    os.close(pidfd)
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return False
-    return state not in ("Z", "X")
+    return fields[0] not in ("Z", "X") and ticks in (0, int(fields[19]))
 
 
 def usable_cpus() -> int:

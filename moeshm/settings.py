@@ -58,7 +58,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 #: Read by the build and by the tests, not at run time.
-_NOT_OURS = frozenset({"MOESHM_SANITIZE"})
+_NOT_OURS = frozenset({"MOESHM_SANITIZE", "MOESHM_TEST_RUN"})
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,12 @@ class ExpertWeights:
         parts = (self.gate_proj, self.up_proj, self.down_proj)
         biases = (self.gate_bias, self.up_bias, self.down_bias)
         return sum(part.nbytes for part in (*parts, *biases) if part is not None)
+
+    def touch(self) -> None:
+        """Read a byte of every page, so that mapped weights are in memory."""
+        for array in (self.gate_proj, self.up_proj, self.down_proj):
+            step = max(1, mmap.PAGESIZE // array.strides[0]) if array.strides[0] else 1
+            array[::step, :: max(1, mmap.PAGESIZE // array.itemsize)].sum()
 
 
 class ExpertLayer:

@@ -13,12 +13,12 @@ import click
 import msgspec
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
+
 from moeshm.bench import call, floors, harness, native, report, ring, schema
 from moeshm.bench.contender import MODES, Cell
 from moeshm.bench.contenders import CONTENDERS
 from moeshm.bench.harness import CellSamples, Job, Plan
-from rich.console import Console
-
 from moeshm.cli.bench import bench, parse_sizes
 from moeshm.dtypes import DType
 from moeshm.errors import UnsupportedPlatform

@@ -1,0 +1,53 @@
+# From a bare checkout: `make demo` and `make test`; `make help` lists the rest.
+#
+# ARGS=...          passed to `moeshm demo` or to pytest
+# EXTRAS=...        pyproject.toml's extras to test with, commas between them (default: dev)
+# REQUIREMENTS=...  resolved together with the extras, like torch==2.13.0
+# PYTHON=... CC=... the interpreter to make .venv with, and the C compiler
+
+EXTRAS ?= dev
+VENV := .venv
+BIN := $(VENV)/bin
+
+comma := ,
+# The install is editable: only what is compiled, and pyproject.toml, ask for another.
+INPUTS := pyproject.toml setup.py $(wildcard moeshm/*.pyx moeshm/*.pxd moeshm/*.h)
+INSTALLED := $(VENV)/.installed
+INSTALLED_EXTRAS := $(INSTALLED)-$(subst $(comma),-,$(EXTRAS))
+
+.PHONY: help demo test test-sanitized lint clean
+.DEFAULT_GOAL := help
+
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@sed -n 's/^# \([A-Z].*=\.\.\.  *.*\)/  \1/p' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## Build and install in .venv, then run `moeshm demo`
+	@$(BIN)/moeshm demo $(ARGS)
+
+test: $(INSTALLED_EXTRAS) ## Build and install in .venv, then run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+test-sanitized: $(INSTALLED_EXTRAS) ## Run the ring's tests under TSan, ASan and UBSan
+	tools/sanitized_tests.sh $(BIN)/python $(ARGS)
+
+lint: $(INSTALLED_EXTRAS) ## ruff, mypy, stubtest and cython-lint; changes nothing
+	@failed=0; \
+	$(BIN)/ruff check . || failed=1; \
+	$(BIN)/ruff format --check . || failed=1; \
+	tools/typecheck.sh $(BIN)/python || failed=1; \
+	PATH="$(BIN):$$PATH" cython-lint moeshm || failed=1; \
+	exit $$failed
+
+clean: ## Remove everything these commands made, .venv included
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f moeshm/*.so moeshm/*.c
+	find moeshm kernels bench tests tools -name __pycache__ -prune -exec rm -rf {} +
+
+$(INSTALLED): $(INPUTS)
+	@tools/install.sh $(VENV)
+	@touch $@
+
+$(INSTALLED_EXTRAS): $(INPUTS)
+	@tools/install.sh $(VENV) $(EXTRAS) $(REQUIREMENTS)
+	@touch $@ $(INSTALLED)

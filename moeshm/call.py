@@ -1,0 +1,172 @@
+"""One call as the caller holds it: a future that knows its inputs until it has its result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .arrays import Inputs
+from .dtypes import Array, DType, narrow, widen
+from .errors import CallError, DeadlineExceeded, NotReady, ProtocolError, WorkerDied
+from .link import Link
+from .protocol import HEADER_BYTES, Message, Reply
+
+#: `(layer, inputs, output array, cause)`: computes elsewhere what the worker did not.
+Fallback = Callable[[int, Inputs, Array, WorkerDied | DeadlineExceeded], None]
+
+
+class CallFuture:
+    """The result of a `submit`, now or later.
+
+    The inputs belong to the call until then: a fallback may read them. Made by ExpertClient.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        inputs: Inputs,
+        output: Any,
+        array: Array,
+        wire: DType,
+        deadline: float,
+        timeout_s: float,
+        fallback: Fallback | None,
+        on_received: Callable[[int, int, int, int], None],
+    ) -> None:
+        self.layer = layer
+        self.inputs = inputs
+        self.deadline = deadline
+        #: True once nothing more will come from the worker for it.
+        self.is_done = False
+        self.rows: npt.NDArray[np.intp] | None = None
+        self._timeout_s = timeout_s
+        self._output = output
+        self._array = array
+        self._fallback = fallback
+        self._on_received = on_received
+        self._link: Link | None = None
+        self._wire = wire
+        self._received = array
+        self._error: CallError | None = None
+        self._n_open = 0
+        self._bytes_in = self._compute_ns = self._unpack_ns = 0
+        self._is_finished = False
+
+    def expect(self, link: Link | None, n_parts: int, rows: npt.NDArray[np.intp] | None) -> None:
+        """What is on its way: so many parts, which together are these rows, or all."""
+        self._link = link
+        self._n_open = n_parts
+        self.is_done = n_parts == 0
+        self.rows = rows
+        if n_parts and (rows is not None or self._wire is not self.inputs.dtype):
+            shape = (len(self._array) if rows is None else len(rows), self._array.shape[1])
+            self._received = np.empty(shape, self._wire.numpy)
+
+    def part(self, start: int, stop: int) -> _Part:
+        """Who receives the rows `start` to `stop` of those that were sent."""
+        whole = start == 0 and stop == len(self._received)
+        return _Part(self, self._received if whole else self._received[start:stop])
+
+    def done(self) -> bool:
+        """True when `result` need not wait for the worker. Receives nothing by itself."""
+        return self.is_done
+
+    def result(self, timeout_s: float | None = None) -> Any:
+        """The weighted sum of the selected experts' outputs, like hidden_states.
+
+        Waits for at most `timeout_s`, then NotReady, and until the call's deadline, then
+        DeadlineExceeded (the session is given up). WorkerDied: the worker went away. InvalidCall,
+        WorkerFailed: it said so. With a fallback, the first two do not happen.
+        """
+        if not self.is_done:
+            self._wait(timeout_s)
+        if not self._is_finished:
+            self._finish()
+        if self._error is not None:
+            raise self._error
+        return self._output
+
+    def fail(self, error: CallError) -> None:
+        """As `Receiver.fail`."""
+        if not self.is_done:
+            self._error = error
+            self.is_done = True
+
+    def take(self, reply: Reply, record: Message, into: Array) -> None:
+        """One part's reply; the first error of several stays."""
+        start_ns = time.perf_counter_ns()
+        if reply.error is not None:
+            self._error = self._error or reply.error
+        elif (reply.n_tokens, reply.hidden_size) != into.shape or reply.dtype is not self._wire:
+            raise ProtocolError(
+                f"call {reply.call_id} was answered by {reply.dtype} "
+                f"[{reply.n_tokens}, {reply.hidden_size}] instead of {self._wire} "
+                f"{list(into.shape)}"
+            )
+        else:
+            record.copy_to(into, HEADER_BYTES)
+        self._bytes_in += len(record)
+        self._compute_ns += reply.compute_ns
+        self._unpack_ns += time.perf_counter_ns() - start_ns
+        self._n_open -= 1
+        if self._n_open == 0:
+            self.is_done = True
+
+    def _wait(self, timeout_s: float | None) -> None:
+        start_ns = time.perf_counter_ns()
+        deadline = self.deadline
+        if timeout_s is not None:
+            deadline = min(deadline, time.monotonic() + timeout_s)
+        link = self._link
+        if link is not None and not link.wait(self, deadline):
+            if deadline < self.deadline:
+                raise NotReady(f"no result within {timeout_s} s; the call is still on its way")
+            late = DeadlineExceeded(
+                f"no answer within {self._timeout_s:g} s from the worker; the session is given "
+                "up: allow more time (timeout_s), or look at the worker"
+            )
+            self.fail(late)
+            link.lose(late)
+        waited_ns = time.perf_counter_ns() - start_ns - self._unpack_ns
+        self._on_received(self._bytes_in, waited_ns, self._compute_ns, self._unpack_ns)
+
+    def _finish(self) -> None:
+        """Put the result where the caller looks for it; once."""
+        self._is_finished = True
+        error = self._error
+        if error is None:
+            if self._received is not self._array:
+                self._unpack()
+        elif self._fallback is not None and isinstance(error, WorkerDied | DeadlineExceeded):
+            self._error = None
+            self._fallback(self.layer, self.inputs, self._array, error)
+
+    def _unpack(self) -> None:
+        values = self._received
+        if self._wire is not self.inputs.dtype:
+            values = narrow(widen(values), self.inputs.dtype)
+        if self.rows is None:
+            np.copyto(self._array, values)
+        else:
+            self._array[...] = 0
+            self._array[self.rows] = values
+
+
+class _Part:
+    """Receives one of the messages that a call was cut into."""
+
+    __slots__ = ("_future", "_into")
+
+    def __init__(self, future: CallFuture, into: Array) -> None:
+        self._future = future
+        self._into = into
+
+    def take(self, reply: Reply, record: Message) -> None:
+        self._future.take(reply, record, self._into)
+
+    def fail(self, error: CallError) -> None:
+        self._future.fail(error)

@@ -1,0 +1,130 @@
+"""`moeshm worker`: load a model's experts and serve them until SIGTERM."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..process import usable_cpus
+
+if TYPE_CHECKING:
+    from ..backends import Backend
+
+_log = logging.getLogger("moeshm")
+#: The worker's own threads take whole experts; a BLAS with threads of its own would fight them.
+_BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+def _ranges(
+    _context: click.Context, _option: click.Parameter, text: str | None
+) -> tuple[int, ...] | None:
+    from ..layers import parse_ranges
+
+    if text is None:
+        return None
+    try:
+        return parse_ranges(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@click.command()
+@click.option("--model", required=True, metavar="DIR", help="A Hugging Face model directory.")
+@click.option("--listen", required=True, metavar="unix:PATH", help="Where engines connect.")
+@click.option(
+    "--device", type=click.Choice(["cpu"]), default="cpu", show_default=True, help="Computes here."
+)
+@click.option("--layers", callback=_ranges, metavar="0-23", help="MoE layers to hold; all.")
+@click.option(
+    "--experts",
+    metavar="FILE",
+    help='Experts to hold, as JSON like {"3": "0-7,12", "4": [0, 1, 2]}; all of each layer.',
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; one per usable CPU.")
+@click.option("--json-logs", is_flag=True, help="Log JSON objects, one a line.")
+@click.option("--quiet", is_flag=True, help="Log warnings and errors only.")
+@click.option("--until-stdin-closes", is_flag=True, hidden=True)
+def worker(
+    model: str,
+    listen: str,
+    device: str,
+    layers: tuple[int, ...] | None,
+    experts: str | None,
+    threads: int | None,
+    json_logs: bool,
+    quiet: bool,
+    until_stdin_closes: bool,
+) -> None:
+    """Serve a model's routed experts to engines on this machine until SIGTERM.
+
+    SIGTERM lets the calls that are on their way finish, and exits with 0.
+    """
+    threads = threads or usable_cpus()
+    if threads > 1 and "numpy" not in sys.modules:
+        for name in _BLAS_THREADS:
+            os.environ.setdefault(name, "1")
+    from ..daemon import Daemon
+    from ..logs import configure
+    from ..settings import current
+
+    configure("warning" if quiet else current().log_level, json_logs)
+    backend = load_backend(model, device, layers, experts, threads, show_progress=not quiet)
+    Daemon(backend, listen, sys.stdin.fileno() if until_stdin_closes else -1).run()
+
+
+def load_backend(
+    model: str,
+    device: str,
+    layers: tuple[int, ...] | None,
+    experts: str | None,
+    threads: int,
+    show_progress: bool,
+) -> Backend:
+    """Read the experts' weights layer by layer: a bar on a terminal, plain lines elsewhere."""
+    from .. import checkpoint
+    from ..backends.cpu import CpuBackend
+    from ..checkpoint import ExpertLayer
+
+    start = time.monotonic()
+    chosen = None if experts is None else checkpoint.read_experts_file(experts)
+    loaded: Mapping[int, ExpertLayer] = checkpoint.load(model, layers, chosen).layers
+    n_experts = sum(map(len, loaded.values()))
+    n_bytes = sum(
+        layer.expert(i).nbytes for layer in loaded.values() for i in range(len(layer))
+    )
+    _touch(loaded, show_progress)
+    _log.info(
+        "%s: %d layers, %d experts, %.1f MiB on %s with %d threads, in %.1f s",
+        model,
+        len(loaded),
+        n_experts,
+        n_bytes / 2**20,
+        device,
+        threads,
+        time.monotonic() - start,
+    )
+    return CpuBackend(loaded, threads)
+
+
+def _touch(loaded: Mapping[int, Any], show_progress: bool) -> None:
+    """Bring the mapped weights into the page cache, so that the first calls do not wait for the
+    disk; the kernel may drop them again when memory is short."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    is_terminal = console.is_terminal and show_progress
+    with Progress(console=console, transient=True, disable=not is_terminal) as progress:
+        task = progress.add_task("loading", total=len(loaded))
+        for done, (number, layer) in enumerate(loaded.items(), 1):
+            for local_id in range(len(layer)):
+                layer.expert(local_id).touch()
+            progress.update(task, advance=1, description=f"layer {number}")
+            if show_progress and not is_terminal:
+                _log.info("layer %d loaded (%d of %d)", number, done, len(loaded))

@@ -1,0 +1,366 @@
+"""The engine's side of one worker: hand over a layer's activations, get the experts' sum back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import arrays, protocol, session, settings
+from .arrays import Inputs
+from .backends import Backend
+from .call import CallFuture
+from .dtypes import Array, DType, narrow, widen
+from .errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    ForkedProcess,
+    InvalidCall,
+    MoeshmError,
+    RingFull,
+    SessionError,
+    SettingError,
+    WorkerDied,
+)
+from .layers import LayerInfo
+from .link import Link
+from .session import Session
+from .stats import ClientStats, StatsCounter
+
+_log = logging.getLogger(__name__)
+
+#: After a failed attempt to reach a lost worker again, calls do not try for so long.
+RETRY_PAUSE_S = 1.0
+
+
+class Opened(NamedTuple):
+    """A session, and whether it took a new worker process."""
+
+    session: Session
+    is_new_process: bool
+
+
+class ExpertClient:
+    """A worker as the engine sees it; made by `connect` or `spawn_worker`.
+
+    Any thread may call it, and several calls may be on their way at a time. A lost worker is
+    looked for again by the next call. It belongs to the process that opened it: after a fork, the
+    child gets ForkedProcess.
+    """
+
+    def __init__(
+        self,
+        open_session: Callable[[], Opened],
+        on_close: Callable[[], None],
+        wire_dtype: str,
+        fallback: Backend | None,
+    ) -> None:
+        self._open_session = open_session
+        self._on_close = on_close
+        self._fallback = fallback
+        self._pid = os.getpid()
+        self._wire = None if wire_dtype == "auto" else DType.parse(wire_dtype)
+        self._timeout_s = settings.current().timeout_s
+        self._capacity = settings.current().batch_capacity
+        self._counter = StatsCounter()
+        self._connecting = threading.Lock()
+        self._retry_at = 0.0
+        self._is_closed = False
+        self._link = self._connect(is_first=True)
+        welcome = self._link.session.welcome
+        #: What the worker holds, by layer number.
+        self.layers: Mapping[int, LayerInfo] = welcome.layers
+        try:
+            _check_fallback(fallback, self.layers)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def transport(self) -> str:
+        """How activations travel in this session: "shared" or "stream"."""
+        return self._link.session.welcome.transport
+
+    @property
+    def worker_pid(self) -> int:
+        """The worker's process id; that of the last one, when it was lost."""
+        return self._link.session.control.peer_pid
+
+    def compute(
+        self,
+        layer: int,
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        *,
+        out: Any = None,
+        timeout_s: float | None = None,
+        global_ids: bool = False,
+    ) -> Any:
+        """`submit(…).result()`."""
+        return self.submit(
+            layer,
+            hidden_states,
+            topk_ids,
+            topk_weights,
+            out=out,
+            timeout_s=timeout_s,
+            global_ids=global_ids,
+        ).result()
+
+    def submit(
+        self,
+        layer: int,
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        *,
+        out: Any = None,
+        timeout_s: float | None = None,
+        global_ids: bool = False,
+    ) -> CallFuture:
+        """Send a layer's call; `result()` gives the weighted sum of the selected experts' outputs.
+
+        NumPy arrays or CPU tensors. `hidden_states`: [n_tokens, hidden_size] float32, float16 or
+        bfloat16 (uint16 bit patterns in NumPy). `topk_ids`: [n_tokens, top_k] integers, -1 for an
+        empty slot; local ids (rows of `layers[layer].experts`), or the model's with
+        `global_ids`. `topk_weights`: [n_tokens, top_k]. `out`: like hidden_states, to write the
+        result into; by default a new one. `timeout_s`: until the deadline, by default
+        MOESHM_TIMEOUT_S.
+
+        InvalidCall: shapes, ids, dtype or layer are not allowed; nothing was sent. WorkerDied,
+        DeadlineExceeded: no worker, and no fallback. ForkedProcess, ClientClosed.
+        """
+        start_ns = time.perf_counter_ns()
+        if os.getpid() != self._pid:
+            raise ForkedProcess(
+                f"this client belongs to process {self._pid}; connect anew in {os.getpid()}"
+            )
+        info = self.layers.get(layer)
+        if info is None:
+            raise InvalidCall(
+                f"layer {layer} is not on this worker; it holds {sorted(self.layers)}"
+            )
+        inputs = arrays.check(layer, info, hidden_states, topk_ids, topk_weights, global_ids)
+        output, array = arrays.make_output(inputs, out)
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        future = CallFuture(
+            layer,
+            inputs,
+            output,
+            array,
+            self._wire or inputs.dtype,
+            time.monotonic() + timeout_s,
+            timeout_s,
+            None if self._fallback is None else self._fall_back,
+            self._counter.received,
+        )
+        try:
+            self._send(future, start_ns)
+        except WorkerDied as error:
+            if self._fallback is None:
+                raise
+            future.fail(error)
+        return future
+
+    def stats(self) -> ClientStats:
+        """Counts and times since the client was opened."""
+        return self._counter.snapshot()
+
+    def close(self) -> None:
+        """End the session, and the worker if it was spawned; calls on their way get ClientClosed.
+
+        Again, it does nothing; in a forked child it leaves the parent's session alone.
+        """
+        if self._is_closed or os.getpid() != self._pid:
+            return
+        self._is_closed = True
+        self._link.close(ClientClosed("the client was closed with this call on its way"))
+        self._on_close()
+
+    def __enter__(self) -> ExpertClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- sending ------------------------------------------------------------------------
+
+    def _send(self, future: CallFuture, start_ns: int) -> None:
+        """Cut the call as the worker allows, and send the parts."""
+        hidden, ids, weights, dtype, n_empty, _ = future.inputs
+        rows = None
+        if n_empty:
+            rows = np.flatnonzero((ids >= 0).any(axis=1))
+            hidden, ids, weights = hidden[rows], ids[rows], weights[rows]
+        wire = self._wire or dtype
+        if wire is not dtype:
+            hidden = narrow(widen(hidden), wire)
+        n_rows = len(hidden)
+        link = self._live_link() if n_rows else self._link
+        most = min(self._capacity, link.session.welcome.max_tokens)
+        n_parts = -(-n_rows // most)
+        future.expect(link, n_parts, rows)
+        n_bytes = 0
+        for start in range(0, n_rows, most):
+            part = slice(start, min(n_rows, start + most))
+            call = (hidden, ids, weights)
+            if n_parts > 1:
+                call = (hidden[part], ids[part], weights[part])
+            n_bytes += self._send_part(link, future, wire, part, *call)
+        self._counter.sent(n_parts, n_rows, n_bytes, time.perf_counter_ns() - start_ns)
+
+    def _send_part(
+        self,
+        link: Link,
+        future: CallFuture,
+        wire: DType,
+        part: slice,
+        hidden: Array,
+        ids: Array,
+        weights: Array,
+    ) -> int:
+        call_id = link.next_id()
+        parts = protocol.pack_call(
+            call_id,
+            future.layer,
+            hidden,
+            ids,
+            weights,
+            wire,
+            int(future.deadline * 1e9),
+            False,
+        )
+        try:
+            link.send(call_id, parts, future.part(part.start, part.stop), future.deadline)
+        except RingFull as error:
+            late = DeadlineExceeded(f"the worker took no call before the deadline: {error}")
+            future.fail(late)
+            link.lose(late)
+            if self._fallback is None:
+                raise late from error
+        return sum(map(_nbytes, parts))
+
+    # --- the session ----------------------------------------------------------------------
+
+    def _live_link(self) -> Link:
+        """The session, a new one if the last was lost; WorkerDied when there is none to be had."""
+        if self._is_closed:
+            raise ClientClosed("the client is closed; connect anew")
+        if self._link.loss is None:
+            return self._link
+        with self._connecting:
+            if self._link.loss is None:
+                return self._link
+            if time.monotonic() < self._retry_at:
+                raise self._link.loss
+            try:
+                self._link = self._connect(is_first=False)
+            except (MoeshmError, OSError) as error:
+                self._retry_at = time.monotonic() + RETRY_PAUSE_S
+                raise WorkerDied(f"the worker was lost and cannot be reached: {error}") from error
+            return self._link
+
+    def _connect(self, is_first: bool) -> Link:
+        opened = self._open_session()
+        welcome = opened.session.welcome
+        if not is_first and welcome.layers != self.layers:
+            opened.session.close()
+            raise SessionError("the worker holds other layers than before; open a new client")
+        if welcome.stepped_down:
+            _log.warning("activations travel over %s: %s", welcome.transport, welcome.stepped_down)
+        self._counter.connected(is_first, opened.is_new_process, welcome.stepped_down)
+        return Link(opened.session)
+
+    def _fall_back(
+        self, layer: int, inputs: Inputs, array: Array, error: WorkerDied | DeadlineExceeded
+    ) -> None:
+        """Compute in this process what the worker did not; counted, and logged once a cause."""
+        assert self._fallback is not None
+        cause = "deadline" if isinstance(error, DeadlineExceeded) else "worker_died"
+        if self._counter.fell_back(cause):
+            _log.warning("the fallback computes calls of this process: %s", error)
+        self._fallback.ffn(layer, inputs.hidden_states, inputs.topk_ids, inputs.topk_weights, array)
+
+
+def _nbytes(part: bytes | Array) -> int:
+    return len(part) if isinstance(part, bytes) else part.nbytes
+
+
+def _check_fallback(fallback: Backend | None, layers: Mapping[int, LayerInfo]) -> None:
+    """A fallback must hold what the worker holds, in the same local order."""
+    if fallback is None:
+        return
+    for number, info in layers.items():
+        held = fallback.layers.get(number)
+        if held is None or (held.experts, held.hidden_size) != (info.experts, info.hidden_size):
+            raise SettingError(
+                f"the fallback does not hold the same experts of layer {number} as the worker; "
+                "load it from the same checkpoint with the same experts"
+            )
+
+
+def connect(
+    address: str,
+    *,
+    transport: str | None = None,
+    wire_dtype: str | None = None,
+    timeout_s: float | None = None,
+    fallback: Backend | None = None,
+) -> ExpertClient:
+    """A client of the worker that listens at `unix:PATH`.
+
+    `transport` ("auto", "shared", "stream") and `wire_dtype` ("auto", "f32", "f16", "bf16"): by
+    default MOESHM_TRANSPORT and MOESHM_WIRE_DTYPE. `timeout_s`: for connecting and the handshake,
+    by default MOESHM_CONNECT_TIMEOUT_S. `fallback`: a backend that holds the same experts and
+    computes, in this process, the calls that a lost worker leaves.
+
+    ConnectError: nobody answers there. HandshakeRefused: the worker said no. SettingError: an
+    argument is not allowed.
+    """
+    chosen = choose(transport, wire_dtype, timeout_s)
+
+    def open_session() -> Opened:
+        return Opened(
+            session.connect(address, chosen.transport, chosen.batch_capacity, chosen.timeout_s),
+            False,
+        )
+
+    return ExpertClient(open_session, lambda: None, chosen.wire_dtype, fallback)
+
+
+class Choice(NamedTuple):
+    """Arguments of `connect`, with the settings where the caller said nothing."""
+
+    transport: str
+    wire_dtype: str
+    timeout_s: float
+    batch_capacity: int
+
+
+def choose(
+    transport: str | None, wire_dtype: str | None, timeout_s: float | None
+) -> Choice:
+    """Fill in the settings; SettingError names an argument that is not allowed."""
+    current = settings.current()
+    transport = current.transport if transport is None else transport
+    wire_dtype = current.wire_dtype if wire_dtype is None else wire_dtype
+    for name, value, choices in (
+        ("transport", transport, settings.TRANSPORTS),
+        ("wire_dtype", wire_dtype, settings.WIRE_DTYPES),
+    ):
+        if value not in choices:
+            raise SettingError(f"{name}={value!r}; choose {', '.join(choices)}")
+    timeout_s = current.connect_timeout_s if timeout_s is None else timeout_s
+    return Choice(transport, wire_dtype, timeout_s, current.batch_capacity)

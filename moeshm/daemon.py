@@ -1,0 +1,242 @@
+"""The life of a worker process: its socket, its sessions' threads, signals, readiness, the end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import selectors
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import protocol, session
+from .backends import Backend
+from .errors import AddressInUse, MoeshmError
+from .session import ControlSocket
+from .worker import SessionServer, Turns
+
+_log = logging.getLogger(__name__)
+
+#: How long a client may take for its part of the handshake.
+HANDSHAKE_TIMEOUT_S = 5.0
+#: How long sessions may take to finish what they have, once the worker drains.
+DRAIN_TIMEOUT_S = 30.0
+_BACKLOG = 128
+#: A call may take this share of the memory that is free when the worker starts.
+_MEMORY_SHARE = 1 / 16
+
+
+class Daemon:
+    """Serves a backend at `unix:PATH` until SIGTERM or SIGINT, or until `lifeline` ends.
+
+    `lifeline`: a file descriptor whose end of file means that whoever started the worker is
+    gone; -1 for none. AddressInUse: a live worker listens there. SettingError: `listen`.
+    """
+
+    def __init__(self, backend: Backend, listen: str, lifeline: int = -1) -> None:
+        self._backend = backend
+        self._path = Path(session.parse_address(listen))
+        self._lifeline = lifeline
+        self._turns = Turns()
+        self._draining = threading.Event()
+        self._threads: set[threading.Thread] = set()
+        self._max_tokens = _max_tokens(backend)
+        self._listener, self._inode = _listen(self._path)
+
+    def run(self) -> None:
+        """Serve; returns once everything that was begun is finished."""
+        try:
+            with _signals_as_bytes() as signals, selectors.DefaultSelector() as selector:
+                selector.register(self._listener, selectors.EVENT_READ)
+                selector.register(signals, selectors.EVENT_READ)
+                if self._lifeline >= 0:
+                    selector.register(self._lifeline, selectors.EVENT_READ)
+                notify_systemd("READY=1")
+                _log.info("listening at unix:%s", self._path)
+                self._accept_until_told(selector, signals)
+        finally:
+            notify_systemd("STOPPING=1")
+            self._stop_listening()
+            self._drain()
+
+    def _accept_until_told(
+        self, selector: selectors.BaseSelector, signals: socket.socket
+    ) -> None:
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is self._listener:
+                    self._accept()
+                elif key.fileobj is signals:
+                    name = signal.Signals(signals.recv(1)[0]).name
+                    _log.info("%s: draining", name)
+                    return
+                elif not os.read(self._lifeline, 4096):
+                    _log.info("whoever started this worker is gone: draining")
+                    return
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            # Out of fds, or the client is gone already.
+            _log.warning("a connection could not be accepted: %s", error)
+            return
+        thread = threading.Thread(
+            target=self._serve, args=(sock,), name="moeshm-session", daemon=True
+        )
+        self._threads = {each for each in self._threads if each.is_alive()}
+        self._threads.add(thread)
+        thread.start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        control = ControlSocket(sock)
+        try:
+            opened = session.accept(
+                control,
+                self._backend.layers,
+                self._backend.name,
+                self._max_tokens,
+                HANDSHAKE_TIMEOUT_S,
+            )
+        except (MoeshmError, OSError) as error:
+            control.close()
+            _log.warning("process %d got no session: %s", control.peer_pid, error)
+            return
+        with opened:
+            _log.info(
+                "process %d: session over %s, up to %d tokens a call%s",
+                control.peer_pid,
+                opened.transport.name,
+                opened.welcome.max_tokens,
+                f" ({opened.welcome.stepped_down})" if opened.welcome.stepped_down else "",
+            )
+            server = SessionServer(opened, self._backend, self._turns, self._draining)
+            why = server.serve()
+        _log.info(
+            "process %d: session over after %d calls, %d rows: %s",
+            control.peer_pid,
+            server.calls,
+            server.rows,
+            why,
+        )
+
+    def _stop_listening(self) -> None:
+        with contextlib.suppress(OSError):
+            # Not if another worker took the path over in the meantime.
+            if os.stat(self._path).st_ino == self._inode:
+                self._path.unlink()
+        self._listener.close()
+
+    def _drain(self) -> None:
+        self._draining.set()
+        for thread in self._threads:
+            thread.join(DRAIN_TIMEOUT_S)
+            if thread.is_alive():
+                _log.error("a session did not finish within %g s", DRAIN_TIMEOUT_S)
+
+
+def _listen(path: Path) -> tuple[socket.socket, int]:
+    """A listening socket, readable by its owner only, in the place of a stale one; its inode."""
+    with _folder_lock(path.parent):
+        _remove_stale(path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            listener.bind(str(path))
+            # Before listen(), so that nobody connects before the mode holds.
+            path.chmod(0o600)
+            listener.listen(_BACKLOG)
+            listener.setblocking(False)
+            return listener, os.stat(path).st_ino
+        except OSError as error:
+            listener.close()
+            raise AddressInUse(
+                error.errno, f"cannot listen at {path}: {error.strerror}; choose another path"
+            ) from error
+
+
+@contextlib.contextmanager
+def _folder_lock(folder: Path) -> Iterator[None]:
+    """Between looking at a path and taking it, no other worker may take it."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise AddressInUse(
+            error.errno, f"cannot listen in {folder}: {error.strerror}; make the folder first"
+        ) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise AddressInUse(errno.EEXIST, f"{path} exists and is no socket; choose another path")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EPROTOTYPE):
+                raise AddressInUse(
+                    error.errno, f"{path} cannot be taken over: {error.strerror}"
+                ) from error
+    raise AddressInUse(
+        errno.EADDRINUSE, f"a live process listens at {path}; stop it, or choose another path"
+    )
+
+
+@contextlib.contextmanager
+def _signals_as_bytes() -> Iterator[socket.socket]:
+    """A socket that receives the number of each SIGTERM and SIGINT, so that select() sees them."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield reader
+    finally:
+        signal.set_wakeup_fd(previous_fd)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        reader.close()
+        writer.close()
+
+
+def notify_systemd(state: str) -> None:
+    """Tell the service manager, if there is one (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    # A leading @ stands for the zero byte of an abstract address.
+    target = "\0" + address[1:] if address.startswith("@") else address
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.sendto(state.encode(), target)
+        except OSError as error:
+            _log.info("NOTIFY_SOCKET=%s did not take %s: %s", address, state, error)
+
+
+def _max_tokens(backend: Backend) -> int:
+    """Most tokens in one call: what its arrays may take of the memory that is free now."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # In float32: the input, the sum, and every selected expert's row.
+    per_token = max(
+        4 * (info.hidden_size * (2 + info.top_k) + 2 * info.intermediate_size)
+        for info in backend.layers.values()
+    )
+    return max(1, min(protocol.MAX_TOKENS, int(free * _MEMORY_SHARE / per_token)))

@@ -1,0 +1,154 @@
+"""GPUs, and what their runtime supports of what a transport between processes would need."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .finding import Finding, describe, read, size
+
+#: A page of device memory: what is exported to other processes is a multiple of it.
+_SLAB_BYTES = 2 << 20
+_NOT_NEEDED = "none needed: this version computes experts on the CPU only"
+#: What CuPy's HIP build only stubs out, whatever the card (GPU checks see the first two fail).
+ROCM_LACKS = (
+    "hostRegister, IPC events, mallocAsync, cooperative launch, cuFuncSetAttribute, graph upload"
+)
+
+
+def check_gpus() -> list[Finding]:
+    """A finding per GPU that CuPy sees; without CuPy, whether there is a GPU at all."""
+    try:
+        from cupy.cuda import runtime
+    except ImportError as error:
+        return [_without_cupy(describe(error))]
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        return [Finding("gpu", "missing", describe(error), _NOT_NEEDED)]
+    if count == 0:
+        return [Finding("gpu", "missing", "CuPy sees none", _NOT_NEEDED)]
+    return [check_gpu(runtime, index) for index in range(count)]
+
+
+def check_gpu(runtime: Any, index: int) -> Finding:
+    """One GPU: name, architecture, memory, runtime, and what of it works when tried."""
+    properties = runtime.getDeviceProperties(index)
+    value = f"{_identity(runtime, properties)}, {_versions(runtime)}"
+    before = runtime.getDevice()
+    runtime.setDevice(index)
+    try:
+        works, fails = [], []
+        for what, attempt in _ATTEMPTS:
+            problem = _problem(attempt, runtime)
+            works.append(what) if problem is None else fails.append(f"{what} ({problem})")
+    finally:
+        runtime.setDevice(before)
+    if works:
+        value += f"; {', '.join(works)} work"
+    if not fails:
+        return Finding(f"gpu{index}", "ok", value)
+    value += f"; do not work: {', '.join(fails)}"
+    if runtime.is_hip:
+        value += f"; CuPy on ROCm lacks {ROCM_LACKS}"
+    return Finding(f"gpu{index}", "degraded", value, _NOT_NEEDED)
+
+
+def _identity(runtime: Any, properties: dict[str, Any]) -> str:
+    if runtime.is_hip:
+        architecture = properties["gcnArchName"].decode().partition(":")[0]
+    else:
+        architecture = f"sm_{properties['major']}{properties['minor']}"
+    name = properties["name"].decode()
+    return f"{name}, {architecture}, {size(properties['totalGlobalMem'])}"
+
+
+def _versions(runtime: Any) -> str:
+    used, driver = runtime.runtimeGetVersion(), runtime.driverGetVersion()
+    if runtime.is_hip:
+        return f"HIP {used // 10_000_000}.{used // 100_000 % 100}"
+    return f"CUDA {_cuda_version(used)} (the driver's: {_cuda_version(driver)})"
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+# --- what a device transport would need, each tried and undone ----------------------------
+
+
+def _problem(attempt: Callable[[Any], None], runtime: Any) -> str | None:
+    try:
+        attempt(runtime)
+    except (RuntimeError, AttributeError) as error:  # CuPy's errors are RuntimeErrors
+        return describe(error)
+    return None
+
+
+def _export_memory(runtime: Any) -> None:
+    address = runtime.malloc(_SLAB_BYTES)
+    try:
+        runtime.ipcGetMemHandle(address)
+    finally:
+        runtime.free(address)
+
+
+def _export_event(runtime: Any) -> None:
+    event = runtime.eventCreateWithFlags(runtime.eventInterprocess | runtime.eventDisableTiming)
+    try:
+        runtime.ipcGetEventHandle(event)
+    finally:
+        runtime.eventDestroy(event)
+
+
+def _pin_shared_memory(runtime: Any) -> None:
+    with mmap.mmap(-1, _SLAB_BYTES) as memory:  # shared, as a ring's is
+        view = ctypes.c_char.from_buffer(memory)
+        address = ctypes.addressof(view)
+        try:
+            runtime.hostRegister(address, _SLAB_BYTES, 0)
+            runtime.hostUnregister(address)
+        finally:
+            del view  # the memory cannot be unmapped while it is viewed
+
+
+_ATTEMPTS: tuple[tuple[str, Callable[[Any], None]], ...] = (
+    ("IPC memory", _export_memory),
+    ("IPC events", _export_event),
+    ("pinned registration", _pin_shared_memory),
+)
+
+
+# --- without CuPy -------------------------------------------------------------------------
+
+
+def _without_cupy(reason: str) -> Finding:
+    found, extra = _find_hardware()
+    if not found:
+        return Finding("gpu", "missing", "none found", _NOT_NEEDED)
+    return Finding(
+        "gpu",
+        "degraded",
+        f"{found} is here but CuPy is not ({reason})",
+        f"pip install {extra} to see what it supports; this version computes on the CPU only",
+    )
+
+
+def _find_hardware() -> tuple[str, str]:
+    """What the kernel's drivers and PATH say, and the extra that brings CuPy for it."""
+    for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        model = re.search(r"^Model:\s*(.+)$", read(str(information)) or "", re.MULTILINE)
+        return (model[1] if model else "an NVIDIA GPU"), _CUDA_EXTRA
+    if shutil.which("nvidia-smi"):
+        return "nvidia-smi", _CUDA_EXTRA
+    if Path("/dev/kfd").exists():
+        return "an AMD GPU (/dev/kfd)", "'moeshm[rocm]'"
+    return "", ""
+
+
+_CUDA_EXTRA = "'moeshm[cuda13]' ('moeshm[cuda12]' for drivers before 580, cards before sm_75)"

@@ -1,0 +1,347 @@
+"""The bytes: handshake messages, calls and replies; every check of what a peer sent is here.
+
+Handshake messages are msgpack, tagged by type, cut into packets of a SOCK_SEQPACKET socket. Calls
+and replies are little-endian: a header of 64 bytes, then arrays, and travel over any transport.
+
+A call is `header, topk_ids, topk_weights, padding to 64, hidden_states`; a reply `header, rows`,
+or `header, text` for an error. docs/protocol.md draws both.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ._ids import inspect_ids
+from .dtypes import Array, DType
+from .errors import CallError, DeadlineExceeded, InvalidCall, ProtocolError, WorkerFailed
+from .layers import LayerInfo
+
+#: Of the handshake; both sides must speak the same.
+PROTOCOL_VERSION = 1
+#: Of a call's header; a worker accepts this one and older ones.
+CALL_VERSION = 1
+MAX_CONTROL_BYTES = 16 << 20
+MAX_TOKENS = 4096
+
+# --- handshake ----------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):
+    """The client's first message: who it is and what it wishes."""
+
+    protocol: int
+    version: str
+    #: "auto", "shared" or "stream".
+    transport: str
+    #: Most tokens that it wants to send in one call; the rings are sized for it.
+    batch_capacity: int
+
+
+class Welcome(msgspec.Struct, tag="welcome", frozen=True, kw_only=True):
+    """The worker's answer; the fds come with it: two rings' segments, or one stream socket."""
+
+    protocol: int
+    version: str
+    backend: str
+    #: "shared" or "stream".
+    transport: str
+    #: Why not the transport that was wished for; empty when it is.
+    stepped_down: str
+    epoch: int
+    #: Most tokens in one call: by the worker's memory, and by the rings' size.
+    max_tokens: int
+    layers: dict[int, LayerInfo]
+
+
+class Refusal(msgspec.Struct, tag="refusal", frozen=True):
+    """The worker's answer when there will be no session."""
+
+    reason: str
+
+
+class Goodbye(msgspec.Struct, tag="goodbye", frozen=True):
+    """The last word of a worker that ends a session on purpose."""
+
+    reason: str
+
+
+ControlMessage = Hello | Welcome | Refusal | Goodbye
+_decoder = msgspec.msgpack.Decoder(ControlMessage)
+encode_control = msgspec.msgpack.Encoder().encode
+
+
+def decode_control(data: bytes) -> ControlMessage:
+    """A handshake message; ProtocolError when it is none."""
+    try:
+        return _decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"no handshake message ({error}): {data[:32]!r}") from None
+
+
+def check_hello(hello: ControlMessage) -> Hello:
+    """ProtocolError unless it is a Hello that this version can answer."""
+    if not isinstance(hello, Hello):
+        raise ProtocolError(f"expected hello, got {type(hello).__name__.lower()}")
+    if hello.protocol != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"the client speaks protocol {hello.protocol} (moeshm {hello.version}), this worker "
+            f"{PROTOCOL_VERSION}; install the same moeshm on both sides"
+        )
+    if hello.transport not in ("auto", "shared", "stream"):
+        raise ProtocolError(f"transport {hello.transport!r}; choose auto, shared or stream")
+    if not 1 <= hello.batch_capacity <= MAX_TOKENS:
+        raise ProtocolError(f"batch_capacity={hello.batch_capacity}; it must be 1..{MAX_TOKENS}")
+    return hello
+
+
+def check_welcome(welcome: Welcome, n_fds: int) -> Welcome:
+    """ProtocolError unless a client of this version can work with it."""
+    wanted = {"shared": 2, "stream": 1}.get(welcome.transport)
+    if welcome.protocol != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"the worker speaks protocol {welcome.protocol} (moeshm {welcome.version}), this "
+            f"client {PROTOCOL_VERSION}; install the same moeshm on both sides"
+        )
+    if wanted is None or n_fds != wanted:
+        raise ProtocolError(f"transport {welcome.transport!r} came with {n_fds} fds")
+    if not 1 <= welcome.max_tokens <= MAX_TOKENS or not 0 <= welcome.epoch < 1 << 64:
+        raise ProtocolError(f"max_tokens={welcome.max_tokens}, epoch={welcome.epoch}")
+    return welcome
+
+
+# --- calls --------------------------------------------------------------------------------
+
+#: Types of the records that carry them.
+CALL, REPLY = 1, 2
+HEADER_BYTES = 64
+# version, header bytes, layer, call id, deadline, tokens, hidden size, top k, id space, dtype,
+# reply dtype
+_CALL = struct.Struct("<HHIQqIIHBBB27x")
+# version, status, tokens, call id, time in the backend, hidden size, dtype
+_REPLY = struct.Struct("<HHIQQIB35x")
+_LOCAL, _GLOBAL = 0, 1
+_OK, _INVALID, _FAILED, _EXPIRED = range(4)
+_DTYPES = {int(dtype): dtype for dtype in DType}
+_PADDING = bytes(HEADER_BYTES)
+_INT32 = np.dtype(np.int32)
+_FLOAT32 = np.dtype(np.float32)
+
+
+class Message(Protocol):
+    """What a transport delivers; `_ring.Record` is one."""
+
+    @property
+    def type(self) -> int: ...
+    def array(
+        self, dtype: npt.DTypeLike, shape: tuple[int, ...], offset: int = 0
+    ) -> Array: ...
+    def copy_to(self, destination: memoryview | bytearray | Array, offset: int = 0) -> None: ...
+    def release(self) -> None: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+
+class Call(NamedTuple):
+    """A checked call. `hidden_states` and `topk_weights` are views of the record, whose values
+    the client can still change; `topk_ids` are the worker's own, local and in range."""
+
+    call_id: int
+    layer: int
+    hidden_states: Array
+    topk_ids: npt.NDArray[np.int32]
+    topk_weights: npt.NDArray[np.float32]
+    #: Of the answer.
+    dtype: DType
+    #: CLOCK_MONOTONIC in ns; 0 for none.
+    deadline_ns: int
+
+
+class Reply(NamedTuple):
+    """A reply's header; `error` is None when the rows follow at HEADER_BYTES."""
+
+    call_id: int
+    n_tokens: int
+    hidden_size: int
+    dtype: DType
+    compute_ns: int
+    error: CallError | None
+
+
+def call_bytes(n_tokens: int, top_k: int, hidden_size: int, dtype: DType) -> int:
+    """Length of a call."""
+    return _rows_offset(n_tokens, top_k) + n_tokens * hidden_size * dtype.itemsize
+
+
+def reply_bytes(n_tokens: int, hidden_size: int, dtype: DType) -> int:
+    """Length of a reply that holds rows."""
+    return HEADER_BYTES + n_tokens * hidden_size * dtype.itemsize
+
+
+def _rows_offset(n_tokens: int, top_k: int) -> int:
+    return (HEADER_BYTES + n_tokens * top_k * 8 + 63) & ~63
+
+
+def pack_call(
+    call_id: int,
+    layer: int,
+    hidden_states: Array,
+    topk_ids: Array,
+    topk_weights: Array,
+    dtype: DType,
+    deadline_ns: int,
+    global_ids: bool,
+) -> tuple[bytes | Array, ...]:
+    """The parts of a call, from contiguous arrays of checked shapes; the answer's dtype is that
+    of `hidden_states`."""
+    n_tokens, hidden_size = hidden_states.shape
+    top_k = topk_ids.shape[1]
+    header = _CALL.pack(
+        CALL_VERSION, HEADER_BYTES, layer, call_id, deadline_ns, n_tokens, hidden_size, top_k,
+        global_ids, dtype, dtype,
+    )  # fmt: skip
+    n_padding = -n_tokens * top_k * 8 % 64
+    return header, topk_ids, topk_weights, _PADDING[:n_padding], hidden_states
+
+
+def read_call_id(record: Message) -> int:
+    """The id of a call that may be wrong in everything else; ProtocolError if it is no call."""
+    if record.type != CALL or len(record) < HEADER_BYTES:
+        raise ProtocolError(f"record type {record.type} of {len(record)} bytes is no call")
+    version, header_bytes, _, call_id, *_ = _CALL.unpack_from(record)
+    if not 1 <= version <= CALL_VERSION or header_bytes != HEADER_BYTES:
+        raise ProtocolError(
+            f"call version {version} with a header of {header_bytes} bytes; this worker reads "
+            f"versions 1..{CALL_VERSION}: update it"
+        )
+    return int(call_id)
+
+
+def parse_call(record: Message, layers: Mapping[int, LayerInfo], max_tokens: int) -> Call:
+    """Read a call whose `read_call_id` was good.
+
+    InvalidCall: it contradicts the layer, with the value and what is allowed. ProtocolError: its
+    length contradicts its header.
+    """
+    (
+        _, _, layer, call_id, deadline_ns, n_tokens, hidden_size, top_k, id_space, dtype, reply,
+    ) = _CALL.unpack_from(record)  # fmt: skip
+    info = layers.get(layer)
+    if info is None:
+        raise InvalidCall(f"layer {layer} is not on this worker; it holds {_listed(layers)}")
+    if dtype not in _DTYPES or reply not in _DTYPES or id_space > _GLOBAL:
+        raise InvalidCall(f"dtype {dtype}, reply dtype {reply}, id space {id_space}: unknown")
+    if hidden_size != info.hidden_size:
+        raise InvalidCall(f"hidden_size={hidden_size}; layer {layer} has {info.hidden_size}")
+    if not 1 <= n_tokens <= max_tokens:
+        raise InvalidCall(f"n_tokens={n_tokens}; this worker takes 1..{max_tokens} in one call")
+    if not 1 <= top_k <= info.top_k:
+        raise InvalidCall(
+            f"top_k={top_k} but layer {layer} has top_k={info.top_k}; "
+            f"pass ids of shape [n_tokens, {info.top_k}]"
+        )
+    wire = _DTYPES[dtype]
+    if len(record) != call_bytes(n_tokens, top_k, hidden_size, wire):
+        raise ProtocolError(
+            f"a call of {n_tokens} tokens, top_k {top_k} and {hidden_size} x {wire} holds "
+            f"{len(record)} bytes instead of {call_bytes(n_tokens, top_k, hidden_size, wire)}"
+        )
+    slots = (n_tokens, top_k)
+    # Copied before they are checked: the client could change them in between.
+    ids = record.array(_INT32, slots, HEADER_BYTES).copy()
+    return Call(
+        call_id,
+        layer,
+        record.array(wire.numpy, (n_tokens, hidden_size), _rows_offset(n_tokens, top_k)),
+        check_ids(ids, layer, info, id_space == _GLOBAL)[0],
+        record.array(_FLOAT32, slots, HEADER_BYTES + n_tokens * top_k * 4),
+        _DTYPES[reply],
+        deadline_ns,
+    )
+
+
+def check_ids(
+    ids: npt.NDArray[np.int32], layer: int, info: LayerInfo, are_global: bool
+) -> tuple[npt.NDArray[np.int32], int]:
+    """Local ids, each in range or -1, and how many rows hold nothing but -1.
+
+    InvalidCall names the first id that is not here.
+    """
+    limit = info.num_experts if are_global else len(info.experts)
+    n_empty, wrong = inspect_ids(ids, limit)
+    if wrong is not None:
+        kind = "global" if are_global else "local"
+        raise InvalidCall(
+            f"expert id {wrong}; {kind} ids of layer {layer} are 0..{limit - 1}, and -1 for an "
+            "empty slot"
+        )
+    if not are_global or info.holds_all_experts:
+        return ids, n_empty
+    table = np.full(info.num_experts + 1, -1, np.int32)
+    table[list(info.experts)] = np.arange(len(info.experts))
+    local = table[ids]
+    missing = ids[(local < 0) & (ids >= 0)]
+    if missing.size:
+        raise InvalidCall(
+            f"expert {missing[0]} of layer {layer} is not on this worker; it holds "
+            f"{_listed(sorted(info.experts))}"
+        )
+    return local, n_empty
+
+
+def pack_reply(
+    into: memoryview | bytearray | Array | Message,
+    call_id: int,
+    n_tokens: int,
+    hidden_size: int,
+    dtype: DType,
+    compute_ns: int,
+) -> None:
+    """Write the header of a reply whose rows follow it."""
+    _REPLY.pack_into(
+        into, 0, CALL_VERSION, _OK, n_tokens, call_id, compute_ns, hidden_size, dtype
+    )
+
+
+def pack_error(call_id: int, error: CallError) -> tuple[bytes, bytes]:
+    """The parts of a reply that says why there are no rows."""
+    status = _FAILED
+    if isinstance(error, InvalidCall):
+        status = _INVALID
+    elif isinstance(error, DeadlineExceeded):
+        status = _EXPIRED
+    text = str(error).encode("utf-8", "replace")[:4096]
+    return _REPLY.pack(CALL_VERSION, status, 0, call_id, 0, 0, 0), text
+
+
+def parse_reply(record: Message) -> Reply:
+    """ProtocolError when it is no reply, or its length contradicts its header."""
+    if record.type != REPLY or len(record) < HEADER_BYTES:
+        raise ProtocolError(f"record type {record.type} of {len(record)} bytes is no reply")
+    version, status, n_tokens, call_id, compute_ns, hidden_size, dtype = _REPLY.unpack_from(record)
+    if version != CALL_VERSION or dtype not in _DTYPES or status > _EXPIRED:
+        raise ProtocolError(f"reply version {version}, status {status}, dtype {dtype}: unknown")
+    wire = _DTYPES[dtype]
+    error = None
+    if status != _OK:
+        error = _error_of(status, bytes(memoryview(record)[HEADER_BYTES:]))
+    elif len(record) != reply_bytes(n_tokens, hidden_size, wire):
+        raise ProtocolError(
+            f"a reply of {n_tokens} tokens of {hidden_size} x {wire} holds {len(record)} bytes"
+        )
+    return Reply(call_id, n_tokens, hidden_size, wire, compute_ns, error)
+
+
+def _error_of(status: int, text: bytes) -> CallError:
+    kind = {_INVALID: InvalidCall, _EXPIRED: DeadlineExceeded}.get(status, WorkerFailed)
+    return kind(text.decode("utf-8", "replace"))
+
+
+def _listed(numbers: Mapping[int, LayerInfo] | list[int]) -> str:
+    shown = ", ".join(map(str, list(numbers)[:16]))
+    return f"{shown}, …" if len(numbers) > 16 else shown

@@ -1,0 +1,329 @@
+"""A session between two processes: the UNIX socket, the handshake, who the peer is, the end.
+
+The socket stays open as long as the session: its hang-up, and the peer's pidfd, tell of a death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from . import process, protocol
+from ._version import VERSION
+from .errors import (
+    ConnectError,
+    HandshakeRefused,
+    MoeshmError,
+    ProtocolError,
+    SegmentError,
+    SessionError,
+    SettingError,
+)
+from .layers import LayerInfo
+from .protocol import ControlMessage, Goodbye, Hello, Refusal, Welcome
+from .transport import Transport
+from .transport.shared import SharedTransport
+from .transport.stream import StreamTransport
+
+#: A packet of a handshake message: one byte that says whether more follow, and a part of it.
+_PACKET_BYTES = 32 << 10
+_MORE, _LAST = b"\1", b"\0"
+_MAX_FDS = 4
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred of unix(7)
+#: Rings are made no larger than this; longer calls are cut.
+MAX_RING_BYTES = 64 << 20
+#: Time to go through the queue of a listening worker, when it is full.
+_CONNECT_PAUSE_S = 0.005
+
+
+def parse_address(address: str) -> str:
+    """The path of `unix:PATH`; SettingError for anything else."""
+    scheme, colon, path = address.partition(":")
+    if scheme != "unix" or not colon or not path:
+        raise SettingError(f"address {address!r}; write unix:PATH")
+    if len(os.fsencode(path)) > 107:
+        raise SettingError(f"the socket path {path!r} is longer than 107 bytes; choose another")
+    return path
+
+
+class ControlSocket:
+    """A connected SOCK_SEQPACKET socket that carries handshake messages and fds."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        #: Of the process that connected or listened, as the kernel says.
+        self.peer_pid, self.peer_uid, self.peer_gid = _CREDENTIALS.unpack(credentials)
+        self.peer_pidfd = process.open_pidfd(self.peer_pid)
+
+    def fileno(self) -> int:
+        """The socket's file descriptor; -1 once closed."""
+        return self._socket.fileno()
+
+    def send(self, message: ControlMessage, fds: list[int], timeout_s: float) -> None:
+        """Send a message; the fds go with its first packet. SessionError when it cannot be."""
+        data = protocol.encode_control(message)
+        self._socket.settimeout(timeout_s)
+        try:
+            for start in range(0, len(data), _PACKET_BYTES):
+                part = data[start : start + _PACKET_BYTES]
+                mark = _MORE if start + len(part) < len(data) else _LAST
+                socket.send_fds(self._socket, [mark, part], fds if start == 0 else [])
+        except OSError as error:
+            raise SessionError(f"the handshake could not be sent: {error}") from error
+
+    def receive(self, timeout_s: float) -> tuple[ControlMessage, list[int]]:
+        """The next message and its fds, which are the caller's to close.
+
+        SessionError: none came in time, or the peer is gone. ProtocolError: it is no message.
+        """
+        deadline = time.monotonic() + timeout_s
+        data = bytearray()
+        fds: list[int] = []
+        try:
+            while True:
+                packet = self._receive_packet(fds, deadline - time.monotonic())
+                data += packet[1:]
+                if packet[:1] == _LAST:
+                    return protocol.decode_control(bytes(data)), fds
+                if packet[:1] != _MORE or len(data) > protocol.MAX_CONTROL_BYTES:
+                    raise ProtocolError(f"handshake packet {packet[:16]!r} after {len(data)} bytes")
+        except BaseException:
+            close_fds(fds)
+            raise
+
+    def _receive_packet(self, fds: list[int], timeout_s: float) -> bytes:
+        self._socket.settimeout(max(1e-3, timeout_s))
+        try:
+            packet, received, flags, _ = socket.recv_fds(
+                self._socket, _PACKET_BYTES + 1, _MAX_FDS, socket.MSG_CMSG_CLOEXEC
+            )
+        except TimeoutError:
+            raise SessionError("the peer's part of the handshake did not come in time") from None
+        except OSError as error:
+            raise SessionError(f"the peer is gone: {error}") from error
+        fds += received
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise ProtocolError("a handshake packet is too long, or carries too many fds")
+        if not packet:
+            raise SessionError("the peer closed the connection during the handshake")
+        return packet
+
+    def close(self) -> None:
+        """Close it; again does nothing."""
+        self._socket.close()
+        if self.peer_pidfd >= 0:
+            os.close(self.peer_pidfd)
+            self.peer_pidfd = -1
+
+
+class Session:
+    """An open session: the transport, and what keeps it alive."""
+
+    def __init__(self, control: ControlSocket, transport: Transport, welcome: Welcome) -> None:
+        self.control = control
+        self.transport = transport
+        self.welcome = welcome
+
+    def farewell(self) -> str | None:
+        """Why the peer ended the session on purpose; None when it did not say so."""
+        try:
+            message, fds = self.control.receive(0.0)
+        except (SessionError, OSError):
+            return None
+        close_fds(fds)
+        return message.reason if isinstance(message, Goodbye) else None
+
+    def close(self) -> None:
+        """Close both; again does nothing."""
+        self.transport.close()
+        self.control.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+# --- client -------------------------------------------------------------------------------
+
+
+def connect(address: str, transport: str, batch_capacity: int, timeout_s: float) -> Session:
+    """Open a session with the worker at `unix:PATH`.
+
+    ConnectError: nobody answers there. HandshakeRefused: the worker said no, with its reason.
+    ProtocolError, SegmentError: what it sent cannot be used.
+    """
+    deadline = time.monotonic() + timeout_s
+    control = ControlSocket(_connect(parse_address(address), deadline))
+    try:
+        hello = Hello(
+            protocol=protocol.PROTOCOL_VERSION,
+            version=VERSION,
+            transport=transport,
+            batch_capacity=batch_capacity,
+        )
+        control.send(hello, [], max(1e-3, deadline - time.monotonic()))
+        answer, fds = control.receive(deadline - time.monotonic())
+        try:
+            return Session(control, *_join(control, answer, fds))
+        finally:
+            close_fds(fds)
+    except BaseException:
+        control.close()
+        raise
+
+
+def _connect(path: str, deadline: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.setblocking(False)
+    try:
+        while True:
+            try:
+                sock.connect(path)
+                return sock
+            except BlockingIOError:
+                # The worker's queue is full, and a UNIX socket cannot be polled for room in it.
+                if time.monotonic() > deadline:
+                    raise ConnectError(f"the worker at {path} is too busy to answer") from None
+                time.sleep(_CONNECT_PAUSE_S)
+    except OSError as error:
+        sock.close()
+        if isinstance(error, ConnectError):
+            raise
+        raise ConnectError(
+            f"no worker answers at {path} ({error.strerror}); start one with "
+            f"moeshm worker --model DIR --listen unix:{path}"
+        ) from None
+
+
+def _join(
+    control: ControlSocket, answer: ControlMessage, fds: list[int]
+) -> tuple[Transport, Welcome]:
+    if isinstance(answer, Refusal):
+        raise HandshakeRefused(f"the worker refused: {answer.reason}")
+    if not isinstance(answer, Welcome):
+        raise ProtocolError(f"expected welcome, got {type(answer).__name__.lower()}")
+    welcome = protocol.check_welcome(answer, len(fds))
+    if welcome.transport == "stream":
+        return StreamTransport.attach(fds.pop(), welcome.epoch), welcome
+    shared = SharedTransport.attach(fds, welcome.epoch, control.fileno(), control.peer_pidfd)
+    return shared, welcome
+
+
+# --- worker -------------------------------------------------------------------------------
+
+
+def accept(
+    control: ControlSocket,
+    layers: Mapping[int, LayerInfo],
+    backend: str,
+    max_tokens: int,
+    timeout_s: float,
+) -> Session:
+    """Answer a client's handshake; it is told before a ProtocolError or SegmentError is raised."""
+    try:
+        if control.peer_uid not in (os.geteuid(), 0):
+            raise ProtocolError(f"user {control.peer_uid} may not use this worker")
+        message, fds = control.receive(timeout_s)
+        close_fds(fds)
+        hello = protocol.check_hello(message)
+        most = min(max_tokens, hello.batch_capacity)
+        return _open(control, hello, layers, backend, most, timeout_s)
+    except (ProtocolError, SegmentError) as error:
+        with contextlib.suppress(MoeshmError):
+            control.send(Refusal(str(error)), [], timeout_s)
+        raise
+
+
+def _open(
+    control: ControlSocket,
+    hello: Hello,
+    layers: Mapping[int, LayerInfo],
+    backend: str,
+    max_tokens: int,
+    timeout_s: float,
+) -> Session:
+    epoch = random.SystemRandom().getrandbits(64)
+    sizes = _ring_sizes(layers, max_tokens)
+    max_tokens = min(max_tokens, _fitting_tokens(layers, *sizes))
+    stepped_down = ""
+    transport: Transport
+    if hello.transport == "stream":
+        transport, fds = StreamTransport.create(epoch)
+    else:
+        try:
+            transport, fds = SharedTransport.create(
+                *sizes, epoch, control.fileno(), control.peer_pidfd
+            )
+        except SegmentError as error:
+            if hello.transport == "shared":
+                raise
+            stepped_down = str(error)
+            transport, fds = StreamTransport.create(epoch)
+    try:
+        welcome = Welcome(
+            protocol=protocol.PROTOCOL_VERSION,
+            version=VERSION,
+            backend=backend,
+            transport=transport.name,
+            stepped_down=stepped_down,
+            epoch=epoch,
+            max_tokens=max_tokens,
+            layers=dict(layers),
+        )
+        control.send(welcome, fds, timeout_s)
+    except BaseException:
+        transport.close()
+        raise
+    finally:
+        if transport.name == "stream":
+            close_fds(fds)
+    return Session(control, transport, welcome)
+
+
+def _call_sizes(info: LayerInfo, max_tokens: int) -> tuple[int, int]:
+    """Bytes of a call and of its reply in the widest format."""
+    rows = protocol.reply_bytes(max_tokens, info.hidden_size, protocol.DType.F32)
+    return rows + max_tokens * info.top_k * 8 + protocol.HEADER_BYTES, rows
+
+
+def _ring_sizes(layers: Mapping[int, LayerInfo], max_tokens: int) -> tuple[int, int]:
+    """Capacities for calls and for replies: what the largest call of any layer takes."""
+    sizes = [_call_sizes(info, max_tokens) for info in layers.values()]
+    calls, replies = (max(each) for each in zip(*sizes, strict=True))
+    return min(calls, MAX_RING_BYTES), min(replies, MAX_RING_BYTES)
+
+
+def _fitting_tokens(layers: Mapping[int, LayerInfo], calls: int, replies: int) -> int:
+    """Most tokens whose call and reply fit for every layer."""
+    fitting = protocol.MAX_TOKENS
+    for info in layers.values():
+        row = 4 * info.hidden_size
+        by_call = (calls - 2 * protocol.HEADER_BYTES) // (row + 8 * info.top_k)
+        by_reply = (replies - protocol.HEADER_BYTES) // row
+        fitting = min(fitting, by_call, by_reply)
+    return max(1, fitting)
+
+
+def close_fds(fds: list[int]) -> None:
+    """Close and forget them."""
+    while fds:
+        try:
+            os.close(fds.pop())
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise

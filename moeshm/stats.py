@@ -1,0 +1,104 @@
+"""What a client did: counts and times, as `client.stats()` shows them."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import msgspec
+
+
+class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Since the client was opened. Times are sums over calls, in seconds.
+
+    A call that was cut into several counts once in `calls` and once in `messages` for each.
+    """
+
+    calls: int
+    #: Rows that were sent; those without an expert stay here.
+    rows: int
+    messages: int
+    #: Bytes of requests and replies, headers included.
+    bytes_out: int
+    bytes_in: int
+    #: Checking, converting and sending the inputs.
+    pack_s: float
+    #: Waiting for replies.
+    wait_s: float
+    #: The worker's own time in its backend, as it reports it; part of `wait_s`.
+    compute_s: float
+    #: Copying and converting the results.
+    unpack_s: float
+    #: Calls that the fallback computed, and why: "worker_died", "deadline", "worker_down".
+    fallback_calls: int
+    fallbacks: dict[str, int]
+    #: Why a worker could not give the transport that was wished for, and how often.
+    stepped_down: dict[str, int]
+    #: Sessions after the first, and how many of them needed a new worker process.
+    reconnects: int
+    worker_restarts: int
+
+
+class StatsCounter:
+    """Adds up; one lock, taken once a call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls = self._rows = self._messages = 0
+        self._bytes_out = self._bytes_in = 0
+        self._pack_ns = self._wait_ns = self._compute_ns = self._unpack_ns = 0
+        self._fallbacks: Counter[str] = Counter()
+        self._stepped_down: Counter[str] = Counter()
+        self._reconnects = self._worker_restarts = 0
+
+    def sent(self, messages: int, rows: int, bytes_out: int, pack_ns: int) -> None:
+        """A call left."""
+        with self._lock:
+            self._calls += 1
+            self._messages += messages
+            self._rows += rows
+            self._bytes_out += bytes_out
+            self._pack_ns += pack_ns
+
+    def received(self, bytes_in: int, wait_ns: int, compute_ns: int, unpack_ns: int) -> None:
+        """Replies came."""
+        with self._lock:
+            self._bytes_in += bytes_in
+            self._wait_ns += wait_ns
+            self._compute_ns += compute_ns
+            self._unpack_ns += unpack_ns
+
+    def fell_back(self, cause: str) -> bool:
+        """A call went to the fallback; True the first time for this cause."""
+        with self._lock:
+            self._fallbacks[cause] += 1
+            return self._fallbacks[cause] == 1
+
+    def connected(self, is_first: bool, is_new_process: bool, stepped_down: str) -> None:
+        """A session was opened."""
+        with self._lock:
+            if not is_first:
+                self._reconnects += 1
+                self._worker_restarts += is_new_process
+            if stepped_down:
+                self._stepped_down[stepped_down] += 1
+
+    def snapshot(self) -> ClientStats:
+        """The figures now."""
+        with self._lock:
+            return ClientStats(
+                calls=self._calls,
+                rows=self._rows,
+                messages=self._messages,
+                bytes_out=self._bytes_out,
+                bytes_in=self._bytes_in,
+                pack_s=self._pack_ns / 1e9,
+                wait_s=self._wait_ns / 1e9,
+                compute_s=self._compute_ns / 1e9,
+                unpack_s=self._unpack_ns / 1e9,
+                fallback_calls=self._fallbacks.total(),
+                fallbacks=dict(self._fallbacks),
+                stepped_down=dict(self._stepped_down),
+                reconnects=self._reconnects,
+                worker_restarts=self._worker_restarts,
+            )

@@ -1,0 +1,60 @@
+"""How calls and replies travel: one file a transport, all of them with this interface.
+
+Both carry the same records in the same order, so nothing above knows which one it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from ..dtypes import Array
+from ..protocol import Message
+
+
+class Outgoing(Protocol):
+    """Room for a record that is filled in place; `_ring.Reservation` is one."""
+
+    def array(
+        self, dtype: npt.DTypeLike, shape: tuple[int, ...], offset: int = 0
+    ) -> Array: ...
+    def commit(self) -> None: ...
+    def abort(self) -> None: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+
+class Transport(Protocol):
+    """One side's end of a session's data path, both ways.
+
+    One thread may send while another receives. Errors are the ring's: RingFull and RingEmpty at
+    the timeout, RingClosed when the other side closed, PeerDied when its process is gone, Corrupt
+    when it sent something impossible; `timeout_s` None waits for ever, 0 does not wait.
+    """
+
+    name: str
+    #: Most bytes of one record, each way.
+    send_capacity: int
+    receive_capacity: int
+
+    def write(
+        self, parts: Sequence[Any], type: int, flags: int = 0, timeout_s: float | None = None
+    ) -> None:
+        """Send one record made of the given buffers, one after the other."""
+        ...
+
+    def reserve(
+        self, size: int, type: int, flags: int = 0, timeout_s: float | None = None
+    ) -> Outgoing:
+        """Room for a record of `size` bytes, sent by its `commit`."""
+        ...
+
+    def acquire(self, timeout_s: float | None = None) -> Message:
+        """The next record; `release` it."""
+        ...
+
+    def close(self) -> None:
+        """Close this end; again does nothing."""
+        ...

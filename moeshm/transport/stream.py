@@ -1,0 +1,273 @@
+"""The stream transport: a UNIX stream socket and no memory of its own.
+
+A record is the ring's header of 32 bytes (length, type, flags, epoch, sequence) and its payload.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import math
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..dtypes import Array
+from ..errors import Corrupt, PeerDied, RingClosed, RingEmpty, RingError, RingFull
+
+_HEADER = struct.Struct("<QIIQQ")
+#: With a socket there is no memory that a limit could come from: of one record.
+MAX_RECORD_BYTES = 256 << 20
+#: How long the other side may take nothing in the middle of a record.
+_STALL_S = 10.0
+#: How long to leave receiving to another thread before looking whether it still does.
+_PATIENCE_S = 0.01
+#: Kernel buffers that a call of a few tokens fits into; the system may grant less.
+_SOCKET_BYTES = 1 << 20
+
+
+class StreamTransport:
+    """A `Transport` over a connected socket, which it owns.
+
+    `drains`: while it waits for room to send, it takes in what arrives, so that two sides that
+    both send never wait for each other. Of the two, the one whose incoming records are bounded
+    by what it asked for does so: the client.
+    """
+
+    name = "stream"
+
+    def __init__(self, sock: socket.socket, epoch: int, drains: bool) -> None:
+        sock.setblocking(False)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BYTES)
+        self.send_capacity = self.receive_capacity = MAX_RECORD_BYTES
+        self._socket = sock
+        self._epoch = epoch
+        self._drains = drains
+        self._sent = 0
+        self._inbox: collections.deque[StreamMessage] = collections.deque()
+        self._reader = _Reader(sock, epoch)
+        self._reading = threading.Lock()
+        self._is_closed = False
+
+    @classmethod
+    def create(cls, epoch: int) -> tuple[StreamTransport, list[int]]:
+        """A worker's side, and the fd for the client, which is the caller's to close."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        return cls(ours, epoch, drains=False), [theirs.detach()]
+
+    @classmethod
+    def attach(cls, fd: int, epoch: int) -> StreamTransport:
+        """A client's side; it owns the fd. Corrupt when that is no stream socket."""
+        sock = socket.socket(fileno=fd)
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            sock.close()
+            raise Corrupt(f"fd {fd} is no UNIX stream socket")
+        return cls(sock, epoch, drains=True)
+
+    def write(
+        self, parts: Sequence[Any], type: int, flags: int = 0, timeout_s: float | None = None
+    ) -> None:
+        """As `Transport.write`. A record that has begun to leave is finished whatever the timeout
+        says, or the other side would take the next for the rest of it; when that side stalls, the
+        stream is closed and PeerDied raised."""
+        views = [memoryview(part).cast("B") for part in parts if len(part)]
+        length = sum(map(len, views))
+        if length > MAX_RECORD_BYTES:
+            raise RingError(f"a record of {length} bytes; at most {MAX_RECORD_BYTES} may be sent")
+        views.insert(0, memoryview(_HEADER.pack(length, type, flags, self._epoch, self._sent)))
+        deadline = _deadline(timeout_s)
+        has_begun = False
+        while views:
+            sent = self._send(views)
+            if sent:
+                has_begun, deadline = True, time.monotonic() + _STALL_S
+                views = _rest(views, sent)
+            elif not self._wait_for_room(deadline):
+                if not has_begun:
+                    raise RingFull(f"no room for {length} bytes within {timeout_s} s")
+                self.close()
+                raise PeerDied(f"the other end took nothing for {_STALL_S:g} s; stream closed")
+        self._sent += 1
+
+    def reserve(
+        self, size: int, type: int, flags: int = 0, timeout_s: float | None = None
+    ) -> StreamReservation:
+        """As `Transport.reserve`; here memory is private, and only `commit` waits."""
+        return StreamReservation(self, size, type, flags, timeout_s)
+
+    def acquire(self, timeout_s: float | None = None) -> StreamMessage:
+        """As `Transport.acquire`."""
+        deadline = _deadline(timeout_s)
+        with self._reading:
+            if self._inbox:
+                return self._inbox.popleft()
+            while (message := self._read()) is None:
+                if not self._poll(select.POLLIN, deadline):
+                    raise RingEmpty(f"no record within {timeout_s} s")
+            return message
+
+    def close(self) -> None:
+        """As `Transport.close`."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        # First for threads that poll it, who then find it closed.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _send(self, views: list[memoryview]) -> int:
+        try:
+            return self._socket.sendmsg(views, [], socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise self._gone() from error
+
+    def _wait_for_room(self, deadline: float | None) -> bool:
+        """Until something may be sent; False at the deadline. Takes in what arrives meanwhile."""
+        if not self._drains:
+            return self._poll(select.POLLOUT, deadline)
+        if not self._reading.acquire(blocking=False):
+            # Another thread receives; it may stop at any time.
+            soon = time.monotonic() + _PATIENCE_S
+            is_last = deadline is not None and deadline <= soon
+            return self._poll(select.POLLOUT, deadline if is_last else soon) or not is_last
+        try:
+            while (message := self._read()) is not None:
+                self._inbox.append(message)
+        finally:
+            self._reading.release()
+        return self._poll(select.POLLOUT | select.POLLIN, deadline)
+
+    def _poll(self, events: int, deadline: float | None) -> bool:
+        if self._is_closed:
+            raise self._gone()
+        poll = select.poll()
+        poll.register(self._socket, events)
+        timeout_ms = None
+        if deadline is not None:
+            timeout_ms = max(0.0, (deadline - time.monotonic()) * 1e3)
+        return bool(poll.poll(timeout_ms))
+
+    def _read(self) -> StreamMessage | None:
+        try:
+            return self._reader.read()
+        except BlockingIOError:
+            return None
+        except (EOFError, OSError) as error:
+            raise self._gone() from error
+
+    def _gone(self) -> RingClosed | PeerDied:
+        if self._is_closed:
+            return RingClosed("this end of the stream is closed")
+        return PeerDied("the other end of the stream is gone, and all it sent was read")
+
+
+class _Reader:
+    """Assembles records from what a socket has."""
+
+    def __init__(self, sock: socket.socket, epoch: int) -> None:
+        self._socket = sock
+        self._epoch = epoch
+        self._sequence = 0
+        self._header = bytearray(_HEADER.size)
+        self._message: StreamMessage | None = None
+        self._filled = 0
+
+    def read(self) -> StreamMessage:
+        """The next whole record, or BlockingIOError; EOFError at the end; Corrupt."""
+        if self._message is None:
+            self._fill(self._header)
+            length, kind, flags, epoch, sequence = _HEADER.unpack(self._header)
+            if length > MAX_RECORD_BYTES or (epoch, sequence) != (self._epoch, self._sequence):
+                raise Corrupt(
+                    f"the other end of the stream sent record {sequence} of epoch {epoch} with "
+                    f"{length} bytes; expected record {self._sequence} of epoch {self._epoch}"
+                )
+            self._sequence += 1
+            self._filled = 0
+            self._message = StreamMessage(length)
+            self._message.describe(kind, flags, sequence)
+        self._fill(self._message)
+        message, self._message = self._message, None
+        self._filled = 0
+        return message
+
+    def _fill(self, buffer: bytearray) -> None:
+        with memoryview(buffer) as view:
+            while self._filled < len(buffer):
+                received = self._socket.recv_into(view[self._filled :])
+                if received == 0:
+                    raise EOFError
+                self._filled += received
+
+
+class _Buffer(bytearray):
+    """Private memory of a record."""
+
+    def array(self, dtype: npt.DTypeLike, shape: tuple[int, ...], offset: int = 0) -> Array:
+        """An ndarray over the bytes from `offset` on; ValueError when it does not fit."""
+        return np.frombuffer(self, dtype, math.prod(shape), offset).reshape(shape)
+
+
+class StreamMessage(_Buffer):
+    """A record that came."""
+
+    type = flags = sequence = 0
+
+    def describe(self, type: int, flags: int, sequence: int) -> None:
+        """Say what came with the bytes."""
+        self.type, self.flags, self.sequence = type, flags, sequence
+
+    def copy_to(self, destination: memoryview | bytearray | Array, offset: int = 0) -> None:
+        """Fill a writable contiguous buffer from `offset` on; ValueError: the record has less."""
+        with memoryview(destination).cast("B") as target:
+            if offset + len(target) > len(self):
+                raise ValueError(f"{len(target)} bytes from {offset}: the record has {len(self)}")
+            target[:] = memoryview(self)[offset : offset + len(target)]
+
+    def release(self) -> None:
+        """As `Message.release`: nothing, the memory is private."""
+
+
+class StreamReservation(_Buffer):
+    """A record that is being filled."""
+
+    def __new__(cls, *_: object) -> StreamReservation:
+        return super().__new__(cls)
+
+    def __init__(
+        self, transport: StreamTransport, size: int, type: int, flags: int, timeout_s: float | None
+    ) -> None:
+        super().__init__(size)
+        self._transport = transport
+        self._arguments = type, flags, timeout_s
+
+    def commit(self) -> None:
+        """Send it; errors as `Transport.write`."""
+        self._transport.write((self,), *self._arguments)
+
+    def abort(self) -> None:
+        """Forget it."""
+
+
+def _deadline(timeout_s: float | None) -> float | None:
+    return None if timeout_s is None else time.monotonic() + timeout_s
+
+
+def _rest(views: list[memoryview], sent: int) -> list[memoryview]:
+    """What is left of the views after their first `sent` bytes."""
+    for index, view in enumerate(views):
+        if sent < len(view):
+            return [view[sent:], *views[index + 1 :]]
+        sent -= len(view)
+    return []

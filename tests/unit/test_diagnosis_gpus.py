@@ -1,0 +1,162 @@
+"""The GPU checks, with a runtime like CuPy's and with a driver's files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from moeshm.diagnosis import gpus
+from moeshm.diagnosis.finding import Finding
+
+GIB = 1 << 30
+
+
+class CudaError(RuntimeError):
+    """Stands for CuPy's CUDARuntimeError."""
+
+
+class FakeRuntime:
+    """The calls of cupy.cuda.runtime that the checks make; `refused` ones raise, as stubs do."""
+
+    CUDARuntimeError = CudaError
+    eventInterprocess = 4
+    eventDisableTiming = 2
+
+    def __init__(self, *, count: int = 1, is_hip: bool = False, refused: tuple[str, ...] = ()):
+        self.count = count
+        self.is_hip = is_hip
+        self.refused = refused
+        self.device = 0
+        self.held: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Every call that takes or gives something back: balanced ones leave `held` empty."""
+        pairs = {"free": "malloc", "eventDestroy": "eventCreateWithFlags"}
+        pairs["hostUnregister"] = "hostRegister"
+
+        def call(*_: int) -> int:
+            if name in self.refused:
+                raise CudaError(f"hipErrorUnknown: {name}")
+            if name in pairs:
+                self.held.remove(pairs[name])
+            elif name in pairs.values():
+                self.held.append(name)
+            return 1
+
+        return call
+
+    def getDeviceCount(self) -> int:
+        if self.count < 0:
+            raise CudaError("cudaErrorNoDevice: no CUDA-capable device is detected")
+        return self.count
+
+    def getDevice(self) -> int:
+        return self.device
+
+    def setDevice(self, index: int) -> None:
+        self.device = index
+
+    def getDeviceProperties(self, index: int) -> dict[str, Any]:
+        if self.is_hip:
+            name, arch = b"AMD Instinct MI300X", b"gfx942:sramecc+:xnack-"
+            return {"name": name, "gcnArchName": arch, "totalGlobalMem": 192 * GIB}
+        name = f"NVIDIA H100 {index}".encode()
+        return {"name": name, "major": 9, "minor": 0, "totalGlobalMem": 80 * GIB}
+
+    def runtimeGetVersion(self) -> int:
+        return 70_051_831 if self.is_hip else 13_020
+
+    def driverGetVersion(self) -> int:
+        return 4 if self.is_hip else 13_000
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeRuntime], FakeRuntime]:
+    def install(runtime: FakeRuntime) -> FakeRuntime:
+        cupy, cuda = ModuleType("cupy"), ModuleType("cupy.cuda")
+        cuda.runtime = runtime  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
+        return runtime
+
+    return install
+
+
+Pretend = Callable[[FakeRuntime], FakeRuntime]
+
+
+def test_each_cuda_device_has_a_line(pretend: Pretend) -> None:
+    runtime = pretend(FakeRuntime(count=2))
+    first, second = gpus.check_gpus()
+    assert (first.name, second.name) == ("gpu0", "gpu1")
+    assert first == Finding(
+        "gpu0",
+        "ok",
+        "NVIDIA H100 0, sm_90, 80.0 GiB, CUDA 13.2 (the driver's: 13.0); "
+        "IPC memory, IPC events, pinned registration work",
+    )
+    assert runtime.held == []
+    assert runtime.device == 0
+
+
+def test_rocm_names_what_its_cupy_lacks(pretend: Pretend) -> None:
+    refused = ("hostRegister", "ipcGetEventHandle")
+    runtime = pretend(FakeRuntime(is_hip=True, refused=refused))
+    (finding,) = gpus.check_gpus()
+    assert finding.status == "degraded"
+    assert finding.value.startswith("AMD Instinct MI300X, gfx942, 192.0 GiB, HIP 7.0; IPC memory")
+    assert "IPC events (CudaError: hipErrorUnknown: ipcGetEventHandle)" in finding.value
+    assert "mallocAsync" in finding.value
+    assert finding.remedy
+    assert runtime.held == []  # what was made before the refusal was given back
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_cupy_without_a_gpu(pretend: Pretend, count: int) -> None:
+    pretend(FakeRuntime(count=count))
+    (finding,) = gpus.check_gpus()
+    assert (finding.name, finding.status) == ("gpu", "missing")
+
+
+@pytest.fixture
+def hardware(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A root folder in which the driver's files are looked for; no CuPy, no nvidia-smi."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    monkeypatch.setattr(gpus, "Path", lambda path: tmp_path / path.lstrip("/"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+def test_no_cupy_and_no_gpu(hardware: Path) -> None:
+    assert list(hardware.iterdir()) == []
+    (finding,) = gpus.check_gpus()
+    assert (finding.status, finding.value) == ("missing", "none found")
+
+
+def test_an_nvidia_gpu_without_cupy(hardware: Path) -> None:
+    folder = hardware / "proc/driver/nvidia/gpus/0000:00:06.0"
+    folder.mkdir(parents=True)
+    (folder / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 11\n")
+    (finding,) = gpus.check_gpus()
+    assert finding.status == "degraded"
+    assert finding.value.startswith("NVIDIA H100 80GB HBM3 is here but CuPy is not")
+    assert "pip install 'moeshm[cuda13]'" in finding.remedy
+
+
+def test_nvidia_smi_without_cupy(hardware: Path) -> None:
+    (hardware / "nvidia-smi").touch(mode=0o755)
+    assert "moeshm[cuda13]" in gpus.check_gpus()[0].remedy
+
+
+def test_an_amd_gpu_without_cupy(hardware: Path) -> None:
+    (hardware / "dev").mkdir()
+    (hardware / "dev" / "kfd").touch()
+    (finding,) = gpus.check_gpus()
+    assert finding.status == "degraded"
+    assert "pip install 'moeshm[rocm]'" in finding.remedy

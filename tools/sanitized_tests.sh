@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Runs the ring's tests on builds with the thread, address and undefined-behaviour sanitizers.
+#
+# usage: tools/sanitized_tests.sh PYTHON [pytest arguments]
+#   SANITIZERS   which of them, by default "thread address undefined"
+# The builds live in a temporary copy, so the checkout's own stays as it is. A report fails the
+# run wherever it was made: every process of the tests writes its reports to one folder.
+set -euo pipefail
+
+python=$(realpath --no-symlinks "$1")
+shift
+copy=$(mktemp -d --suffix=-moeshm-sanitized)
+trap 'rm -rf "$copy"' EXIT
+reports=$copy/reports
+
+cp -r --parents pyproject.toml setup.py README.md LICENSE moeshm kernels bench tests "$copy"
+rm -f "$copy"/moeshm/*.so
+cd "$copy"
+
+# The interpreter is not instrumented, so the runtime has to be there before it starts.
+runtime_of() {
+    local library path
+    library=lib$1.so
+    path=$(gcc -print-file-name="$library")
+    if [ "$path" = "$library" ]; then
+        echo "gcc has no $library; install its sanitizer runtimes (Fedora: dnf install $library;" \
+            "Debian's gcc depends on them)" >&2
+        return 1
+    fi
+    realpath "$path"
+}
+
+# The kernel may place memory where TSan's shadow is (mmap_rnd_bits above 28).
+fixed_addresses=()
+if setarch --addr-no-randomize true 2>/dev/null; then
+    fixed_addresses=(setarch --addr-no-randomize)
+fi
+
+run_tests() {
+    local sanitizer=$1 preload=
+    shift
+    case $sanitizer in
+        thread) preload=$(runtime_of tsan) || return ;;
+        address) preload=$(runtime_of asan) || return ;;
+    esac
+    echo "--- $sanitizer sanitizer: building"
+    CC=gcc MOESHM_SANITIZE=$sanitizer "$python" setup.py --quiet build_ext --inplace ||
+        return
+    echo "--- $sanitizer sanitizer: testing"
+    # PYTHONMALLOC: with CPython's own allocator ASan could not see where an object ends.
+    # detect_leaks: what CPython keeps until it exits is not ours.
+    # die_after_fork: tests start processes while they have threads.
+    "${fixed_addresses[@]}" env PYTHONPATH="$copy" PYTHONMALLOC=malloc OPENBLAS_NUM_THREADS=1 \
+        TSAN_OPTIONS="log_path=$reports/thread die_after_fork=0" \
+        ASAN_OPTIONS="log_path=$reports/address detect_leaks=0" \
+        UBSAN_OPTIONS="log_path=$reports/undefined print_stacktrace=1" \
+        ${preload:+LD_PRELOAD="$preload"} \
+        "$python" -m pytest -p no:cacheprovider tests/ring "$@"
+}
+
+failed=0
+for sanitizer in ${SANITIZERS:-thread address undefined}; do
+    mkdir -p "$reports"
+    run_tests "$sanitizer" "$@" || failed=1
+    if [ -n "$(ls "$reports")" ]; then
+        cat "$reports"/*
+        echo "--- $sanitizer sanitizer: the reports above fail the run"
+        failed=1
+    fi
+    rm -rf "$reports"
+done
+exit "$failed"
