@@ -1,7 +1,7 @@
 """Mixture-of-Experts layers computed in another process, over lock-free shared memory.
 
-    with moeshm.connect("unix:/run/moeshm/w0.sock") as client:
-        y = client.compute(3, hidden_states, topk_ids, topk_weights)
+with moeshm.connect("unix:/run/moeshm/w0.sock") as client:
+    y = client.compute(3, hidden_states, topk_ids, topk_weights)
 """
 
 from __future__ import annotations

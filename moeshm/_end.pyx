@@ -251,9 +251,9 @@ cdef class RingEnd:
         cdef int64_t now = moeshm_now_ns()
         cdef int64_t slice_until = now + SLICE_NS
         cdef uint64_t word
-        cdef int i
+        cdef int _i
         while True:
-            for i in range(16):
+            for _i in range(16):
                 word = moeshm_load_acquire(self.peer)
                 if word & ~<uint64_t>ARMED != seen:
                     return CHANGED
@@ -280,7 +280,7 @@ cdef class RingEnd:
         return CHANGED if moeshm_load_acquire(self.peer) & ~<uint64_t>ARMED != seen else AGAIN
 
     cdef void _adapt(self, int64_t waited_ns) noexcept:
-        """After a sleep: spin for the whole cap if that would have done, for half as long if not."""
+        """After a sleep: spin for the whole cap if that would have done, half as long if not."""
         if waited_ns <= self.spin_cap_ns and self.spin_ns:
             self.spin_ns = self.spin_cap_ns
         elif self.spin_ns > self.spin_cap_ns >> 5:

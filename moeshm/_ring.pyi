@@ -1,11 +1,11 @@
 """Types of the extension; the behaviour is documented in `_ring.pyx`."""
 
+import builtins
 import sys
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, final
 
-import numpy as np
 import numpy.typing as npt
 
 if sys.version_info >= (3, 12):
@@ -17,7 +17,7 @@ MAX_OUTSTANDING: int
 MAX_CAPACITY: int
 HEADER_BYTES: int
 
-class RingEnd:
+class _RingEnd:
     @property
     def capacity(self) -> int: ...
     @property
@@ -39,22 +39,26 @@ class RingEnd:
     def watch(self, socket_fd: int = -1, pidfd: int = -1) -> None: ...
     def close(self) -> None: ...
 
+@final
 class Reservation:
     @property
     def sequence(self) -> int: ...
     def commit(self) -> None: ...
     def abort(self) -> None: ...
-    def array(self, dtype: npt.DTypeLike, shape: tuple[int, ...], offset: int = 0) -> npt.NDArray[Any]: ...
+    def array(
+        self, dtype: npt.DTypeLike, shape: tuple[int, ...], offset: int = 0
+    ) -> npt.NDArray[Any]: ...
     def __len__(self) -> int: ...
     def __enter__(self) -> memoryview: ...
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        kind: builtins.type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+@final
 class Record:
     @property
     def type(self) -> int: ...
@@ -63,22 +67,30 @@ class Record:
     @property
     def sequence(self) -> int: ...
     def release(self) -> None: ...
-    def copy_to(self, destination: Buffer, offset: int = 0) -> None: ...
-    def array(self, dtype: npt.DTypeLike, shape: tuple[int, ...], offset: int = 0) -> npt.NDArray[Any]: ...
+    def copy_to(self, destination: Buffer | npt.NDArray[Any], offset: int = 0) -> None: ...
+    def array(
+        self, dtype: npt.DTypeLike, shape: tuple[int, ...], offset: int = 0
+    ) -> npt.NDArray[Any]: ...
     def __len__(self) -> int: ...
     def __enter__(self) -> Record: ...
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        kind: builtins.type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
-class RingProducer(RingEnd):
+class RingProducer(_RingEnd):
     @classmethod
     def create(
-        cls, name: str | None, capacity: int, *, epoch: int = 0, spin_us: float | None = None
+        cls,
+        name: str | None,
+        capacity: int,
+        *,
+        epoch: int = 0,
+        spin_us: float | None = None,
+        first_position: int = 0,
     ) -> RingProducer: ...
     @classmethod
     def attach(
@@ -97,15 +109,21 @@ class RingProducer(RingEnd):
     def __enter__(self) -> RingProducer: ...
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        kind: builtins.type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None: ...
 
-class RingConsumer(RingEnd):
+class RingConsumer(_RingEnd):
     @classmethod
     def create(
-        cls, name: str | None, capacity: int, *, epoch: int = 0, spin_us: float | None = None
+        cls,
+        name: str | None,
+        capacity: int,
+        *,
+        epoch: int = 0,
+        spin_us: float | None = None,
+        first_position: int = 0,
     ) -> RingConsumer: ...
     @classmethod
     def attach(
@@ -115,7 +133,7 @@ class RingConsumer(RingEnd):
     def __enter__(self) -> RingConsumer: ...
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        kind: builtins.type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None: ...

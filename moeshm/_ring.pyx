@@ -170,7 +170,7 @@ cdef class RingProducer(RingEnd):
         cdef uint64_t total = 0
         cdef unsigned slot
         cdef char *at
-        cdef Mapping mapping = self.mapping     # outlives a close() by another thread
+        cdef Mapping _alive = self.mapping      # also after a close() by another thread
         try:
             for part in parts:
                 if count == MAX_PARTS:

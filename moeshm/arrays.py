@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import protocol
+from ._inputs import count_empty_rows
 from .dtypes import Array, DType, dtype_of
 from .errors import InvalidCall
 from .layers import LayerInfo
@@ -36,6 +37,13 @@ def check(
     global_ids: bool,
 ) -> Inputs:  # fmt: skip
     """The inputs of a call; InvalidCall names what is wrong, what is allowed, and the remedy."""
+    if not global_ids:
+        ready = count_empty_rows(
+            hidden_states, topk_ids, topk_weights, info.hidden_size, info.top_k, len(info.experts)
+        )
+        if ready is not None:
+            dtype = dtype_of(hidden_states)
+            return Inputs(hidden_states, topk_ids, topk_weights, dtype, ready, False)
     is_torch = type(hidden_states) is not np.ndarray and _is_tensor(hidden_states)
     hidden = _floats(hidden_states, "hidden_states")
     ids = _integers(topk_ids)
@@ -104,7 +112,7 @@ def _integers(ids: Any) -> npt.NDArray[np.int32]:
     if ids.dtype != _INT32:
         if ids.dtype.kind not in "iu":
             raise InvalidCall(f"topk_ids has dtype {ids.dtype}; pass int32")
-        narrow = ids.astype(np.int32)
+        narrow: npt.NDArray[np.int32] = ids.astype(np.int32)
         if not np.array_equal(narrow, ids):
             raise InvalidCall("topk_ids holds a number that int32 cannot")
         return narrow
@@ -137,8 +145,8 @@ def _stored(tensor: Any) -> Array:
     if tensor.dtype == torch.bfloat16:
         array: Array = tensor.view(torch.int16).numpy().view(np.uint16)
         return array
-    array = tensor.numpy()
-    return array
+    stored: Array = tensor.numpy()
+    return stored
 
 
 def _as_tensor(array: Array, dtype: DType) -> Any:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .arrays import Inputs
 from .dtypes import Array, DType, narrow, widen
 from .errors import CallError, DeadlineExceeded, NotReady, ProtocolError, WorkerDied
-from .link import Link
+from .link import Link, Receiver
 from .protocol import HEADER_BYTES, Message, Reply
 
 #: `(layer, inputs, output array, cause)`: computes elsewhere what the worker did not.
@@ -24,6 +24,28 @@ class CallFuture:
 
     The inputs belong to the call until then: a fallback may read them. Made by ExpertClient.
     """
+
+    __slots__ = (
+        "_array",
+        "_bytes_in",
+        "_compute_ns",
+        "_error",
+        "_fallback",
+        "_is_finished",
+        "_link",
+        "_n_open",
+        "_on_received",
+        "_output",
+        "_received",
+        "_timeout_s",
+        "_unpack_ns",
+        "_wire",
+        "deadline",
+        "inputs",
+        "is_done",
+        "layer",
+        "rows",
+    )
 
     def __init__(
         self,
@@ -66,10 +88,11 @@ class CallFuture:
             shape = (len(self._array) if rows is None else len(rows), self._array.shape[1])
             self._received = np.empty(shape, self._wire.numpy)
 
-    def part(self, start: int, stop: int) -> _Part:
+    def part(self, start: int, stop: int) -> Receiver:
         """Who receives the rows `start` to `stop` of those that were sent."""
-        whole = start == 0 and stop == len(self._received)
-        return _Part(self, self._received if whole else self._received[start:stop])
+        if stop - start == len(self._received):
+            return self
+        return _Part(self, self._received[start:stop])
 
     def done(self) -> bool:
         """True when `result` need not wait for the worker. Receives nothing by itself."""
@@ -96,8 +119,10 @@ class CallFuture:
             self._error = error
             self.is_done = True
 
-    def take(self, reply: Reply, record: Message, into: Array) -> None:
-        """One part's reply; the first error of several stays."""
+    def take(self, reply: Reply, record: Message, into: Array | None = None) -> None:
+        """One part's reply, or the only one; the first error of several stays."""
+        if into is None:
+            into = self._received
         start_ns = time.perf_counter_ns()
         if reply.error is not None:
             self._error = self._error or reply.error
@@ -166,7 +191,9 @@ class _Part:
         self._into = into
 
     def take(self, reply: Reply, record: Message) -> None:
+        """As `Receiver.take`."""
         self._future.take(reply, record, self._into)
 
     def fail(self, error: CallError) -> None:
+        """As `Receiver.fail`."""
         self._future.fail(error)

@@ -90,7 +90,7 @@ class ExpertClient:
     @property
     def worker_pid(self) -> int:
         """The worker's process id; that of the last one, when it was lost."""
-        return self._link.session.control.peer_pid
+        return int(self._link.session.control.peer_pid)
 
     def compute(
         self,
@@ -250,7 +250,7 @@ class ExpertClient:
             link.lose(late)
             if self._fallback is None:
                 raise late from error
-        return sum(map(_nbytes, parts))
+        return protocol.call_bytes(len(ids), ids.shape[1], hidden.shape[1], wire)
 
     # --- the session ----------------------------------------------------------------------
 
@@ -258,13 +258,15 @@ class ExpertClient:
         """The session, a new one if the last was lost; WorkerDied when there is none to be had."""
         if self._is_closed:
             raise ClientClosed("the client is closed; connect anew")
-        if self._link.loss is None:
-            return self._link
+        link = self._link
+        if link.loss is None:
+            return link
         with self._connecting:
-            if self._link.loss is None:
-                return self._link
+            link = self._link
+            if link.loss is None:
+                return link
             if time.monotonic() < self._retry_at:
-                raise self._link.loss
+                raise link.loss
             try:
                 self._link = self._connect(is_first=False)
             except (MoeshmError, OSError) as error:
@@ -292,10 +294,6 @@ class ExpertClient:
         if self._counter.fell_back(cause):
             _log.warning("the fallback computes calls of this process: %s", error)
         self._fallback.ffn(layer, inputs.hidden_states, inputs.topk_ids, inputs.topk_weights, array)
-
-
-def _nbytes(part: bytes | Array) -> int:
-    return len(part) if isinstance(part, bytes) else part.nbytes
 
 
 def _check_fallback(fallback: Backend | None, layers: Mapping[int, LayerInfo]) -> None:
@@ -349,9 +347,7 @@ class Choice(NamedTuple):
     batch_capacity: int
 
 
-def choose(
-    transport: str | None, wire_dtype: str | None, timeout_s: float | None
-) -> Choice:
+def choose(transport: str | None, wire_dtype: str | None, timeout_s: float | None) -> Choice:
     """Fill in the settings; SettingError names an argument that is not allowed."""
     current = settings.current()
     transport = current.transport if transport is None else transport

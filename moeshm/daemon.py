@@ -65,9 +65,7 @@ class Daemon:
             self._stop_listening()
             self._drain()
 
-    def _accept_until_told(
-        self, selector: selectors.BaseSelector, signals: socket.socket
-    ) -> None:
+    def _accept_until_told(self, selector: selectors.BaseSelector, signals: socket.socket) -> None:
         while True:
             for key, _ in selector.select():
                 if key.fileobj is self._listener:

@@ -19,19 +19,21 @@ FloatArray = npt.NDArray[np.float32]
 class DType(enum.IntEnum):
     """A number format; the value is its code on the wire."""
 
-    F32 = 0
-    F16 = 1
-    BF16 = 2
+    #: The NumPy dtype that stores it (uint16 bit patterns for bf16).
+    numpy: np.dtype[Any]
+    #: Bytes per element.
+    itemsize: int
 
-    @property
-    def numpy(self) -> np.dtype[Any]:
-        """The NumPy dtype that stores it (uint16 bit patterns for bf16)."""
-        return _STORAGE[self]
+    def __new__(cls, code: int, storage: type[np.generic]) -> DType:
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.numpy = np.dtype(storage)
+        member.itemsize = member.numpy.itemsize
+        return member
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes per element."""
-        return 4 if self is DType.F32 else 2
+    F32 = 0, np.float32
+    F16 = 1, np.float16
+    BF16 = 2, np.uint16
 
     @classmethod
     def parse(cls, name: str) -> DType:
@@ -45,12 +47,7 @@ class DType(enum.IntEnum):
         return self.name.lower()
 
 
-_STORAGE: dict[DType, np.dtype[Any]] = {
-    DType.F32: np.dtype(np.float32),
-    DType.F16: np.dtype(np.float16),
-    DType.BF16: np.dtype(np.uint16),
-}
-_OF_STORAGE: dict[np.dtype[Any], DType] = {dtype: code for code, dtype in _STORAGE.items()}
+_OF_STORAGE: dict[np.dtype[Any], DType] = {dtype.numpy: dtype for dtype in DType}
 
 
 def dtype_of(array: Array) -> DType:

@@ -16,6 +16,7 @@ from . import protocol
 from .errors import (
     CallError,
     MoeshmError,
+    ProtocolError,
     RingEmpty,
     RingFull,
     WorkerDied,
@@ -54,7 +55,8 @@ class Link:
         self._pending: dict[int, Receiver] = {}
         self._ids = itertools.count(1)
         self._sending = threading.Lock()
-        self._changed = threading.Condition(threading.Lock())
+        self._state = threading.Lock()
+        self._changed = threading.Condition(self._state)
         self._is_receiving = False
         self._n_waiting = 0
         #: Why the session is over; None while it lives.
@@ -64,9 +66,7 @@ class Link:
         """An id that no other call of this session has."""
         return next(self._ids)
 
-    def send(
-        self, call_id: int, parts: Sequence[Any], receiver: Receiver, deadline: float
-    ) -> None:
+    def send(self, call_id: int, parts: Sequence[Any], receiver: Receiver, deadline: float) -> None:
         """Send a call; its reply will go to `receiver`.
 
         RingFull: no room before `deadline` (of time.monotonic); nothing was sent. WorkerDied: the
@@ -87,27 +87,20 @@ class Link:
     def wait(self, call: Awaited, deadline: float) -> bool:
         """Receive, or let another thread receive, until the call is done; False at the deadline."""
         while True:
-            with self._changed:
-                self._n_waiting += 1
-                try:
-                    while self._is_receiving and not call.is_done:
-                        if not self._changed.wait(deadline - time.monotonic()):
-                            return call.is_done
-                finally:
-                    self._n_waiting -= 1
+            with self._state:
+                if self._is_receiving and not self._leave_it_to_others(call, deadline):
+                    return call.is_done
                 if call.is_done:
                     return True
                 self._is_receiving = True
             try:
                 return self._receive_until(call, deadline)
             finally:
-                with self._changed:
-                    self._is_receiving = False
-                    self._changed.notify_all()
+                self._stop_receiving()
 
     def lose(self, cause: Exception) -> WorkerDied:
         """End the session and every pending call; what the calls get."""
-        with self._changed:
+        with self._state:
             if self.loss is None:
                 said = self.session.farewell()
                 why = f"{said} ({cause})" if said else str(cause)
@@ -120,7 +113,7 @@ class Link:
 
     def close(self, error: CallError) -> None:
         """End the session; pending calls get `error`."""
-        with self._changed:
+        with self._state:
             if self.loss is None:
                 self.loss = WorkerDied(str(error))
             self.session.close()
@@ -146,7 +139,7 @@ class Link:
 
     def _drain(self) -> None:
         """Take in the replies that are there, unless another thread does."""
-        with self._changed:
+        with self._state:
             if self._is_receiving:
                 return
             self._is_receiving = True
@@ -156,9 +149,24 @@ class Link:
         except RingEmpty:
             pass
         finally:
-            with self._changed:
-                self._is_receiving = False
+            self._stop_receiving()
+
+    def _stop_receiving(self) -> None:
+        with self._state:
+            self._is_receiving = False
+            if self._n_waiting:
                 self._changed.notify_all()
+
+    def _leave_it_to_others(self, call: Awaited, deadline: float) -> bool:
+        """Until the call is done or nobody receives; False at the deadline. Holds the lock."""
+        self._n_waiting += 1
+        try:
+            while self._is_receiving and not call.is_done:
+                if not self._changed.wait(deadline - time.monotonic()):
+                    return False
+        finally:
+            self._n_waiting -= 1
+        return True
 
     def _receive_until(self, call: Awaited, deadline: float) -> bool:
         while not call.is_done:
@@ -170,7 +178,7 @@ class Link:
                 self.lose(error)
                 return True
             if self._n_waiting:
-                with self._changed:
+                with self._state:
                     self._changed.notify_all()
         return True
 
@@ -180,7 +188,7 @@ class Link:
             reply = protocol.parse_reply(record)
             receiver = self._pending.pop(reply.call_id, None)
             if receiver is None:
-                raise protocol.ProtocolError(f"a reply to call {reply.call_id}, which is not open")
+                raise ProtocolError(f"a reply to call {reply.call_id}, which is not open")
             receiver.take(reply, record)
         finally:
             record.release()

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ._ids import inspect_ids
+from ._inputs import inspect_ids
 from .dtypes import Array, DType
 from .errors import CallError, DeadlineExceeded, InvalidCall, ProtocolError, WorkerFailed
 from .layers import LayerInfo
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 #: Of the handshake; both sides must speak the same.
 PROTOCOL_VERSION = 1
@@ -72,7 +75,7 @@ class Goodbye(msgspec.Struct, tag="goodbye", frozen=True):
 
 
 ControlMessage = Hello | Welcome | Refusal | Goodbye
-_decoder = msgspec.msgpack.Decoder(ControlMessage)
+_decoder: msgspec.msgpack.Decoder[ControlMessage] = msgspec.msgpack.Decoder(ControlMessage)
 encode_control = msgspec.msgpack.Encoder().encode
 
 
@@ -138,10 +141,8 @@ class Message(Protocol):
 
     @property
     def type(self) -> int: ...
-    def array(
-        self, dtype: npt.DTypeLike, shape: tuple[int, ...], offset: int = 0
-    ) -> Array: ...
-    def copy_to(self, destination: memoryview | bytearray | Array, offset: int = 0) -> None: ...
+    def array(self, dtype: npt.DTypeLike, shape: tuple[int, ...], offset: int = 0) -> Array: ...
+    def copy_to(self, destination: WriteableBuffer | Array, offset: int = 0) -> None: ...
     def release(self) -> None: ...
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
@@ -209,28 +210,44 @@ def pack_call(
     return header, topk_ids, topk_weights, _PADDING[:n_padding], hidden_states
 
 
-def read_call_id(record: Message) -> int:
-    """The id of a call that may be wrong in everything else; ProtocolError if it is no call."""
+class CallHeader(NamedTuple):
+    """A call's header as it came: only the version and the record's type were checked."""
+
+    version: int
+    header_bytes: int
+    layer: int
+    call_id: int
+    deadline_ns: int
+    n_tokens: int
+    hidden_size: int
+    top_k: int
+    id_space: int
+    dtype: int
+    reply_dtype: int
+
+
+def read_call_header(record: Message) -> CallHeader:
+    """The header of a call that may be wrong in everything else; ProtocolError if it is no call."""
     if record.type != CALL or len(record) < HEADER_BYTES:
         raise ProtocolError(f"record type {record.type} of {len(record)} bytes is no call")
-    version, header_bytes, _, call_id, *_ = _CALL.unpack_from(record)
-    if not 1 <= version <= CALL_VERSION or header_bytes != HEADER_BYTES:
+    header = CallHeader._make(_CALL.unpack_from(record))
+    if not 1 <= header.version <= CALL_VERSION or header.header_bytes != HEADER_BYTES:
         raise ProtocolError(
-            f"call version {version} with a header of {header_bytes} bytes; this worker reads "
-            f"versions 1..{CALL_VERSION}: update it"
+            f"call version {header.version} with a header of {header.header_bytes} bytes; this "
+            f"worker reads versions 1..{CALL_VERSION}: update it"
         )
-    return int(call_id)
+    return header
 
 
-def parse_call(record: Message, layers: Mapping[int, LayerInfo], max_tokens: int) -> Call:
-    """Read a call whose `read_call_id` was good.
+def parse_call(
+    record: Message, header: CallHeader, layers: Mapping[int, LayerInfo], max_tokens: int
+) -> Call:
+    """Check a call and read its arrays.
 
     InvalidCall: it contradicts the layer, with the value and what is allowed. ProtocolError: its
     length contradicts its header.
     """
-    (
-        _, _, layer, call_id, deadline_ns, n_tokens, hidden_size, top_k, id_space, dtype, reply,
-    ) = _CALL.unpack_from(record)  # fmt: skip
+    _, _, layer, call_id, deadline_ns, n_tokens, hidden_size, top_k, id_space, dtype, reply = header
     info = layers.get(layer)
     if info is None:
         raise InvalidCall(f"layer {layer} is not on this worker; it holds {_listed(layers)}")
@@ -295,7 +312,7 @@ def check_ids(
 
 
 def pack_reply(
-    into: memoryview | bytearray | Array | Message,
+    into: WriteableBuffer,
     call_id: int,
     n_tokens: int,
     hidden_size: int,
@@ -303,9 +320,7 @@ def pack_reply(
     compute_ns: int,
 ) -> None:
     """Write the header of a reply whose rows follow it."""
-    _REPLY.pack_into(
-        into, 0, CALL_VERSION, _OK, n_tokens, call_id, compute_ns, hidden_size, dtype
-    )
+    _REPLY.pack_into(into, 0, CALL_VERSION, _OK, n_tokens, call_id, compute_ns, hidden_size, dtype)
 
 
 def pack_error(call_id: int, error: CallError) -> tuple[bytes, bytes]:

@@ -124,7 +124,7 @@ def _commit(fd: int, size: int, what: str) -> None:
     except OSError as error:
         raise SegmentError(
             error.errno,
-            f"{what} of {size} bytes cannot be had ({os.strerror(error.errno)}); "
+            f"{what} of {size} bytes cannot be had ({error.strerror}); "
             f"free on {_SHM_FOLDER}: {_free_bytes()} bytes; "
             "ask for a smaller capacity or raise the limit (docker: --shm-size)",
         ) from error

@@ -17,6 +17,7 @@ from types import TracebackType
 
 from . import process, protocol
 from ._version import VERSION
+from .dtypes import DType
 from .errors import (
     ConnectError,
     HandshakeRefused,
@@ -297,7 +298,7 @@ def _open(
 
 def _call_sizes(info: LayerInfo, max_tokens: int) -> tuple[int, int]:
     """Bytes of a call and of its reply in the widest format."""
-    rows = protocol.reply_bytes(max_tokens, info.hidden_size, protocol.DType.F32)
+    rows = protocol.reply_bytes(max_tokens, info.hidden_size, DType.F32)
     return rows + max_tokens * info.top_k * 8 + protocol.HEADER_BYTES, rows
 
 

@@ -124,12 +124,12 @@ class WorkerProcess:
     ) -> None:
         pidfd = os.pidfd_open(process.pid)
         try:
-            readable, _, _ = select.select(
-                [ready, pidfd], [], [], max(0.0, deadline - time.monotonic())
-            )
+            left_s = max(0.0, deadline - time.monotonic())
+            readable, _, _ = select.select([ready.fileno(), pidfd], [], [], left_s)
+            is_ready = ready.fileno() in readable
         finally:
             os.close(pidfd)
-        if ready in readable:
+        if is_ready:
             return
         self._end(signal.SIGKILL)
         if readable:

@@ -11,6 +11,7 @@ from types import TracebackType
 
 from . import protocol
 from .backends import Backend
+from .dtypes import Array
 from .errors import (
     CallError,
     Corrupt,
@@ -25,7 +26,7 @@ from .errors import (
     WorkerFailed,
 )
 from .layers import LayerInfo
-from .protocol import Call, Goodbye, Message
+from .protocol import Call, CallHeader, Goodbye, Message
 from .session import Session
 
 _log = logging.getLogger(__name__)
@@ -106,19 +107,19 @@ class SessionServer:
 
     def _answer(self, record: Message) -> None:
         try:
-            call_id = protocol.read_call_id(record)
-            error = self._try(record)
+            header = protocol.read_call_header(record)
+            error = self._try(record, header)
             if error is not None:
-                parts = protocol.pack_error(call_id, error)
+                parts = protocol.pack_error(header.call_id, error)
                 self._transport.write(parts, protocol.REPLY, 0, REPLY_TIMEOUT_S)
         finally:
             record.release()
 
-    def _try(self, record: Message) -> CallError | None:
+    def _try(self, record: Message, header: CallHeader) -> CallError | None:
         """Compute and send; what went wrong, without the frames that hold views of the record,
         which cannot be released before they are gone."""
         try:
-            self._compute(protocol.parse_call(record, self._layers, self._max_tokens))
+            self._compute(protocol.parse_call(record, header, self._layers, self._max_tokens))
         except CallError as error:
             return type(error)(str(error))
         return None
@@ -144,9 +145,7 @@ class SessionServer:
                 self._run_backend(call, rows)
                 compute_ns = time.monotonic_ns() - start_ns
             del rows
-            protocol.pack_reply(
-                reply, call.call_id, n_tokens, hidden_size, call.dtype, compute_ns
-            )
+            protocol.pack_reply(reply, call.call_id, n_tokens, hidden_size, call.dtype, compute_ns)
         except BaseException:
             reply.abort()
             raise
@@ -154,7 +153,7 @@ class SessionServer:
         self.calls += 1
         self.rows += n_tokens
 
-    def _run_backend(self, call: Call, rows: protocol.Array) -> None:
+    def _run_backend(self, call: Call, rows: Array) -> None:
         try:
             self._backend.ffn(
                 call.layer, call.hidden_states, call.topk_ids, call.topk_weights, rows

@@ -95,9 +95,7 @@ def load_backend(
     chosen = None if experts is None else checkpoint.read_experts_file(experts)
     loaded: Mapping[int, ExpertLayer] = checkpoint.load(model, layers, chosen).layers
     n_experts = sum(map(len, loaded.values()))
-    n_bytes = sum(
-        layer.expert(i).nbytes for layer in loaded.values() for i in range(len(layer))
-    )
+    n_bytes = sum(layer.expert(i).nbytes for layer in loaded.values() for i in range(len(layer)))
     _touch(loaded, show_progress)
     _log.info(
         "%s: %d layers, %d experts, %.1f MiB on %s with %d threads, in %.1f s",

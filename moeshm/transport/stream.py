@@ -14,13 +14,16 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from ..dtypes import Array
 from ..errors import Corrupt, PeerDied, RingClosed, RingEmpty, RingError, RingFull
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _HEADER = struct.Struct("<QIIQQ")
 #: With a socket there is no memory that a limit could come from: of one record.
@@ -228,9 +231,9 @@ class StreamMessage(_Buffer):
         """Say what came with the bytes."""
         self.type, self.flags, self.sequence = type, flags, sequence
 
-    def copy_to(self, destination: memoryview | bytearray | Array, offset: int = 0) -> None:
+    def copy_to(self, destination: WriteableBuffer | Array, offset: int = 0) -> None:
         """Fill a writable contiguous buffer from `offset` on; ValueError: the record has less."""
-        with memoryview(destination).cast("B") as target:
+        with memoryview(cast("WriteableBuffer", destination)).cast("B") as target:
             if offset + len(target) > len(self):
                 raise ValueError(f"{len(target)} bytes from {offset}: the record has {len(self)}")
             target[:] = memoryview(self)[offset : offset + len(target)]

@@ -1,0 +1,74 @@
+"""Looks over a call's arrays in one pass: in Python and NumPy that costs more than the rest of a
+small call, every attribute and every reduction having its price.
+"""
+
+cimport cython
+cimport numpy as cnp
+from libc.stdint cimport int32_t
+
+cnp.import_array()
+
+
+def inspect_ids(cnp.ndarray ids not None, int32_t limit):
+    """What there is to know of `ids` [n_tokens, top_k] int32, C-contiguous.
+
+    Returns `(n_empty_rows, wrong)`: how many rows hold nothing but -1, and the first id outside
+    -1..limit-1, or None.
+    """
+    if not is_plain(ids, cnp.NPY_INT32):
+        raise TypeError("ids must be a C-contiguous int32 array of two dimensions")
+    cdef int32_t wrong = -1
+    cdef Py_ssize_t empty = scan(ids, limit, &wrong)
+    return empty, None if wrong == -1 else wrong
+
+
+def count_empty_rows(hidden_states, topk_ids, topk_weights, Py_ssize_t hidden_size,
+                     Py_ssize_t top_k, int32_t limit):
+    """How many rows of `topk_ids` hold nothing but -1, if the inputs can travel as they are.
+
+    None when anything would have to be converted, or is wrong: `arrays.check` finds out what.
+    """
+    if not (type(hidden_states) is cnp.ndarray and type(topk_ids) is cnp.ndarray
+            and type(topk_weights) is cnp.ndarray):
+        return None
+    cdef cnp.ndarray hidden = hidden_states, ids = topk_ids, weights = topk_weights
+    cdef int stored = cnp.PyArray_TYPE(hidden)
+    if stored != cnp.NPY_FLOAT32 and stored != cnp.NPY_FLOAT16 and stored != cnp.NPY_UINT16:
+        return None
+    if not (is_plain(hidden, stored) and is_plain(ids, cnp.NPY_INT32)
+            and is_plain(weights, cnp.NPY_FLOAT32)):
+        return None
+    cdef Py_ssize_t n_tokens = cnp.PyArray_DIM(hidden, 0), columns = cnp.PyArray_DIM(ids, 1)
+    if (cnp.PyArray_DIM(hidden, 1) != hidden_size or cnp.PyArray_DIM(ids, 0) != n_tokens
+            or cnp.PyArray_DIM(weights, 0) != n_tokens or columns < 1 or columns > top_k
+            or cnp.PyArray_DIM(weights, 1) != columns):
+        return None
+    cdef int32_t wrong = -1
+    cdef Py_ssize_t empty = scan(ids, limit, &wrong)
+    return empty if wrong == -1 else None
+
+
+cdef bint is_plain(cnp.ndarray array, int kind) noexcept:
+    """Two dimensions, C order, aligned, native."""
+    return (cnp.PyArray_NDIM(array) == 2 and cnp.PyArray_TYPE(array) == kind
+            and cnp.PyArray_ISCARRAY_RO(array))
+
+
+@cython.boundscheck(False)
+@cython.wraparound(False)
+cdef Py_ssize_t scan(cnp.ndarray ids, int32_t limit, int32_t *wrong) noexcept:
+    cdef Py_ssize_t rows = cnp.PyArray_DIM(ids, 0), columns = cnp.PyArray_DIM(ids, 1)
+    cdef Py_ssize_t column, empty = 0
+    cdef int32_t *at = <int32_t *>cnp.PyArray_DATA(ids)
+    cdef int32_t *end = at + rows * columns
+    cdef int32_t used
+    while at < end:
+        used = 0
+        for column in range(columns):
+            if at[column] < -1 or at[column] >= limit:
+                wrong[0] = at[column]
+                return empty
+            used |= at[column] + 1
+        empty += used == 0
+        at += columns
+    return empty
