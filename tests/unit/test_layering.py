@@ -16,13 +16,13 @@ ROOT = Path(__file__).parents[2]
 LAYERS = {
     "L0 ground": (
         "errors settings process layers dtypes segment kernels"
-        " _version _atomics _ids _mapping _end _ring"
+        " _version _atomics _inputs _mapping _end _ring"
     ),
     "L1 session": "protocol session transport",
     "L2 compute": "checkpoint backends",
     "L3 policy": "placement routing_stats policy",
     "L4 engine": (
-        "client call arrays link offload supervisor worker daemon stats metrics"
+        "client call arrays link offload supervisor worker daemon stats logs metrics"
         " integrations diagnosis"
     ),
     # `moeshm` itself is the public names: who imports them imports everything.
