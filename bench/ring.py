@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from moeshm import segment
+
 from . import floors, harness
 from .contender import MODES, Cell
 from .contenders import CONTENDERS
@@ -27,6 +29,7 @@ def measure(
 ) -> RingReport:
     """Measure every contender at every size, in both modes, beside the floors."""
     meta = harness.metadata("ring", plan)
+    segment.sweep(f"/{harness.SHM_PREFIX}")  # what a killed run left
     contenders = all_contenders(sizes, plan.seed)
     jobs = [floors.job(sizes), *(contender.job for contender in contenders)]
     samples = harness.measure(jobs, plan, on_step)

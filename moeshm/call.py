@@ -39,6 +39,7 @@ class CallFuture:
         "_received",
         "_timeout_s",
         "_unpack_ns",
+        "_waited_ns",
         "_wire",
         "deadline",
         "inputs",
@@ -75,7 +76,7 @@ class CallFuture:
         self._received = array
         self._error: CallError | None = None
         self._n_open = 0
-        self._bytes_in = self._compute_ns = self._unpack_ns = 0
+        self._bytes_in = self._compute_ns = self._unpack_ns = self._waited_ns = 0
         self._is_finished = False
 
     def expect(self, link: Link | None, n_parts: int, rows: npt.NDArray[np.intp] | None) -> None:
@@ -156,12 +157,14 @@ class CallFuture:
             )
             self.fail(late)
             link.lose(late)
-        waited_ns = time.perf_counter_ns() - start_ns - self._unpack_ns
-        self._on_received(self._bytes_in, waited_ns, self._compute_ns, self._unpack_ns)
+        self._waited_ns = time.perf_counter_ns() - start_ns
 
     def _finish(self) -> None:
         """Put the result where the caller looks for it; once."""
         self._is_finished = True
+        # Replies that this call took in while it waited are part of both times.
+        waited_ns = max(0, self._waited_ns - self._unpack_ns)
+        self._on_received(self._bytes_in, waited_ns, self._compute_ns, self._unpack_ns)
         error = self._error
         if error is None:
             if self._received is not self._array:

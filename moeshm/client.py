@@ -199,9 +199,11 @@ class ExpertClient:
 
     def _send(self, future: CallFuture, start_ns: int) -> None:
         """Cut the call as the worker allows, and send the parts."""
-        hidden, ids, weights, dtype, n_empty, _ = future.inputs
+        inputs = future.inputs
+        hidden, ids, weights = inputs.hidden_states, inputs.topk_ids, inputs.topk_weights
+        dtype = inputs.dtype
         rows = None
-        if n_empty:
+        if inputs.n_empty:
             rows = np.flatnonzero((ids >= 0).any(axis=1))
             hidden, ids, weights = hidden[rows], ids[rows], weights[rows]
         wire = self._wire or dtype

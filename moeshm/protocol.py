@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import numpy as np
@@ -148,7 +148,11 @@ class Message(Protocol):
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 
-class Call(NamedTuple):
+#: What a header holds after its version and length, as it came.
+CallFields = tuple[int, ...]
+
+
+class Call(msgspec.Struct, frozen=True, gc=False):
     """A checked call. `hidden_states` and `topk_weights` are views of the record, whose values
     the client can still change; `topk_ids` are the worker's own, local and in range."""
 
@@ -163,7 +167,7 @@ class Call(NamedTuple):
     deadline_ns: int
 
 
-class Reply(NamedTuple):
+class Reply(msgspec.Struct, frozen=True, gc=False):
     """A reply's header; `error` is None when the rows follow at HEADER_BYTES."""
 
     call_id: int
@@ -210,44 +214,29 @@ def pack_call(
     return header, topk_ids, topk_weights, _PADDING[:n_padding], hidden_states
 
 
-class CallHeader(NamedTuple):
-    """A call's header as it came: only the version and the record's type were checked."""
-
-    version: int
-    header_bytes: int
-    layer: int
-    call_id: int
-    deadline_ns: int
-    n_tokens: int
-    hidden_size: int
-    top_k: int
-    id_space: int
-    dtype: int
-    reply_dtype: int
-
-
-def read_call_header(record: Message) -> CallHeader:
-    """The header of a call that may be wrong in everything else; ProtocolError if it is no call."""
+def read_call_header(record: Message) -> tuple[int, CallFields]:
+    """The id and the fields of a call that may be wrong in everything else; ProtocolError if it is
+    no call."""
     if record.type != CALL or len(record) < HEADER_BYTES:
         raise ProtocolError(f"record type {record.type} of {len(record)} bytes is no call")
-    header = CallHeader._make(_CALL.unpack_from(record))
-    if not 1 <= header.version <= CALL_VERSION or header.header_bytes != HEADER_BYTES:
+    version, header_bytes, layer, call_id, *fields = _CALL.unpack_from(record)
+    if not 1 <= version <= CALL_VERSION or header_bytes != HEADER_BYTES:
         raise ProtocolError(
-            f"call version {header.version} with a header of {header.header_bytes} bytes; this "
-            f"worker reads versions 1..{CALL_VERSION}: update it"
+            f"call version {version} with a header of {header_bytes} bytes; this worker reads "
+            f"versions 1..{CALL_VERSION}: update it"
         )
-    return header
+    return call_id, (layer, call_id, *fields)
 
 
 def parse_call(
-    record: Message, header: CallHeader, layers: Mapping[int, LayerInfo], max_tokens: int
+    record: Message, fields: CallFields, layers: Mapping[int, LayerInfo], max_tokens: int
 ) -> Call:
     """Check a call and read its arrays.
 
     InvalidCall: it contradicts the layer, with the value and what is allowed. ProtocolError: its
     length contradicts its header.
     """
-    _, _, layer, call_id, deadline_ns, n_tokens, hidden_size, top_k, id_space, dtype, reply = header
+    layer, call_id, deadline_ns, n_tokens, hidden_size, top_k, id_space, dtype, reply = fields
     info = layers.get(layer)
     if info is None:
         raise InvalidCall(f"layer {layer} is not on this worker; it holds {_listed(layers)}")

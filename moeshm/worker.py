@@ -26,7 +26,7 @@ from .errors import (
     WorkerFailed,
 )
 from .layers import LayerInfo
-from .protocol import Call, CallHeader, Goodbye, Message
+from .protocol import Call, CallFields, Goodbye, Message
 from .session import Session
 
 _log = logging.getLogger(__name__)
@@ -107,19 +107,19 @@ class SessionServer:
 
     def _answer(self, record: Message) -> None:
         try:
-            header = protocol.read_call_header(record)
-            error = self._try(record, header)
+            call_id, fields = protocol.read_call_header(record)
+            error = self._try(record, fields)
             if error is not None:
-                parts = protocol.pack_error(header.call_id, error)
+                parts = protocol.pack_error(call_id, error)
                 self._transport.write(parts, protocol.REPLY, 0, REPLY_TIMEOUT_S)
         finally:
             record.release()
 
-    def _try(self, record: Message, header: CallHeader) -> CallError | None:
+    def _try(self, record: Message, fields: CallFields) -> CallError | None:
         """Compute and send; what went wrong, without the frames that hold views of the record,
         which cannot be released before they are gone."""
         try:
-            self._compute(protocol.parse_call(record, header, self._layers, self._max_tokens))
+            self._compute(protocol.parse_call(record, fields, self._layers, self._max_tokens))
         except CallError as error:
             return type(error)(str(error))
         return None

@@ -54,6 +54,11 @@ def load(
     experts = {} if experts is None else experts
     if layers is None:
         layers = experts or layout.moe_layers
+    if not layout.moe_layers:
+        raise CheckpointError(
+            f"{directory.path}: this {layout.model_type} has no MoE layers; "
+            "there is nothing for a worker to do"
+        )
     _check_layers(layout, {*layers, *experts})
     chosen = {layer: experts.get(layer, range(layout.num_experts)) for layer in sorted(layers)}
     for layer, ids in chosen.items():

@@ -38,8 +38,8 @@ class ExpertWeights:
     def touch(self) -> None:
         """Read a byte of every page, so that mapped weights are in memory."""
         for array in (self.gate_proj, self.up_proj, self.down_proj):
-            step = max(1, mmap.PAGESIZE // array.strides[0]) if array.strides[0] else 1
-            array[::step, :: max(1, mmap.PAGESIZE // array.itemsize)].sum()
+            steps = (max(1, mmap.PAGESIZE // max(1, abs(stride))) for stride in array.strides)
+            array[tuple(slice(None, None, step) for step in steps)].copy()
 
 
 class ExpertLayer:

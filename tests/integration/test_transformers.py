@@ -264,6 +264,17 @@ def test_the_text_model_inside_a_larger_one(tmp_path: Path) -> None:
         assert relative_error(logits(loaded, random_ids()), expected) < 1e-5
 
 
+def test_a_model_without_its_head(tmp_path: Path) -> None:
+    model = build("mixtral")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["MixtralModel"]}))
+    loaded = offload(tmp_path, "cpu")
+    with loaded.moeshm_client, torch.no_grad():
+        found = loaded(random_ids()).last_hidden_state
+        assert relative_error(found, model.model(random_ids()).last_hidden_state) < 1e-5
+
+
 def test_modules_with_a_config_of_their_own(tmp_path: Path) -> None:
     """Some models give copies of their config to their parts."""
     model = build("mixtral")

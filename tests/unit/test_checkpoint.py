@@ -320,3 +320,17 @@ def test_experts_file_that_does_not_parse(tmp_path: Path, text: str) -> None:
 def test_experts_file_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="No such file"):
         read_experts_file(tmp_path / "experts.json")
+
+
+def test_a_model_without_moe_layers_is_refused(tmp_path: Path) -> None:
+    ck.write_model(tmp_path, "qwen3_moe", config={"mlp_only_layers": list(range(ck.NUM_LAYERS))})
+    with pytest.raises(CheckpointError, match="this qwen3_moe has no MoE layers"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ck.MODEL_TYPES)
+def test_an_expert_can_be_touched(tmp_path: Path, model_type: str) -> None:
+    number, layer = next(iter(ck.write_model(tmp_path, model_type, moe_layers=[2]).items()))
+    expert = load(tmp_path, [number]).layers[number].expert(0)
+    expert.touch()
+    np.testing.assert_array_equal(expert.down_proj, layer.expert(0).down_proj)
