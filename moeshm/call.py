@@ -85,15 +85,18 @@ class CallFuture:
         self._n_open = n_parts
         self.is_done = n_parts == 0
         self.rows = rows
-        if n_parts and (rows is not None or self._wire is not self.inputs.dtype):
+        if n_parts and (
+            rows is not None
+            or self._wire is not self.inputs.dtype
+            # A part's result must not replace what other parts, or the fallback, still read.
+            or (n_parts > 1 and np.may_share_memory(self._array, self.inputs.hidden_states))
+        ):
             shape = (len(self._array) if rows is None else len(rows), self._array.shape[1])
             self._received = np.empty(shape, self._wire.numpy)
 
-    def part(self, start: int, stop: int) -> Receiver:
-        """Who receives the rows `start` to `stop` of those that were sent."""
-        if stop - start == len(self._received):
-            return self
-        return _Part(self, self._received[start:stop])
+    def part(self, rows: slice) -> Receiver:
+        """Who receives these of the rows that were sent."""
+        return _Part(self, self._received[rows])
 
     def done(self) -> bool:
         """True when `result` need not wait for the worker. Receives nothing by itself."""
@@ -187,9 +190,10 @@ class CallFuture:
 class _Part:
     """Receives one of the messages that a call was cut into."""
 
-    __slots__ = ("_future", "_into")
+    __slots__ = ("_future", "_into", "deadline")
 
     def __init__(self, future: CallFuture, into: Array) -> None:
+        self.deadline = future.deadline
         self._future = future
         self._into = into
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import arrays, protocol, session, settings
+from . import arrays, session, settings
 from .arrays import Inputs
 from .backends import Backend
 from .call import CallFuture
@@ -149,20 +149,22 @@ class ExpertClient:
             )
         inputs = arrays.check(layer, info, hidden_states, topk_ids, topk_weights, global_ids)
         output, array = arrays.make_output(inputs, out)
-        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        if timeout_s is None:
+            timeout_s = self._timeout_s
+        wire = self._wire or inputs.dtype
         future = CallFuture(
             layer,
             inputs,
             output,
             array,
-            self._wire or inputs.dtype,
+            wire,
             time.monotonic() + timeout_s,
             timeout_s,
             None if self._fallback is None else self._fall_back,
             self._counter.received,
         )
         try:
-            self._send(future, start_ns)
+            self._send(future, inputs, wire, start_ns)
         except WorkerDied as error:
             if self._fallback is None:
                 raise
@@ -197,62 +199,43 @@ class ExpertClient:
 
     # --- sending ------------------------------------------------------------------------
 
-    def _send(self, future: CallFuture, start_ns: int) -> None:
+    def _send(self, future: CallFuture, inputs: Inputs, wire: DType, start_ns: int) -> None:
         """Cut the call as the worker allows, and send the parts."""
-        inputs = future.inputs
         hidden, ids, weights = inputs.hidden_states, inputs.topk_ids, inputs.topk_weights
-        dtype = inputs.dtype
         rows = None
         if inputs.n_empty:
             rows = np.flatnonzero((ids >= 0).any(axis=1))
             hidden, ids, weights = hidden[rows], ids[rows], weights[rows]
-        wire = self._wire or dtype
-        if wire is not dtype:
+        if wire is not inputs.dtype:
             hidden = narrow(widen(hidden), wire)
         n_rows = len(hidden)
-        link = self._live_link() if n_rows else self._link
-        most = min(self._capacity, link.session.welcome.max_tokens)
-        n_parts = -(-n_rows // most)
-        future.expect(link, n_parts, rows)
-        n_bytes = 0
-        for start in range(0, n_rows, most):
-            part = slice(start, min(n_rows, start + most))
-            call = (hidden, ids, weights)
-            if n_parts > 1:
-                call = (hidden[part], ids[part], weights[part])
-            n_bytes += self._send_part(link, future, wire, part, *call)
+        n_parts = n_bytes = 0
+        if n_rows:
+            link = self._link
+            if link.loss is not None:
+                link = self._live_link()
+            most = min(self._capacity, link.max_tokens)
+            n_parts = -(-n_rows // most)
+            future.expect(link, n_parts, rows)
+            try:
+                if n_parts == 1:
+                    n_bytes = link.send(future, future.layer, hidden, ids, weights, wire)
+                else:
+                    for start in range(0, n_rows, most):
+                        part = slice(start, start + most)
+                        n_bytes += link.send(
+                            future.part(part), future.layer, hidden[part], ids[part],
+                            weights[part], wire,
+                        )  # fmt: skip
+            except RingFull as error:
+                late = DeadlineExceeded(f"the worker took no call before the deadline: {error}")
+                future.fail(late)
+                link.lose(late)
+                if self._fallback is None:
+                    raise late from error
+        else:
+            future.expect(None, 0, rows)
         self._counter.sent(n_parts, n_rows, n_bytes, time.perf_counter_ns() - start_ns)
-
-    def _send_part(
-        self,
-        link: Link,
-        future: CallFuture,
-        wire: DType,
-        part: slice,
-        hidden: Array,
-        ids: Array,
-        weights: Array,
-    ) -> int:
-        call_id = link.next_id()
-        parts = protocol.pack_call(
-            call_id,
-            future.layer,
-            hidden,
-            ids,
-            weights,
-            wire,
-            int(future.deadline * 1e9),
-            False,
-        )
-        try:
-            link.send(call_id, parts, future.part(part.start, part.stop), future.deadline)
-        except RingFull as error:
-            late = DeadlineExceeded(f"the worker took no call before the deadline: {error}")
-            future.fail(late)
-            link.lose(late)
-            if self._fallback is None:
-                raise late from error
-        return protocol.call_bytes(len(ids), ids.shape[1], hidden.shape[1], wire)
 
     # --- the session ----------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from . import protocol
+from .dtypes import Array, DType
 from .errors import (
     CallError,
     MoeshmError,
@@ -30,6 +31,9 @@ _FULL_PAUSE_S = 0.001
 
 class Receiver(Protocol):
     """Who a reply is for."""
+
+    #: Of time.monotonic.
+    deadline: float
 
     def take(self, reply: Reply, record: Message) -> None:
         """Copy the rows out of the record; ProtocolError when they are not what was asked for."""
@@ -51,6 +55,8 @@ class Link:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        #: Most tokens in one call.
+        self.max_tokens = session.welcome.max_tokens
         self._transport = session.transport
         self._pending: dict[int, Receiver] = {}
         self._ids = itertools.count(1)
@@ -62,27 +68,37 @@ class Link:
         #: Why the session is over; None while it lives.
         self.loss: WorkerDied | None = None
 
-    def next_id(self) -> int:
-        """An id that no other call of this session has."""
-        return next(self._ids)
+    def send(
+        self,
+        receiver: Receiver,
+        layer: int,
+        hidden_states: Array,
+        topk_ids: Array,
+        topk_weights: Array,
+        dtype: DType,
+    ) -> int:
+        """Send a call of local ids, whose reply will go to `receiver`; how many bytes it took.
 
-    def send(self, call_id: int, parts: Sequence[Any], receiver: Receiver, deadline: float) -> None:
-        """Send a call; its reply will go to `receiver`.
-
-        RingFull: no room before `deadline` (of time.monotonic); nothing was sent. WorkerDied: the
-        session is over; `receiver` was told, too.
+        RingFull: no room before the receiver's deadline; nothing was sent. WorkerDied: the session
+        is over; the receiver was told, too.
         """
+        call_id = next(self._ids)
+        parts = protocol.pack_call(
+            call_id, layer, hidden_states, topk_ids, topk_weights, dtype, receiver.deadline
+        )
         with self._sending:
             if self.loss is not None:
                 raise self.loss
             self._pending[call_id] = receiver
             try:
-                self._write(parts, deadline)
+                self._write(parts, receiver.deadline)
             except RingFull:
                 self._pending.pop(call_id, None)
                 raise
             except MoeshmError as error:
                 raise self.lose(error) from error
+        n_tokens, top_k = topk_ids.shape
+        return protocol.call_bytes(n_tokens, top_k, hidden_states.shape[1], dtype)
 
     def wait(self, call: Awaited, deadline: float) -> bool:
         """Receive, or let another thread receive, until the call is done; False at the deadline."""

@@ -199,16 +199,16 @@ def pack_call(
     topk_ids: Array,
     topk_weights: Array,
     dtype: DType,
-    deadline_ns: int,
-    global_ids: bool,
+    deadline: float = 0.0,
+    are_global: bool = False,
 ) -> tuple[bytes | Array, ...]:
     """The parts of a call, from contiguous arrays of checked shapes; the answer's dtype is that
-    of `hidden_states`."""
+    of `hidden_states`. `deadline`: of time.monotonic, 0 for none."""
     n_tokens, hidden_size = hidden_states.shape
     top_k = topk_ids.shape[1]
     header = _CALL.pack(
-        CALL_VERSION, HEADER_BYTES, layer, call_id, deadline_ns, n_tokens, hidden_size, top_k,
-        global_ids, dtype, dtype,
+        CALL_VERSION, HEADER_BYTES, layer, call_id, int(deadline * 1e9), n_tokens, hidden_size,
+        top_k, are_global, dtype, dtype,
     )  # fmt: skip
     n_padding = -n_tokens * top_k * 8 % 64
     return header, topk_ids, topk_weights, _PADDING[:n_padding], hidden_states
@@ -252,19 +252,22 @@ def parse_call(
             f"pass ids of shape [n_tokens, {info.top_k}]"
         )
     wire = _DTYPES[dtype]
-    if len(record) != call_bytes(n_tokens, top_k, hidden_size, wire):
+    rows_offset = _rows_offset(n_tokens, top_k)
+    expected = rows_offset + n_tokens * hidden_size * wire.itemsize
+    if len(record) != expected:
         raise ProtocolError(
             f"a call of {n_tokens} tokens, top_k {top_k} and {hidden_size} x {wire} holds "
-            f"{len(record)} bytes instead of {call_bytes(n_tokens, top_k, hidden_size, wire)}"
+            f"{len(record)} bytes instead of {expected}"
         )
     slots = (n_tokens, top_k)
     # Copied before they are checked: the client could change them in between.
     ids = record.array(_INT32, slots, HEADER_BYTES).copy()
+    local_ids, _ = check_ids(ids, layer, info, id_space == _GLOBAL)
     return Call(
         call_id,
         layer,
-        record.array(wire.numpy, (n_tokens, hidden_size), _rows_offset(n_tokens, top_k)),
-        check_ids(ids, layer, info, id_space == _GLOBAL)[0],
+        record.array(wire.numpy, (n_tokens, hidden_size), rows_offset),
+        local_ids,
         record.array(_FLOAT32, slots, HEADER_BYTES + n_tokens * top_k * 4),
         _DTYPES[reply],
         deadline_ns,

@@ -28,6 +28,7 @@ from .errors import (
 from .layers import LayerInfo
 from .protocol import Call, CallFields, Goodbye, Message
 from .session import Session
+from .transport import Outgoing
 
 _log = logging.getLogger(__name__)
 
@@ -113,7 +114,11 @@ class SessionServer:
                 parts = protocol.pack_error(call_id, error)
                 self._transport.write(parts, protocol.REPLY, 0, REPLY_TIMEOUT_S)
         finally:
-            record.release()
+            try:
+                record.release()
+            except BufferError:
+                # A backend still refers to the inputs: the record goes with its last view.
+                _log.debug("a record is in use after its call", exc_info=True)
 
     def _try(self, record: Message, fields: CallFields) -> CallError | None:
         """Compute and send; what went wrong, without the frames that hold views of the record,
@@ -146,10 +151,10 @@ class SessionServer:
                 compute_ns = time.monotonic_ns() - start_ns
             del rows
             protocol.pack_reply(reply, call.call_id, n_tokens, hidden_size, call.dtype, compute_ns)
+            _commit(reply)
         except BaseException:
             reply.abort()
             raise
-        reply.commit()
         self.calls += 1
         self.rows += n_tokens
 
@@ -170,3 +175,10 @@ class SessionServer:
         except MoeshmError:
             _log.debug("the client was gone before the worker's goodbye")
         return reason
+
+
+def _commit(reply: Outgoing) -> None:
+    try:
+        reply.commit()
+    except BufferError as error:
+        raise WorkerFailed(f"the backend keeps the array for its result: {error}") from None

@@ -38,6 +38,7 @@ class Backend(Protocol):
         `hidden_states` and `out`: [n_tokens, hidden_size], float32, float16 or bfloat16 as
         uint16, each in its own format. `topk_ids`: [n_tokens, top_k] int32 *local* ids, -1 for
         an empty slot, already checked to be in range. `topk_weights`: [n_tokens, top_k]
-        float32. Every element of `out` is written; a row without an expert becomes zeros.
+        float32. Every element of `out` is written; a row without an expert becomes zeros. The
+        arrays may be shared memory: none of them may be referred to afterwards.
         """
         ...

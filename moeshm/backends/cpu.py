@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -209,6 +209,9 @@ class _Team:
             return
         # Longest first, so that the threads finish together.
         queue = deque(sorted(groups, key=lambda group: -len(group[1])))
+        # The pool forgets a task a moment after its result is there. Emptied at the end, this
+        # keeps that task from holding the call's arrays.
+        job = [compute]
 
         def work() -> None:
             with np.errstate(all="ignore"):
@@ -217,16 +220,18 @@ class _Team:
                         group = queue.popleft()
                     except IndexError:
                         return
-                    compute(group)
+                    job[0](group)
 
         helpers = [self._helpers().submit(work) for _ in range(n_helpers)]
         try:
             work()
         finally:
             queue.clear()
-            for helper in helpers:
-                if not helper.cancel():
-                    helper.result()
+            wait([helper for helper in helpers if not helper.cancel()])
+            job.clear()
+        for helper in helpers:
+            if not helper.cancelled():
+                helper.result()
 
     def _helpers(self) -> ThreadPoolExecutor:
         # After fork() the child has the pool but not its threads.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Mapping
 
@@ -298,3 +299,15 @@ def test_layers_and_name(build: Build) -> None:
     out = np.full_like(hidden, np.nan)
     backend.ffn(7, hidden, ids, weights, out)
     assert_close(out, reference_ffn(second, hidden, ids, weights), 1e-5)
+
+
+def test_nothing_refers_to_the_arrays_after_the_call(build: Build) -> None:
+    """In a worker they are shared memory, which is given back at once."""
+    layer = random_layer(3)
+    backend = build({0: layer})
+    hidden, ids, weights = draw_call(3, layer, 40, 2)
+    out = np.empty_like(hidden)
+    for _ in range(200):
+        before = [sys.getrefcount(array) for array in (hidden, ids, weights, out)]
+        backend.ffn(0, hidden, ids, weights, out)
+        assert [sys.getrefcount(array) for array in (hidden, ids, weights, out)] == before
