@@ -4,7 +4,7 @@ small call, every attribute and every reduction having its price.
 
 cimport cython
 cimport numpy as cnp
-from libc.stdint cimport int32_t
+from libc.stdint cimport int32_t, int64_t
 
 cnp.import_array()
 
@@ -72,3 +72,31 @@ cdef Py_ssize_t scan(cnp.ndarray ids, int32_t limit, int32_t *wrong) noexcept:
         empty += used == 0
         at += columns
     return empty
+
+
+def count_ids(cnp.ndarray ids not None, cnp.ndarray counts not None):
+    """Add 1 to `counts` [num_experts] float64 for every id in `ids`, int32 or int64, C-contiguous.
+
+    Negative ids are empty slots. Returns the first id that has no count, or None; those before it
+    were counted.
+    """
+    cdef int kind = cnp.PyArray_TYPE(ids)
+    if kind != cnp.NPY_INT32 and kind != cnp.NPY_INT64 or not cnp.PyArray_ISCARRAY_RO(ids):
+        raise TypeError("ids must be a C-contiguous array of int32 or int64")
+    if (cnp.PyArray_TYPE(counts) != cnp.NPY_FLOAT64 or counts.ndim != 1
+            or not cnp.PyArray_ISCARRAY(counts)):
+        raise TypeError("counts must be a writable float64 array of one dimension")
+    cdef Py_ssize_t size = cnp.PyArray_SIZE(ids), index
+    cdef int64_t limit = cnp.PyArray_DIM(counts, 0), found
+    cdef double *count = <double *>cnp.PyArray_DATA(counts)
+    cdef void *data = cnp.PyArray_DATA(ids)
+    for index in range(size):
+        if kind == cnp.NPY_INT32:
+            found = (<int32_t *>data)[index]
+        else:
+            found = (<int64_t *>data)[index]
+        if found >= limit:
+            return found
+        if found >= 0:
+            count[found] += 1
+    return None
