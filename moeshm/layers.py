@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -91,3 +92,14 @@ def parse_ranges(text: str) -> tuple[int, ...]:
             raise ValueError(f"{part!r} in {text!r} counts down; write {high}-{low}")
         numbers.extend(range(low, high + 1))
     return tuple(dict.fromkeys(numbers))
+
+
+def format_ranges(numbers: Sequence[int]) -> str:
+    """`(1, 2, 3, 7)` as `"1-3, 7"`, the form that `parse_ranges` reads; empty for none."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)

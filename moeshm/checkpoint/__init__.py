@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from ..errors import CheckpointError, SettingError
-from ..layers import parse_ranges
+from ..layers import format_ranges, parse_ranges
 from .layer import ExpertLayer, ExpertWeights
 from .layouts import Layout
 from .safetensors_dir import TensorDirectory
@@ -105,7 +105,7 @@ def _check_layers(layout: Layout, layers: set[int]) -> None:
     if wrong:
         raise CheckpointError(
             f"{_numbers('layer', wrong)} cannot be loaded; the MoE layers of this "
-            f"{layout.model_type} are {_ranges(layout.moe_layers)}"
+            f"{layout.model_type} are {format_ranges(layout.moe_layers)}"
         )
 
 
@@ -125,14 +125,3 @@ def _check_ids(layout: Layout, layer: int, ids: Sequence[int]) -> None:
 def _numbers(noun: str, numbers: Sequence[int]) -> str:
     listed = ", ".join(map(str, numbers))
     return f"{noun} {listed}" if len(numbers) == 1 else f"{noun}s {listed}"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """`(1, 2, 3, 7)` as `1-3, 7`, the form that parse_ranges reads."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and parts[-1][-1] == number - 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    return ", ".join("-".join(map(str, part)) for part in parts) or "none"

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from moeshm.dtypes import DType
-from moeshm.layers import Activation, LayerInfo, parse_ranges
+from moeshm.layers import Activation, LayerInfo, format_ranges, parse_ranges
 
 SIZES: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 6, "top_k": 2}
 
@@ -83,3 +83,13 @@ def test_ranges_that_do_not_parse(text: str) -> None:
 def test_ranges_that_count_down() -> None:
     with pytest.raises(ValueError, match="'7-3' in '0,7-3' counts down; write 3-7"):
         parse_ranges("0,7-3")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [((), ""), ((4,), "4"), ((1, 2, 3, 7), "1-3, 7"), ((0, 1, 9, 10), "0-1, 9-10")],
+)
+def test_ranges_are_written_as_they_are_read(numbers: tuple[int, ...], text: str) -> None:
+    assert format_ranges(numbers) == text
+    if numbers:
+        assert parse_ranges(text) == numbers
