@@ -71,7 +71,8 @@ class RoutingStats:
     def counts(self, layer: int) -> Counts:
         """The counts of a layer, float64 [num_experts]; a copy."""
         self._fetch(layer)
-        return self._counts[layer].copy()
+        copy: Counts = self._counts[layer].copy()
+        return copy
 
     def total(self) -> float:
         """The sum of all counts."""
@@ -108,7 +109,8 @@ class RoutingStats:
         """
         path = Path(path)
         if _suffix(path) == ".npz":
-            np.savez_compressed(path, **{f"layer_{n}": self.counts(n) for n in self.layers})
+            arrays: dict[str, Any] = {f"layer_{n}": self.counts(n) for n in self.layers}
+            np.savez_compressed(path, **arrays)
             return
         with path.open("w", newline="") as file:
             writer = csv.writer(file)

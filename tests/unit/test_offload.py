@@ -1,0 +1,237 @@
+"""Every slot is computed once, wherever its expert is and whoever is lost on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeshm.backends.reference import ReferenceBackend, reference_ffn
+from moeshm.checkpoint import ExpertLayer
+from moeshm.errors import DeadlineExceeded, InvalidCall, WorkerDied
+from moeshm.layers import LayerInfo
+from moeshm.offload import ExpertOffload
+from moeshm.placement import LayerPlacement, Placement, PlacementError
+from tests.checkpoints import random_layer
+
+HIDDEN, EXPERTS, TOP_K = 8, 7, 3
+WHOLE = random_layer(1, hidden_size=HIDDEN, intermediate_size=4, num_experts=EXPERTS, top_k=TOP_K)
+
+
+def share(experts: tuple[int, ...]) -> ExpertLayer:
+    """The layer with some of its experts."""
+    info = WHOLE.info
+    part = LayerInfo(
+        hidden_size=info.hidden_size,
+        intermediate_size=info.intermediate_size,
+        num_experts=info.num_experts,
+        top_k=info.top_k,
+        experts=experts,
+    )
+    return ExpertLayer(part, [WHOLE.expert(expert) for expert in experts])
+
+
+class Answer:
+    """A result that is there, or the error that came instead."""
+
+    def __init__(self, outcome: Any) -> None:
+        self._outcome = outcome
+
+    def result(self) -> Any:
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
+
+
+class FakeClient:
+    """Computes at once; `fate` says for each call whether and how the worker is lost."""
+
+    def __init__(self, experts: tuple[int, ...], fate: list[str] | None = None) -> None:
+        self._backend = ReferenceBackend({0: share(experts)})
+        self.layers: Mapping[int, LayerInfo] = self._backend.layers
+        self.fate = fate or []
+        self.calls = 0
+
+    def submit(self, layer: int, x: Any, ids: Any, weights: Any, timeout_s: Any = None) -> Answer:
+        del timeout_s
+        self.calls += 1
+        fate = self.fate.pop(0) if self.fate else "lives"
+        if fate == "unreachable":
+            raise WorkerDied("gone before the call")
+        if fate == "dies":
+            return Answer(WorkerDied("gone with the call"))
+        if fate == "hangs":
+            return Answer(DeadlineExceeded("late"))
+        out = np.empty_like(x)
+        self._backend.ffn(layer, x, ids, weights, out)
+        return Answer(out)
+
+
+def make(
+    placement: Placement, fates: Mapping[str, list[str]] | None = None, **options: Any
+) -> tuple[ExpertOffload, dict[str, Any]]:
+    clients: dict[str, Any] = {
+        name: FakeClient(placement.experts_of(name)[0], (fates or {}).get(name))
+        for name in placement.workers
+        if placement.experts_of(name)
+    }
+    return ExpertOffload(clients, placement, **options), clients
+
+
+def draw_call(seed: int, n_tokens: int) -> tuple[Any, Any, Any]:
+    rng = np.random.default_rng(seed)
+    ids = rng.random((n_tokens, EXPERTS)).argsort(axis=1)[:, :TOP_K].astype(np.int32)
+    ids[rng.random(ids.shape) < 0.2] = -1
+    x = rng.standard_normal((n_tokens, HIDDEN), np.float32)
+    return x, ids, rng.random(ids.shape, np.float32)
+
+
+def assert_exact(offload: ExpertOffload, call: tuple[Any, Any, Any]) -> None:
+    np.testing.assert_allclose(
+        offload.forward(0, *call), reference_ffn(WHOLE, *call), rtol=1e-5, atol=1e-6
+    )
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> Placement:
+    workers = [f"w{i}" for i in range(draw(st.integers(1, 3)))]
+    hot: list[int] = []
+    cold: dict[str, list[int]] = {name: [] for name in workers}
+    for expert in range(EXPERTS):
+        where = draw(st.sets(st.sampled_from(workers)))
+        for name in where:
+            cold[name].append(expert)
+        if not where:
+            hot.append(expert)
+    layer = LayerPlacement(EXPERTS, tuple(hot), {n: tuple(held) for n, held in cold.items()})
+    return Placement(workers, {0: layer})
+
+
+FATES = st.lists(st.sampled_from(["lives", "dies", "hangs", "unreachable"]), max_size=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(placements(), st.data(), st.integers(0, 9), st.integers(0, 2**32))
+def test_any_placement_and_any_losses_give_the_exact_sum(
+    placement: Placement, data: st.DataObject, n_tokens: int, seed: int
+) -> None:
+    fates = {name: data.draw(FATES, label=name) for name in placement.workers}
+    backend = ReferenceBackend({0: WHOLE})
+    offload, _ = make(placement, fates, local=backend, fallback=backend)
+    for number in range(3):
+        assert_exact(offload, draw_call(seed + number, n_tokens))
+    stats = offload.stats()
+    slots = sum(int((draw_call(seed + n, n_tokens)[1] >= 0).sum()) for n in range(3))
+    computed = [stats.hot_slots, *stats.cold_slots.values(), *stats.fallback_slots.values()]
+    assert sum(computed) == slots
+    assert stats.forwards == 3
+
+
+def test_a_replica_takes_over_what_a_lost_worker_had() -> None:
+    layer = LayerPlacement(EXPERTS, (0,), {"a": (1, 2, 3, 4, 5, 6), "b": (1, 2, 3, 4, 5, 6)})
+    offload, clients = make(
+        Placement(["a", "b"], {0: layer}), {"a": ["dies"]}, local=ReferenceBackend({0: WHOLE})
+    )
+    call = draw_call(3, 20)
+    assert_exact(offload, call)
+    stats = offload.stats()
+    assert stats.losses == {"a": 1}
+    assert list(stats.cold_slots) == ["b"]
+    assert stats.fallback_slots == {}
+    # It is left alone for a while.
+    assert_exact(offload, call)
+    assert clients["a"].calls == 1
+
+
+def test_without_a_fallback_a_worker_that_may_be_gone_is_asked_rather_than_nobody() -> None:
+    layer = LayerPlacement(EXPERTS, (), {"a": tuple(range(EXPERTS))})
+    offload, clients = make(Placement(["a"], {0: layer}), {"a": ["hangs"]})
+    with pytest.raises(DeadlineExceeded, match="late"):
+        offload.forward(0, *draw_call(1, 4))
+    assert_exact(offload, draw_call(1, 4))
+    assert clients["a"].calls == 2
+
+
+def test_replicas_share_the_experts() -> None:
+    both = tuple(range(EXPERTS))
+    layer = LayerPlacement(EXPERTS, (), {"a": both, "b": both})
+    offload, _ = make(Placement(["a", "b"], {0: layer}))
+    x, _, weights = draw_call(1, 5)
+    offload.forward(0, x[:1], np.array([[0, 2, 1]], np.int32), weights[:1])
+    assert offload.stats().cold_slots == {"a": 2, "b": 1}
+
+
+def test_a_function_may_compute_the_hot_part() -> None:
+    seen = []
+
+    def local(layer: int, x: Any, ids: Any, weights: Any) -> Any:
+        seen.append((layer, ids))
+        return reference_ffn(WHOLE, x, ids, weights).astype(np.float32)
+
+    placement = Placement.by_rule(["a"], {0: EXPERTS}, lambda _layer, expert: expert < 3)
+    offload, _ = make(placement, local=local)
+    call = draw_call(2, 6)
+    assert_exact(offload, call)
+    ((layer, ids),) = seen
+    assert layer == 0
+    np.testing.assert_array_equal(ids, np.where(call[1] < 3, call[1], -1))
+
+
+def test_what_the_router_chose_is_counted() -> None:
+    placement = Placement.by_rule(["a"], {0: EXPERTS}, lambda *_: False)
+    offload, _ = make(placement)
+    _, ids, _ = call = draw_call(4, 30)
+    offload.forward(0, *call)
+    expected = np.bincount(ids[ids >= 0], minlength=EXPERTS)
+    np.testing.assert_array_equal(offload.routing.counts(0), expected)
+
+
+def test_torch_goes_in_and_out() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    placement = Placement.by_rule(["a"], {0: EXPERTS}, lambda *_: False)
+    offload, _ = make(placement)
+    x, ids, weights = draw_call(5, 6)
+    tensors = (
+        torch.from_numpy(x).bfloat16(),
+        torch.from_numpy(ids).long(),
+        torch.from_numpy(weights),
+    )
+    with torch.no_grad():
+        y = offload.forward(0, *tensors)
+    assert y.dtype == torch.bfloat16
+    expected = reference_ffn(WHOLE, tensors[0].float().numpy(), ids, weights)
+    np.testing.assert_allclose(y.float().numpy(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_sides_that_disagree_are_refused_by_name() -> None:
+    placement = Placement.by_rule(["a", "b"], {0: EXPERTS}, lambda *_: False)
+    clients: dict[str, Any] = {name: FakeClient((0, 1)) for name in "ab"}
+    with pytest.raises(PlacementError, match="worker 'a' holds 2 experts of layer 0"):
+        ExpertOffload(clients, placement)
+    with pytest.raises(PlacementError, match="no client for the worker 'a'"):
+        ExpertOffload({}, placement)
+
+
+def test_what_is_missing_in_this_process_is_refused_by_name() -> None:
+    hot = Placement.by_rule(["a"], {0: EXPERTS}, lambda _layer, expert: expert < 2)
+    with pytest.raises(PlacementError, match="layer 0 has hot experts; pass `local`"):
+        make(hot)
+    few = ReferenceBackend({0: share((0,))})
+    with pytest.raises(PlacementError, match="the local backend does not hold expert 1 of layer 0"):
+        make(hot, local=few)
+    with pytest.raises(PlacementError, match="the fallback does not hold expert 2 of layer 0"):
+        make(hot, local=ReferenceBackend({0: WHOLE}), fallback=few)
+
+
+def test_bad_calls_are_refused_before_anything_is_sent() -> None:
+    offload, clients = make(Placement.by_rule(["a"], {0: EXPERTS}, lambda *_: False))
+    x, ids, weights = draw_call(1, 2)
+    with pytest.raises(InvalidCall, match="layer 9 is not in the placement"):
+        offload.forward(9, x, ids, weights)
+    with pytest.raises(InvalidCall, match="expert id 7"):
+        offload.forward(0, x, np.full_like(ids, EXPERTS), weights)
+    assert clients["a"].calls == 0
