@@ -169,14 +169,15 @@ class Placement:
         table[list(held)] = np.arange(len(held))
         return table
 
-    def hot_share(self, stats: RoutingStats) -> dict[int, float]:
-        """By layer, the share of the counts that falls on hot experts; NaN where none was
+    def hot_share(self, stats: RoutingStats) -> dict[int, float | None]:
+        """By layer, the share of the counts that falls on hot experts; None where none was
         counted."""
-        shares = {}
+        shares: dict[int, float | None] = {}
         for number in self.layers:
             counts = stats.counts(number)
             total = counts.sum()
-            shares[number] = float(counts[self.is_hot(number)].sum() / total) if total else np.nan
+            hot = counts[self.is_hot(number)].sum()
+            shares[number] = float(hot / total) if total else None
         return shares
 
     def fingerprint(self, worker: str) -> str:

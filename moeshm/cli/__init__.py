@@ -14,6 +14,7 @@ from ..errors import MoeshmError
 COMMANDS = {
     "worker": "Serve a model's experts to engines on this machine.",
     "demo": "Generate text with a small model whose experts run in a worker process.",
+    "place": "Choose which experts stay in the engine, from routing statistics and a budget.",
     "doctor": "Check this machine, and say what is missing and how to mend it.",
     "bench": "Measure this machine: how fast bytes and calls pass between two processes.",
 }
