@@ -67,10 +67,14 @@ cdef class RingEnd:
     cdef bint knows_peer
     cdef uint64_t wakes, sleeps, waits
 
-    cdef int _open(self, Mapping mapping, Role role, int fd, object name, bint is_creator,
-                   object spin_us) except -1
+    cdef int _choose_spin(self, object spin_us) except -1
+    cdef int _open(self, Mapping mapping, Role role, int fd, object name,
+                   bint is_creator) except -1
+    cdef int _end(self) except -1
+    cdef int _let_go(self) except -1
     cdef int _check_usable(self) except -1
-    cdef bint _is_ours(self) noexcept
+    cdef int _check_may_take(self, str remedy) except -1
+    cdef bint _may_touch(self) noexcept
     cdef int _corrupt(self, str what) except -1
     cdef bint _load_peer(self) noexcept nogil
     cdef int _wait(self, int64_t deadline_ns) except -1
@@ -81,5 +85,6 @@ cdef class RingEnd:
     cdef bint _peer_is_dead(self) except -1
     cdef Identity _peer_identity(self)
     cdef void _publish(self) noexcept nogil
+    cdef void _skip(self, uint64_t size) noexcept
     cdef unsigned _hold(self, uint64_t size) noexcept
     cdef void _finish(self, unsigned slot) noexcept

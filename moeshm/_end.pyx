@@ -36,7 +36,7 @@ moeshm_watch_forks()
 # How a slice of a wait ended.
 cdef enum:
     CHANGED = 1
-    PEER_CLOSED = 2
+    PEER_GONE = 2
     TIMED_OUT = 3
     AGAIN = 4
 
@@ -73,14 +73,17 @@ cdef class RingEnd:
     def __del__(self):
         self.close()
 
-    cdef int _open(self, Mapping mapping, Role role, int fd, object name, bint is_creator,
-                   object spin_us) except -1:
-        """Be the given end of a mapped segment; owns `fd` from here on."""
-        cdef char *control = mapping.control
+    cdef int _choose_spin(self, object spin_us) except -1:
         if spin_us is None:
             # With one CPU for both ends, spinning only keeps the other from running.
             spin_us = settings.current().spin_us if process.usable_cpus() > 1 else 0
         self.spin_us = spin_us
+        return 0
+
+    cdef int _open(self, Mapping mapping, Role role, int fd, object name,
+                   bint is_creator) except -1:
+        """Be the given end of a mapped segment; owns `fd` from here on."""
+        cdef char *control = mapping.control
         self.mapping = mapping
         self.area = mapping.area
         self.capacity = mapping.area - PAGE
@@ -133,7 +136,9 @@ cdef class RingEnd:
 
     def counters(self):
         """How often this end waited, slept in the kernel, and woke the other."""
-        return {"waits": self.waits, "sleeps": self.sleeps, "wakes": self.wakes}
+        # Counted by a thread that has released the GIL.
+        cdef uint64_t sleeps = moeshm_load_relaxed(&self.sleeps)
+        return {"waits": self.waits, "sleeps": sleeps, "wakes": self.wakes}
 
     def fileno(self):
         """The segment's file descriptor, to be passed to the process of the other end."""
@@ -159,21 +164,37 @@ cdef class RingEnd:
         if self.is_closed:
             return
         self.is_closed = True
-        if self.generation == moeshm_fork_generation:
-            if self.corruption is None:
-                moeshm_store_release(self.own_state, CLOSED)
-                self._publish()
-                # A thread of our own may sleep on the other's word.
-                moeshm_futex_wake(self.peer)
-            if self.name is not None and self.is_creator and not self._peer_identity().pid:
-                segment.unlink(self.name)
-        os.close(self.fd)
-        if self.owns_pidfd:
-            os.close(self.pidfd)
+        cdef bint is_ours = self.generation == moeshm_fork_generation
+        try:
+            if is_ours:
+                self._end()
+        finally:
+            # A thread that waits still looks at the memory: it lets go when it is done. After a
+            # fork, that thread is the parent's.
+            if not (self.waiting and is_ours):
+                self._let_go()
+
+    cdef int _end(self) except -1:
+        """Tell the other end, and a thread of our own that sleeps on the other's word."""
+        if self.corruption is None:
+            moeshm_store_release(self.own_state, CLOSED)
+            self._publish()
+            moeshm_futex_wake(self.peer)
+        if self.name is not None and self.is_creator and not self._peer_identity().pid:
+            segment.unlink(self.name)
+        return 0
+
+    cdef int _let_go(self) except -1:
+        """Of the memory and the fds; again does nothing."""
+        cdef int fd = self.fd, pidfd = self.pidfd if self.owns_pidfd else -1
+        self.mapping = None
         self.fd = self.pidfd = -1
         self.owns_pidfd = False
-        if not self.waiting:
-            self.mapping = None
+        if fd >= 0:
+            os.close(fd)
+        if pidfd >= 0:
+            os.close(pidfd)
+        return 0
 
     cdef int _check_usable(self) except -1:
         if self.is_closed:
@@ -186,9 +207,20 @@ cdef class RingEnd:
             raise Corrupt(self.corruption)
         return 0
 
-    cdef bint _is_ours(self) noexcept:
-        """Open, and opened by this process."""
-        return not self.is_closed and self.generation == moeshm_fork_generation
+    cdef int _check_may_take(self, str remedy) except -1:
+        """Usable, by this thread, and with a free slot; must hold where `_hold` is called."""
+        self._check_usable()
+        if self.waiting:
+            # It found a free slot, and relies on that when its wait ends.
+            raise RingError("another thread waits at this end of the ring; one may at a time")
+        if self.window.count == SLOTS:
+            raise RingError(f"{SLOTS} {remedy}")
+        return 0
+
+    cdef bint _may_touch(self) noexcept:
+        """Open, opened by this process, and not corrupt."""
+        return (not self.is_closed and self.generation == moeshm_fork_generation
+                and self.corruption is None)
 
     cdef int _corrupt(self, str what) except -1:
         self.corruption = f"the other end of the ring wrote {what}; close the ring"
@@ -211,33 +243,33 @@ cdef class RingEnd:
     cdef int _wait(self, int64_t deadline_ns) except -1:
         """Return 1 when the other's word is no longer `seen`, 0 at the deadline.
 
-        RingClosed, PeerDied: and everything that the other end did before was seen.
+        RingClosed, PeerDied: and everything that the other end did before was seen. The caller
+        has called `_check_may_take`, and nothing after it that runs Python.
         """
         cdef uint64_t seen = self.seen
         cdef int64_t start = moeshm_now_ns()
         cdef int64_t spin_until = start + self.spin_ns
         cdef bint slept = False
         cdef int outcome = AGAIN
-        if self.waiting:
-            raise RingError("another thread waits at this end of the ring; one may at a time")
         self.waits += 1
         self.waiting = True
         try:
             while outcome == AGAIN:
                 with nogil:
                     outcome = self._wait_slice(seen, spin_until, deadline_ns, &slept)
-                if self.is_closed:
-                    raise RingClosed("this end of the ring was closed by another thread")
-                if outcome == PEER_CLOSED:
-                    return self._drain(seen)
-                if outcome != CHANGED:
+                if outcome == AGAIN or outcome == TIMED_OUT:
                     PyErr_CheckSignals()
                     if self._peer_is_dead():
-                        return self._drain(seen)
+                        outcome = PEER_GONE
+                # Asked last: what ran above ran Python, and may have closed this end.
+                if self.is_closed:
+                    raise RingClosed("this end of the ring was closed by another thread")
+            if outcome == PEER_GONE:
+                return self._drain(seen)
         finally:
             self.waiting = False
             if self.is_closed:
-                self.mapping = None
+                self._let_go()
         if slept:
             self._adapt(moeshm_now_ns() - start)
         return outcome == CHANGED
@@ -259,7 +291,7 @@ cdef class RingEnd:
                     return CHANGED
                 moeshm_pause()
             if moeshm_load_acquire(self.peer_state) & CLOSED:
-                return PEER_CLOSED
+                return PEER_GONE
             now = moeshm_now_ns()
             if now >= deadline_ns:
                 return TIMED_OUT
@@ -271,10 +303,11 @@ cdef class RingEnd:
             return AGAIN
         # Once armed: an end that closes either wakes us or was seen here.
         if moeshm_load_acquire(self.peer_state) & CLOSED:
-            return PEER_CLOSED
-        if self.is_closed:
+            return PEER_GONE
+        # Closed by another thread of our own. (`is_closed` is for those who hold the GIL.)
+        if moeshm_load_acquire(self.own_state) & CLOSED:
             return AGAIN
-        self.sleeps += 1
+        moeshm_store_release(&self.sleeps, self.sleeps + 1)
         slept[0] = True
         moeshm_futex_wait(self.peer, word | ARMED, min(SLICE_NS, deadline_ns - now))
         return CHANGED if moeshm_load_acquire(self.peer) & ~<uint64_t>ARMED != seen else AGAIN
@@ -305,8 +338,8 @@ cdef class RingEnd:
             if peer.pid != <uint64_t>os.getpid():
                 self.pidfd = process.open_pidfd(peer.pid, peer.ticks)
                 if self.pidfd < 0:
-                    # Gone, or a kernel without pidfds.
-                    return process.start_ticks(peer.pid) != peer.ticks
+                    # Gone, or a kernel without pidfds, or no fd to be had.
+                    return not process.is_alive(peer.pid, peer.ticks)
                 self.owns_pidfd = True
             self.knows_peer = True
         return moeshm_peer_is_gone(self.socket_fd, self.pidfd)
@@ -324,6 +357,15 @@ cdef class RingEnd:
         if moeshm_exchange(self.own, word) & ARMED:
             self.wakes += 1
             moeshm_futex_wake(self.own)
+
+    cdef void _skip(self, uint64_t size) noexcept:
+        """Pass over `size` bytes: they are published with the record before them, or at once."""
+        cdef unsigned slot = self._hold(size)
+        if self.window.count == 1:
+            self._finish(slot)
+        else:
+            self.window.count -= 1
+            self.window.spans[(slot + SLOTS - 1) % SLOTS].size += size
 
     cdef unsigned _hold(self, uint64_t size) noexcept:
         """Take `size` bytes at the next position into the window; its slot."""

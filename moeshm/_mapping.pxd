@@ -7,7 +7,7 @@ cdef enum:
 # Places in the control page. Every word that changes has 128 bytes of its own: two cache lines,
 # as CPUs prefetch them in pairs.
 cdef enum:
-    CREATOR = 64            # segment.CREATOR_OFFSET
+    CREATOR = 64            # as in segment._CONTROL
     ATTACHER = 128
     PRODUCER_WORD = 256
     PRODUCER_STATE = 384

@@ -39,3 +39,14 @@ cdef class Held:
     cdef int _check_open(self) except -1
     cdef int _check_unviewed(self) except -1
     cdef object _array(self, object dtype, object shape, uint64_t offset)
+
+
+cdef class Reservation(Held):
+    cdef void _abort(self) noexcept
+
+
+cdef class Record(Held):
+    cdef readonly uint32_t type
+    cdef readonly uint32_t flags
+
+    cdef void _release(self) noexcept

@@ -101,7 +101,7 @@ class RingProducer(_RingEnd):
     ) -> Reservation: ...
     def write(
         self,
-        parts: Sequence[Buffer],
+        parts: Sequence[Buffer | npt.NDArray[Any]],
         type: int = 0,
         flags: int = 0,
         timeout_s: float | None = None,

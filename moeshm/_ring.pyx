@@ -10,6 +10,7 @@ cimport numpy as cnp
 from cpython.buffer cimport (
     PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.memoryview cimport PyMemoryView_FromObject
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int64_t, uint32_t, uint64_t
@@ -19,7 +20,7 @@ import fcntl
 import os
 
 from . import segment
-from ._atomics cimport moeshm_load_relaxed
+from ._atomics cimport moeshm_load_relaxed, moeshm_now_ns
 from ._end cimport CLOSED, REBASED, SLOTS, RingEnd, ahead, deadline_of
 from ._mapping cimport (
     ALIGNMENT, CONSUMER, PAGE, PRODUCER, Mapping, Role, attach_segment, create_segment,
@@ -66,6 +67,7 @@ cdef Role role_of(type cls) except? PRODUCER:
 cdef RingEnd create_ring(type cls, object name, object capacity, uint64_t epoch,
                          object spin_us, uint64_t first_position):
     cdef RingEnd ring = cls.__new__(cls)
+    ring._choose_spin(spin_us)
     if not 1 <= capacity <= MAX_CAPACITY:
         raise RingError(f"capacity={capacity}; it must lie in 1..{MAX_CAPACITY}")
     if first_position % ALIGNMENT or first_position >> 63:
@@ -77,7 +79,7 @@ cdef RingEnd create_ring(type cls, object name, object capacity, uint64_t epoch,
           else segment.create_named(name, PAGE + area))
     try:
         mapping = create_segment(fd, role_of(cls), area, epoch, first_position)
-        ring._open(mapping, role_of(cls), fd, name, True, spin_us)
+        ring._open(mapping, role_of(cls), fd, name, True)
     except BaseException:
         os.close(fd)
         if name is not None:
@@ -88,6 +90,8 @@ cdef RingEnd create_ring(type cls, object name, object capacity, uint64_t epoch,
 
 cdef RingEnd attach_ring(type cls, object source, object epoch, object spin_us):
     cdef RingEnd ring = cls.__new__(cls)
+    # First: once attached, a ring is taken.
+    ring._choose_spin(spin_us)
     is_named = isinstance(source, str)
     if is_named:
         fd = segment.open_named(source)
@@ -96,7 +100,7 @@ cdef RingEnd attach_ring(type cls, object source, object epoch, object spin_us):
         fd = fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 0)
     try:
         mapping = attach_segment(fd, role_of(cls), epoch)
-        ring._open(mapping, role_of(cls), fd, source if is_named else None, False, spin_us)
+        ring._open(mapping, role_of(cls), fd, source if is_named else None, False)
     except BaseException:
         os.close(fd)
         raise
@@ -149,10 +153,12 @@ cdef class RingProducer(RingEnd):
         """
         cdef unsigned slot
         cdef uint64_t sequence
+        # Allocating may start a garbage collection, and that may close the ring.
+        cdef Mapping mapping = self.mapping
         cdef char *payload = self._begin(size, type, flags, timeout_s, &slot, &sequence)
         cdef Reservation reservation = Reservation.__new__(Reservation)
         reservation.ring = self
-        reservation.mapping = self.mapping
+        reservation.mapping = mapping
         reservation.payload = payload
         reservation.size = size
         reservation.sequence = sequence
@@ -194,17 +200,15 @@ cdef class RingProducer(RingEnd):
                       unsigned *slot, uint64_t *sequence) except NULL:
         """Hold the next record and write its header; where the payload goes."""
         cdef Header *header
-        cdef uint64_t size
-        self._check_usable()
+        cdef uint64_t size = record_size(length)
+        cdef int64_t deadline_ns = deadline_of(timeout_s)
         if length > self.capacity:
             raise RingError(f"a message of {length} bytes exceeds the ring's capacity of "
                             f"{self.capacity}; send less at once or make a larger ring")
-        if self.window.count == SLOTS:
-            raise RingError(f"{SLOTS} reservations are open; commit or abort some")
         if flags & ABORTED:
             raise RingError(f"flags={flags:#x}; they must be below 2^31")
-        size = record_size(length)
-        header = <Header *>self._make_room(size, deadline_of(timeout_s))
+        self._check_may_take("reservations are open; commit or abort some")
+        header = <Header *>self._make_room(size, deadline_ns)
         header.length = length
         header.type = type
         header.flags = flags
@@ -235,7 +239,9 @@ cdef class RingProducer(RingEnd):
         return self.mapping.data + self.next_offset
 
     cdef int _check_peer(self) except -1:
-        if not self._load_peer() or ahead(self.published, self.peer_position) > self.area:
+        # A consumer never rebases.
+        if (not self._load_peer() or self.seen & REBASED
+                or ahead(self.published, self.peer_position) > self.area):
             self._corrupt(f"the position word {self.seen:#x}, but {self.published} was published")
         return 0
 
@@ -282,25 +288,33 @@ cdef class RingConsumer(RingEnd):
         cdef uint64_t size
         cdef unsigned slot
         cdef int64_t deadline_ns = -1
-        self._check_usable()
-        if self.window.count == SLOTS:
-            raise RingError(f"{SLOTS} records are open; release some")
+        # Allocating may start a garbage collection, and that may close the ring.
+        cdef Mapping mapping = self.mapping
+        self._check_may_take("records are open; release some")
         while True:
-            while not self._has_record():
-                if deadline_ns < 0:
-                    deadline_ns = deadline_of(timeout_s)
-                if self._wait(deadline_ns) == 0:
+            if self._has_record():
+                at = mapping.data + self.next_offset
+                memcpy(&header, at, sizeof(Header))
+                size = self._check_header(&header)
+                if not header.flags & ABORTED:
+                    break
+                self._skip(size)
+                if self.peer_position != self.next_position:
+                    continue
+            if deadline_ns < 0:
+                deadline_ns = deadline_of(timeout_s)
+            else:
+                # The last wait ended for nothing, and so may each that follows.
+                PyErr_CheckSignals()
+                if moeshm_now_ns() >= deadline_ns:
                     raise RingEmpty(f"no record within {timeout_s} s")
-            at = self.mapping.data + self.next_offset
-            memcpy(&header, at, sizeof(Header))
-            size = self._check_header(&header)
-            slot = self._hold(size)
-            if not header.flags & ABORTED:
-                break
-            self._finish(slot)
+            self._check_may_take("records are open; release some")
+            if self._wait(deadline_ns) == 0:
+                raise RingEmpty(f"no record within {timeout_s} s")
+        slot = self._hold(size)
         record = Record.__new__(Record)
         record.ring = self
-        record.mapping = self.mapping
+        record.mapping = mapping
         record.payload = at + payload_offset(header.length)
         record.size = header.length
         record.sequence = header.sequence
@@ -365,16 +379,17 @@ cdef class Held:
         cdef int nd = len(shape), i
         cdef uint64_t nbytes = descr.itemsize, limit = self.size
         cdef Lease lease
-        self._check_open()
         if nd > 8 or descr.hasobject or not nbytes:
             raise ValueError(f"dtype {descr} of {nd} dimensions cannot lie in a record")
         for i in range(nd):
             dims[i] = shape[i]
-            if dims[i] < 0 or <uint64_t>dims[i] > limit:
+            if dims[i] == 0:
+                nbytes = 0
+        self._check_open()
+        for i in range(nd):
+            if dims[i] < 0 or (nbytes and <uint64_t>dims[i] > limit // nbytes):
                 raise ValueError(f"shape {shape} of {descr} exceeds the record's {limit} bytes")
             nbytes *= dims[i]
-            if nbytes > limit:
-                raise ValueError(f"shape {shape} of {descr} exceeds the record's {limit} bytes")
         if offset > limit or nbytes > limit - offset:
             raise ValueError(f"{nbytes} bytes at {offset} exceed the record's {limit} bytes")
         if <uint64_t>(self.payload + offset) % <uint64_t>descr.alignment:
@@ -398,7 +413,9 @@ cdef class Lease:
     cdef Held held
 
     def __dealloc__(self):
-        self.held.exports -= 1
+        # Python code can make one that leases nothing: type(array.base)().
+        if self.held is not None:
+            self.held.exports -= 1
 
 
 @cython.final
@@ -428,7 +445,7 @@ cdef class Reservation(Held):
         cdef RingEnd ring = self.ring
         cdef uint64_t size
         self.is_open = False
-        if not ring._is_ours():
+        if not ring._may_touch():
             return
         if self.slot == (ring.window.first + ring.window.count - 1) % SLOTS and not self.exports:
             # The newest: as if it had never been.
@@ -471,9 +488,6 @@ cdef class Reservation(Held):
 cdef class Record(Held):
     """A record being read; `with` releases it at the end."""
 
-    cdef readonly uint32_t type
-    cdef readonly uint32_t flags
-
     def __dealloc__(self):
         if self.is_open:
             self._release()
@@ -486,7 +500,7 @@ cdef class Record(Held):
 
     cdef void _release(self) noexcept:
         self.is_open = False
-        if self.ring._is_ours():
+        if self.ring._may_touch():
             self.ring._finish(self.slot)
 
     def copy_to(self, destination, uint64_t offset=0):

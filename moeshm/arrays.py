@@ -79,12 +79,14 @@ def make_output(inputs: Inputs, out: Any) -> tuple[Any, Array]:
     if out is None:
         array = np.empty(like.shape, like.dtype)
         return (_as_tensor(array, inputs.dtype) if inputs.is_torch else array), array
+    # A tensor that is not contiguous would be copied, and its copy written.
+    is_usable = not _is_tensor(out) or out.is_contiguous()
     array = _stored(out) if _is_tensor(out) else out
     if (
         not isinstance(array, np.ndarray)
         or array.shape != like.shape
         or array.dtype != like.dtype
-        or not (array.flags.c_contiguous and array.flags.writeable)
+        or not (is_usable and array.flags.carray)
     ):
         found = f"{getattr(array, 'dtype', type(out))} {list(getattr(array, 'shape', ()))}"
         raise InvalidCall(
@@ -102,7 +104,7 @@ def _floats(values: Any, name: str) -> Array:
         dtype_of(values)
     except TypeError as error:
         raise InvalidCall(f"{name} has {error}") from None
-    return values if values.flags.c_contiguous else np.ascontiguousarray(values)
+    return _plain(values)
 
 
 def _integers(ids: Any) -> npt.NDArray[np.int32]:
@@ -113,12 +115,17 @@ def _integers(ids: Any) -> npt.NDArray[np.int32]:
     if ids.dtype != _INT32:
         if ids.dtype.kind not in "iu":
             raise InvalidCall(f"topk_ids has dtype {ids.dtype}; pass int32")
-        narrow: npt.NDArray[np.int32] = ids.astype(np.int32)
+        narrow: npt.NDArray[np.int32] = ids.astype(np.int32, order="C")
         if not np.array_equal(narrow, ids):
             raise InvalidCall("topk_ids holds a number that int32 cannot")
         return narrow
-    result: npt.NDArray[np.int32] = ids if ids.flags.c_contiguous else np.ascontiguousarray(ids)
-    return result
+    return _plain(ids)
+
+
+def _plain(values: Array) -> Array:
+    """The values in C order, and aligned, which a view of bytes need not be."""
+    is_plain = values.flags.c_contiguous and values.flags.aligned
+    return values if is_plain else values.copy()
 
 
 def _as_float32(given: Any, stored: Array) -> Array:

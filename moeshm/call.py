@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,9 @@ import numpy.typing as npt
 
 from .arrays import Inputs
 from .dtypes import Array, DType, narrow, widen
-from .errors import CallError, DeadlineExceeded, NotReady, ProtocolError, WorkerDied
-from .link import Link, Receiver
-from .protocol import HEADER_BYTES, Message, Reply
+from .errors import CallError, DeadlineExceeded, NotReady, WorkerDied
+from .link import Link, Receiver, too_late
+from .protocol import Message, Reply
 
 #: `(layer, inputs, output array, cause)`: computes elsewhere what the worker did not.
 Fallback = Callable[[int, Inputs, Array, WorkerDied | DeadlineExceeded], None]
@@ -31,6 +32,7 @@ class CallFuture:
         "_compute_ns",
         "_error",
         "_fallback",
+        "_finishing",
         "_is_finished",
         "_link",
         "_n_open",
@@ -78,6 +80,7 @@ class CallFuture:
         self._n_open = 0
         self._bytes_in = self._compute_ns = self._unpack_ns = self._waited_ns = 0
         self._is_finished = False
+        self._finishing = threading.Lock()
 
     def expect(self, link: Link | None, n_parts: int, rows: npt.NDArray[np.intp] | None) -> None:
         """What is on its way: so many parts, which together are these rows, or all."""
@@ -85,7 +88,7 @@ class CallFuture:
         self._n_open = n_parts
         self.is_done = n_parts == 0
         self.rows = rows
-        if n_parts and (
+        if (
             rows is not None
             or self._wire is not self.inputs.dtype
             # A part's result must not replace what other parts, or the fallback, still read.
@@ -112,7 +115,10 @@ class CallFuture:
         if not self.is_done:
             self._wait(timeout_s)
         if not self._is_finished:
-            self._finish()
+            # Of several threads that ask, one unpacks or falls back.
+            with self._finishing:
+                if not self._is_finished:
+                    self._finish()
         if self._error is not None:
             raise self._error
         return self._output
@@ -128,16 +134,8 @@ class CallFuture:
         if into is None:
             into = self._received
         start_ns = time.perf_counter_ns()
-        if reply.error is not None:
-            self._error = self._error or reply.error
-        elif (reply.n_tokens, reply.hidden_size) != into.shape or reply.dtype is not self._wire:
-            raise ProtocolError(
-                f"call {reply.call_id} was answered by {reply.dtype} "
-                f"[{reply.n_tokens}, {reply.hidden_size}] instead of {self._wire} "
-                f"{list(into.shape)}"
-            )
-        else:
-            record.copy_to(into, HEADER_BYTES)
+        self._error = self._error or reply.error
+        reply.copy_rows(record, into, self._wire)
         self._bytes_in += len(record)
         self._compute_ns += reply.compute_ns
         self._unpack_ns += time.perf_counter_ns() - start_ns
@@ -154,27 +152,24 @@ class CallFuture:
         if link is not None and not link.wait(self, deadline):
             if deadline < self.deadline:
                 raise NotReady(f"no result within {timeout_s} s; the call is still on its way")
-            late = DeadlineExceeded(
-                f"no answer within {self._timeout_s:g} s from the worker; the session is given "
-                "up: allow more time (timeout_s), or look at the worker"
-            )
+            late = too_late(self._timeout_s)
             self.fail(late)
             link.lose(late)
         self._waited_ns = time.perf_counter_ns() - start_ns
 
     def _finish(self) -> None:
-        """Put the result where the caller looks for it; once."""
-        self._is_finished = True
-        # Replies that this call took in while it waited are part of both times.
-        waited_ns = max(0, self._waited_ns - self._unpack_ns)
-        self._on_received(self._bytes_in, waited_ns, self._compute_ns, self._unpack_ns)
+        """Put the result where the caller looks for it; again, should this be interrupted."""
         error = self._error
         if error is None:
             if self._received is not self._array:
                 self._unpack()
         elif self._fallback is not None and isinstance(error, WorkerDied | DeadlineExceeded):
-            self._error = None
             self._fallback(self.layer, self.inputs, self._array, error)
+            self._error = None
+        self._is_finished = True
+        # Replies that this call took in while it waited are part of both times.
+        waited_ns = max(0, self._waited_ns - self._unpack_ns)
+        self._on_received(self._bytes_in, waited_ns, self._compute_ns, self._unpack_ns)
 
     def _unpack(self) -> None:
         values = self._received

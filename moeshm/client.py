@@ -22,7 +22,6 @@ from .errors import (
     DeadlineExceeded,
     ForkedProcess,
     InvalidCall,
-    MoeshmError,
     RingFull,
     SessionError,
     SettingError,
@@ -30,13 +29,14 @@ from .errors import (
 )
 from .layers import LayerInfo
 from .link import Link
+from .reconnect import Reconnector
 from .session import Session
 from .stats import ClientStats, StatsCounter
 
 _log = logging.getLogger(__name__)
 
-#: After a failed attempt to reach a lost worker again, calls do not try for so long.
-RETRY_PAUSE_S = 1.0
+#: As of MOESHM_TIMEOUT_S.
+MAX_TIMEOUT_S = 1e6
 
 
 class Opened(NamedTuple):
@@ -69,8 +69,8 @@ class ExpertClient:
         self._timeout_s = settings.current().timeout_s
         self._capacity = settings.current().batch_capacity
         self._counter = StatsCounter()
-        self._connecting = threading.Lock()
-        self._retry_at = 0.0
+        self._adopting = threading.Lock()
+        self._reconnector = Reconnector(on_close)
         self._is_closed = False
         self._link = self._connect(is_first=True)
         welcome = self._link.session.welcome
@@ -103,16 +103,34 @@ class ExpertClient:
         timeout_s: float | None = None,
         global_ids: bool = False,
     ) -> Any:
-        """`submit(…).result()`."""
-        return self.submit(
-            layer,
-            hidden_states,
-            topk_ids,
-            topk_weights,
-            out=out,
-            timeout_s=timeout_s,
-            global_ids=global_ids,
-        ).result()
+        """`submit(…).result()`, in less time when no other thread waits for this worker."""
+        start_ns = time.perf_counter_ns()
+        timeout_s = self._check_timeout(timeout_s)
+        inputs = self._check(layer, hidden_states, topk_ids, topk_weights, global_ids)
+        output, array = arrays.make_output(inputs, out)
+        if not self._is_plain(inputs):
+            return self._submit(layer, inputs, output, array, timeout_s, start_ns).result()
+        try:
+            answer = self._link.call(
+                layer,
+                inputs.hidden_states,
+                inputs.topk_ids,
+                inputs.topk_weights,
+                inputs.dtype,
+                array,
+                timeout_s,
+            )
+        except (WorkerDied, DeadlineExceeded) as error:
+            if self._fallback is None:
+                raise
+            self._fall_back(layer, inputs, array, error)
+            return output
+        if answer is None:
+            return self._submit(layer, inputs, output, array, timeout_s, start_ns).result()
+        self._counter.answered(answer, len(array), start_ns)
+        if answer.error is not None:
+            raise answer.error
+        return output
 
     def submit(
         self,
@@ -138,6 +156,43 @@ class ExpertClient:
         DeadlineExceeded: no worker, and no fallback. ForkedProcess, ClientClosed.
         """
         start_ns = time.perf_counter_ns()
+        timeout_s = self._check_timeout(timeout_s)
+        inputs = self._check(layer, hidden_states, topk_ids, topk_weights, global_ids)
+        output, array = arrays.make_output(inputs, out)
+        return self._submit(layer, inputs, output, array, timeout_s, start_ns)
+
+    def stats(self) -> ClientStats:
+        """Counts and times since the client was opened."""
+        return self._counter.snapshot()
+
+    def close(self) -> None:
+        """End the session, and the worker if it was spawned; calls on their way get ClientClosed.
+
+        Again, it does nothing; in a forked child it leaves the parent's session alone.
+        """
+        if self._is_closed or os.getpid() != self._pid:
+            return
+        self._is_closed = True
+        self._link.close(ClientClosed("the client was closed with this call on its way"))
+        self._reconnector.close()
+        self._on_close()
+
+    def __enter__(self) -> ExpertClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- sending ------------------------------------------------------------------------
+
+    def _check(
+        self, layer: int, hidden_states: Any, topk_ids: Any, topk_weights: Any, global_ids: bool
+    ) -> Inputs:
         if os.getpid() != self._pid:
             raise ForkedProcess(
                 f"this client belongs to process {self._pid}; connect anew in {os.getpid()}"
@@ -147,10 +202,34 @@ class ExpertClient:
             raise InvalidCall(
                 f"layer {layer} is not on this worker; it holds {sorted(self.layers)}"
             )
-        inputs = arrays.check(layer, info, hidden_states, topk_ids, topk_weights, global_ids)
-        output, array = arrays.make_output(inputs, out)
+        return arrays.check(layer, info, hidden_states, topk_ids, topk_weights, global_ids)
+
+    def _check_timeout(self, timeout_s: float | None) -> float:
         if timeout_s is None:
-            timeout_s = self._timeout_s
+            return self._timeout_s
+        if not 0 < timeout_s <= MAX_TIMEOUT_S:
+            raise InvalidCall(f"timeout_s={timeout_s}; it must lie in 0..{MAX_TIMEOUT_S:g}")
+        return timeout_s
+
+    def _is_plain(self, inputs: Inputs) -> bool:
+        """Goes as it is, in one message, to a worker that is there."""
+        link = self._link
+        return (
+            not inputs.n_empty
+            and (self._wire is None or self._wire is inputs.dtype)
+            and 0 < len(inputs.topk_ids) <= link.max_tokens
+            and link.loss is None
+        )
+
+    def _submit(
+        self,
+        layer: int,
+        inputs: Inputs,
+        output: Any,
+        array: Array,
+        timeout_s: float,
+        start_ns: int,
+    ) -> CallFuture:
         wire = self._wire or inputs.dtype
         future = CallFuture(
             layer,
@@ -171,34 +250,6 @@ class ExpertClient:
             future.fail(error)
         return future
 
-    def stats(self) -> ClientStats:
-        """Counts and times since the client was opened."""
-        return self._counter.snapshot()
-
-    def close(self) -> None:
-        """End the session, and the worker if it was spawned; calls on their way get ClientClosed.
-
-        Again, it does nothing; in a forked child it leaves the parent's session alone.
-        """
-        if self._is_closed or os.getpid() != self._pid:
-            return
-        self._is_closed = True
-        self._link.close(ClientClosed("the client was closed with this call on its way"))
-        self._on_close()
-
-    def __enter__(self) -> ExpertClient:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    # --- sending ------------------------------------------------------------------------
-
     def _send(self, future: CallFuture, inputs: Inputs, wire: DType, start_ns: int) -> None:
         """Cut the call as the worker allows, and send the parts."""
         hidden, ids, weights = inputs.hidden_states, inputs.topk_ids, inputs.topk_weights
@@ -213,8 +264,11 @@ class ExpertClient:
         if n_rows:
             link = self._link
             if link.loss is not None:
-                link = self._live_link()
-            most = min(self._capacity, link.max_tokens)
+                lost_ns = time.perf_counter_ns()
+                link = self._live_link(future.deadline)
+                # To start a worker anew is no part of packing.
+                start_ns += time.perf_counter_ns() - lost_ns
+            most = link.max_tokens
             n_parts = -(-n_rows // most)
             future.expect(link, n_parts, rows)
             try:
@@ -239,25 +293,27 @@ class ExpertClient:
 
     # --- the session ----------------------------------------------------------------------
 
-    def _live_link(self) -> Link:
+    def _live_link(self, deadline: float) -> Link:
         """The session, a new one if the last was lost; WorkerDied when there is none to be had."""
         if self._is_closed:
             raise ClientClosed("the client is closed; connect anew")
         link = self._link
         if link.loss is None:
             return link
-        with self._connecting:
-            link = self._link
-            if link.loss is None:
-                return link
-            if time.monotonic() < self._retry_at:
-                raise link.loss
-            try:
-                self._link = self._connect(is_first=False)
-            except (MoeshmError, OSError) as error:
-                self._retry_at = time.monotonic() + RETRY_PAUSE_S
-                raise WorkerDied(f"the worker was lost and cannot be reached: {error}") from error
-            return self._link
+        found = self._reconnector.link(
+            lambda: self._connect(is_first=False), link.loss, deadline, self._fallback is not None
+        )
+        with self._adopting:
+            # Another thread may have waited for the same attempt, and been first.
+            if self._link is link:
+                self._link = found
+        if self._is_closed:
+            # By another thread in the meantime, who knew nothing of what was opened.
+            closed = ClientClosed("the client was closed while it reached for a new worker")
+            found.close(closed)
+            self._on_close()
+            raise closed
+        return self._link
 
     def _connect(self, is_first: bool) -> Link:
         opened = self._open_session()
@@ -268,7 +324,7 @@ class ExpertClient:
         if welcome.stepped_down:
             _log.warning("activations travel over %s: %s", welcome.transport, welcome.stepped_down)
         self._counter.connected(is_first, opened.is_new_process, welcome.stepped_down)
-        return Link(opened.session)
+        return Link(opened.session, self._capacity)
 
     def _fall_back(
         self, layer: int, inputs: Inputs, array: Array, error: WorkerDied | DeadlineExceeded
@@ -344,4 +400,6 @@ def choose(transport: str | None, wire_dtype: str | None, timeout_s: float | Non
         if value not in choices:
             raise SettingError(f"{name}={value!r}; choose {', '.join(choices)}")
     timeout_s = current.connect_timeout_s if timeout_s is None else timeout_s
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise SettingError(f"timeout_s={timeout_s}; it must lie in 0..{MAX_TIMEOUT_S:g}")
     return Choice(transport, wire_dtype, timeout_s, current.batch_capacity)

@@ -12,6 +12,7 @@ import signal
 import socket
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ HANDSHAKE_TIMEOUT_S = 5.0
 #: How long sessions may take to finish what they have, once the worker drains.
 DRAIN_TIMEOUT_S = 30.0
 _BACKLOG = 128
+#: A connection that was not accepted stays in the queue, and would be tried all the time.
+_ACCEPT_PAUSE_S = 0.25
 #: A call may take this share of the memory that is free when the worker starts.
 _MEMORY_SHARE = 1 / 16
 
@@ -35,8 +38,8 @@ _MEMORY_SHARE = 1 / 16
 class Daemon:
     """Serves a backend at `unix:PATH` until SIGTERM or SIGINT, or until `lifeline` ends.
 
-    `lifeline`: a file descriptor whose end of file means that whoever started the worker is
-    gone; -1 for none. AddressInUse: a live worker listens there. SettingError: `listen`.
+    `lifeline`: a pidfd of whoever started the worker; -1 for none. AddressInUse: a live worker
+    listens there. SettingError: `listen`.
     """
 
     def __init__(self, backend: Backend, listen: str, lifeline: int = -1) -> None:
@@ -74,7 +77,7 @@ class Daemon:
                     name = signal.Signals(signals.recv(1)[0]).name
                     _log.info("%s: draining", name)
                     return
-                elif not os.read(self._lifeline, 4096):
+                else:
                     _log.info("whoever started this worker is gone: draining")
                     return
 
@@ -84,6 +87,7 @@ class Daemon:
         except OSError as error:
             # Out of fds, or the client is gone already.
             _log.warning("a connection could not be accepted: %s", error)
+            self._draining.wait(_ACCEPT_PAUSE_S)
             return
         thread = threading.Thread(
             target=self._serve, args=(sock,), name="moeshm-session", daemon=True
@@ -117,7 +121,7 @@ class Daemon:
             server = SessionServer(opened, self._backend, self._turns, self._draining)
             why = server.serve()
         _log.info(
-            "process %d: session over after %d calls, %d rows: %s",
+            "process %d: session ended after %d calls, %d rows: %s",
             control.peer_pid,
             server.calls,
             server.rows,
@@ -133,8 +137,9 @@ class Daemon:
 
     def _drain(self) -> None:
         self._draining.set()
+        deadline = time.monotonic() + DRAIN_TIMEOUT_S
         for thread in self._threads:
-            thread.join(DRAIN_TIMEOUT_S)
+            thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
                 _log.error("a session did not finish within %g s", DRAIN_TIMEOUT_S)
 

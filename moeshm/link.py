@@ -7,15 +7,19 @@ theirs, and hands over when it has its own.
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
+
+import msgspec
 
 from . import protocol
 from .dtypes import Array, DType
 from .errors import (
     CallError,
+    DeadlineExceeded,
+    ForkedProcess,
     MoeshmError,
     ProtocolError,
     RingEmpty,
@@ -27,6 +31,18 @@ from .session import Session
 
 #: How long a sender leaves a full transport alone before it looks for replies again.
 _FULL_PAUSE_S = 0.001
+
+
+def too_late(timeout_s: float) -> DeadlineExceeded:
+    """Why a session is given up at a deadline."""
+    return DeadlineExceeded(
+        f"no answer within {timeout_s:g} s from the worker; the session is given up: allow more "
+        "time (timeout_s), or look at the worker"
+    )
+
+
+#: The arguments of `Transport.write_call` and `protocol.pack_call`.
+Packable: TypeAlias = tuple[int, int, Array, Array, Array, DType, int]
 
 
 class Receiver(Protocol):
@@ -44,6 +60,18 @@ class Receiver(Protocol):
         ...
 
 
+class Answer(msgspec.Struct, frozen=True, gc=False):
+    """The end of a call: what the worker said was wrong with it, or None; when it had left and
+    when the reply came (ns of time.perf_counter); the worker's time; and lengths."""
+
+    error: CallError | None
+    sent_ns: int
+    arrived_ns: int
+    compute_ns: int
+    bytes_out: int
+    bytes_in: int
+
+
 class Awaited(Protocol):
     """What a thread waits for."""
 
@@ -53,16 +81,17 @@ class Awaited(Protocol):
 class Link:
     """One session and its pending calls. Every method may be called by several threads."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, batch_capacity: int) -> None:
         self.session = session
-        #: Most tokens in one call.
-        self.max_tokens = session.welcome.max_tokens
+        #: Most tokens in one message.
+        self.max_tokens = min(batch_capacity, session.welcome.max_tokens)
         self._transport = session.transport
         self._pending: dict[int, Receiver] = {}
         self._ids = itertools.count(1)
         self._sending = threading.Lock()
         self._state = threading.Lock()
         self._changed = threading.Condition(self._state)
+        self._pid = os.getpid()
         self._is_receiving = False
         self._n_waiting = 0
         #: Why the session is over; None while it lives.
@@ -83,25 +112,92 @@ class Link:
         is over; the receiver was told, too.
         """
         call_id = next(self._ids)
-        parts = protocol.pack_call(
-            call_id, layer, hidden_states, topk_ids, topk_weights, dtype, receiver.deadline
+        call = (
+            call_id,
+            layer,
+            hidden_states,
+            topk_ids,
+            topk_weights,
+            dtype,
+            int(receiver.deadline * 1e9),
         )
         with self._sending:
             if self.loss is not None:
                 raise self.loss
             self._pending[call_id] = receiver
             try:
-                self._write(parts, receiver.deadline)
+                return self._write(call, receiver.deadline)
             except RingFull:
                 self._pending.pop(call_id, None)
                 raise
             except MoeshmError as error:
                 raise self.lose(error) from error
-        n_tokens, top_k = topk_ids.shape
-        return protocol.call_bytes(n_tokens, top_k, hidden_states.shape[1], dtype)
+
+    def call(
+        self,
+        layer: int,
+        hidden_states: Array,
+        topk_ids: Array,
+        topk_weights: Array,
+        dtype: DType,
+        into: Array,
+        timeout_s: float,
+    ) -> Answer | None:
+        """Send a call of local ids and receive its reply at once, its rows into `into`.
+
+        None when another thread receives, or there is no room: then nothing was sent. Spares a
+        thread that would wait at once the future and the bookkeeping, half of a small call's
+        time. DeadlineExceeded and WorkerDied: the session is over.
+        """
+        with self._state:
+            if self._is_receiving:
+                return None
+            self._is_receiving = True
+        try:
+            call_id = next(self._ids)
+            deadline = time.monotonic() + timeout_s
+            with self._sending:
+                if self.loss is not None:
+                    raise self.loss
+                try:
+                    bytes_out = self._transport.write_call(
+                        call_id,
+                        layer,
+                        hidden_states,
+                        topk_ids,
+                        topk_weights,
+                        dtype,
+                        int(deadline * 1e9),
+                    )
+                except RingFull:
+                    return None
+            sent_ns = time.perf_counter_ns()
+            try:
+                return self._receive_answer(call_id, dtype, into, deadline, sent_ns, bytes_out)
+            except BaseException:
+                # Its reply may still come, and is then nobody's.
+                self._pending[call_id] = _Nobody()
+                raise
+        except RingEmpty:
+            late = too_late(timeout_s)
+            self.lose(late)
+            raise late from None
+        except CallError:
+            raise
+        except MoeshmError as error:
+            raise self.lose(error) from error
+        finally:
+            self._stop_receiving()
 
     def wait(self, call: Awaited, deadline: float) -> bool:
-        """Receive, or let another thread receive, until the call is done; False at the deadline."""
+        """Receive, or let another thread receive, until the call is done; False at the deadline.
+
+        ForkedProcess: the reply is the parent's.
+        """
+        if os.getpid() != self._pid:
+            raise ForkedProcess(
+                f"this call belongs to process {self._pid}; connect anew in {os.getpid()}"
+            )
         while True:
             with self._state:
                 if self._is_receiving and not self._leave_it_to_others(call, deadline):
@@ -137,18 +233,19 @@ class Link:
                 self._pending.popitem()[1].fail(error)
             self._changed.notify_all()
 
-    def _write(self, parts: Sequence[Any], deadline: float) -> None:
+    def _write(self, call: Packable, deadline: float) -> int:
         try:
-            self._transport.write(parts, protocol.CALL, 0, 0.0)
-            return
+            return self._transport.write_call(*call)
         except RingFull:
             pass
         # The worker may wait for room for a reply: without taking replies in, both would wait.
+        parts = protocol.pack_call(*call)
         while True:
             self._drain()
             try:
                 self._transport.write(parts, protocol.CALL, 0, _FULL_PAUSE_S)
-                return
+                n_tokens, top_k = call[3].shape
+                return protocol.call_bytes(n_tokens, top_k, call[2].shape[1], call[5])
             except RingFull:
                 if time.monotonic() > deadline:
                     raise
@@ -201,10 +298,59 @@ class Link:
     def _receive(self, timeout_s: float) -> None:
         record = self._transport.acquire(timeout_s)
         try:
-            reply = protocol.parse_reply(record)
-            receiver = self._pending.pop(reply.call_id, None)
-            if receiver is None:
-                raise ProtocolError(f"a reply to call {reply.call_id}, which is not open")
-            receiver.take(reply, record)
+            self._give(protocol.parse_reply(record), record)
         finally:
             record.release()
+
+    def _receive_answer(
+        self,
+        call_id: int,
+        dtype: DType,
+        into: Array,
+        deadline: float,
+        sent_ns: int,
+        bytes_out: int,
+    ) -> Answer:
+        while True:
+            record = self._transport.acquire(max(0.0, deadline - time.monotonic()))
+            arrived_ns = time.perf_counter_ns()
+            try:
+                n_bytes = len(record)
+                compute_ns = protocol.take_plain(record, call_id, into, dtype)
+                if compute_ns >= 0:
+                    return Answer(None, sent_ns, arrived_ns, compute_ns, bytes_out, n_bytes)
+                reply = protocol.parse_reply(record)
+                if reply.call_id == call_id:
+                    reply.copy_rows(record, into, dtype)
+                    return Answer(
+                        reply.error, sent_ns, arrived_ns, reply.compute_ns, bytes_out, n_bytes
+                    )
+                self._give(reply, record)
+            finally:
+                record.release()
+            if self._n_waiting:
+                with self._state:
+                    self._changed.notify_all()
+
+    def _give(self, reply: Reply, record: Message) -> None:
+        receiver = self._pending.pop(reply.call_id, None)
+        if receiver is None:
+            raise ProtocolError(f"a reply to call {reply.call_id}, which is not open")
+        try:
+            receiver.take(reply, record)
+        except BaseException:
+            # Unanswered still: it is told with the others when the session ends.
+            self._pending[reply.call_id] = receiver
+            raise
+
+
+class _Nobody:
+    """Receives for a call that was given up."""
+
+    deadline = 0.0
+
+    def take(self, reply: Reply, record: Message) -> None:
+        """As `Receiver.take`."""
+
+    def fail(self, error: CallError) -> None:
+        """As `Receiver.fail`."""

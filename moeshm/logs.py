@@ -18,11 +18,16 @@ class _JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "pid": record.process,
-            "message": record.getMessage(),
+            "message": _encodable(record.getMessage()),
         }
         if record.exc_info:
-            content["traceback"] = self.formatException(record.exc_info)
+            content["traceback"] = _encodable(self.formatException(record.exc_info))
         return msgspec.json.encode(content).decode()
+
+
+def _encodable(text: str) -> str:
+    """A file name that is no UTF-8 holds characters that JSON cannot: they are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def configure(level: str, as_json: bool) -> None:

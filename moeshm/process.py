@@ -40,7 +40,7 @@ def open_pidfd(pid: int, ticks: int = 0) -> int:
         return -1
     try:
         pidfd = os.pidfd_open(pid)
-    except OSError:
+    except (OSError, OverflowError):  # the pid may be what a hostile peer wrote
         return -1
     if ticks and start_ticks(pid) != ticks:
         os.close(pidfd)
@@ -49,11 +49,13 @@ def open_pidfd(pid: int, ticks: int = 0) -> int:
 
 
 def is_alive(pid: int, ticks: int = 0) -> bool:
-    """True while that very process runs; a zombie counts as gone."""
+    """True while that very process runs, or nobody can tell; a zombie counts as gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
+    except OSError:  # like too many open files
+        return True
     return fields[0] not in ("Z", "X") and ticks in (0, int(fields[19]))
 
 

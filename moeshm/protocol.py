@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ._inputs import inspect_ids
+from ._ring import Record, Reservation
+from ._wire import fill_reply, read_plain_call, take_plain_reply
 from .dtypes import Array, DType
 from .errors import CallError, DeadlineExceeded, InvalidCall, ProtocolError, WorkerFailed
 from .layers import LayerInfo
@@ -30,7 +32,13 @@ PROTOCOL_VERSION = 1
 #: Of a call's header; a worker accepts this one and older ones.
 CALL_VERSION = 1
 MAX_CONTROL_BYTES = 16 << 20
+#: Of a client's first message: nobody knows yet who it is.
+MAX_HELLO_BYTES = 4096
 MAX_TOKENS = 4096
+#: Of a model's layer, held or not.
+MAX_EXPERTS = 1 << 20
+#: Of a reply that says why there are no rows: the smallest ring holds it.
+MAX_ERROR_BYTES = 4096
 
 # --- handshake ----------------------------------------------------------------------------
 
@@ -83,8 +91,9 @@ def decode_control(data: bytes) -> ControlMessage:
     """A handshake message; ProtocolError when it is none."""
     try:
         return _decoder.decode(data)
-    except msgspec.MsgspecError as error:
-        raise ProtocolError(f"no handshake message ({error}): {data[:32]!r}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        # Quoted, as it may quote the peer: a log line must stay one.
+        raise ProtocolError(f"no handshake message ({str(error)!r}): {data[:32]!r}") from None
 
 
 def check_hello(hello: ControlMessage) -> Hello:
@@ -93,7 +102,7 @@ def check_hello(hello: ControlMessage) -> Hello:
         raise ProtocolError(f"expected hello, got {type(hello).__name__.lower()}")
     if hello.protocol != PROTOCOL_VERSION:
         raise ProtocolError(
-            f"the client speaks protocol {hello.protocol} (moeshm {hello.version}), this worker "
+            f"the client speaks protocol {hello.protocol} (moeshm {hello.version!r}), this worker "
             f"{PROTOCOL_VERSION}; install the same moeshm on both sides"
         )
     if hello.transport not in ("auto", "shared", "stream"):
@@ -108,13 +117,21 @@ def check_welcome(welcome: Welcome, n_fds: int) -> Welcome:
     wanted = {"shared": 2, "stream": 1}.get(welcome.transport)
     if welcome.protocol != PROTOCOL_VERSION:
         raise ProtocolError(
-            f"the worker speaks protocol {welcome.protocol} (moeshm {welcome.version}), this "
+            f"the worker speaks protocol {welcome.protocol} (moeshm {welcome.version!r}), this "
             f"client {PROTOCOL_VERSION}; install the same moeshm on both sides"
         )
     if wanted is None or n_fds != wanted:
         raise ProtocolError(f"transport {welcome.transport!r} came with {n_fds} fds")
     if not 1 <= welcome.max_tokens <= MAX_TOKENS or not 0 <= welcome.epoch < 1 << 64:
         raise ProtocolError(f"max_tokens={welcome.max_tokens}, epoch={welcome.epoch}")
+    for number, info in welcome.layers.items():
+        if not (
+            0 <= number < 1 << 32
+            and info.hidden_size < 1 << 32
+            and info.top_k < 1 << 16
+            and info.num_experts <= MAX_EXPERTS
+        ):
+            raise ProtocolError(f"layer {number} of the worker fits no call: {info.summary()}")
     return welcome
 
 
@@ -134,6 +151,16 @@ _DTYPES = {int(dtype): dtype for dtype in DType}
 _PADDING = bytes(HEADER_BYTES)
 _INT32 = np.dtype(np.int32)
 _FLOAT32 = np.dtype(np.float32)
+
+
+class Outgoing(Protocol):
+    """Room for a record that is filled in place; `_ring.Reservation` is one."""
+
+    def array(self, dtype: npt.DTypeLike, shape: tuple[int, ...], offset: int = 0) -> Array: ...
+    def commit(self) -> None: ...
+    def abort(self) -> None: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 
 class Message(Protocol):
@@ -177,6 +204,18 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
     compute_ns: int
     error: CallError | None
 
+    def copy_rows(self, record: Message, into: Array, dtype: DType) -> None:
+        """Copy the rows, if there are any, out of the record; ProtocolError when they are not of
+        `into`'s shape and `dtype`."""
+        if self.error is not None:
+            return
+        if (self.n_tokens, self.hidden_size) != into.shape or self.dtype is not dtype:
+            raise ProtocolError(
+                f"call {self.call_id} was answered by {self.dtype} "
+                f"[{self.n_tokens}, {self.hidden_size}] instead of {dtype} {list(into.shape)}"
+            )
+        record.copy_to(into, HEADER_BYTES)
+
 
 def call_bytes(n_tokens: int, top_k: int, hidden_size: int, dtype: DType) -> int:
     """Length of a call."""
@@ -199,15 +238,15 @@ def pack_call(
     topk_ids: Array,
     topk_weights: Array,
     dtype: DType,
-    deadline: float = 0.0,
+    deadline_ns: int = 0,
     are_global: bool = False,
 ) -> tuple[bytes | Array, ...]:
     """The parts of a call, from contiguous arrays of checked shapes; the answer's dtype is that
-    of `hidden_states`. `deadline`: of time.monotonic, 0 for none."""
+    of `hidden_states`. `deadline_ns`: of CLOCK_MONOTONIC, 0 for none."""
     n_tokens, hidden_size = hidden_states.shape
     top_k = topk_ids.shape[1]
     header = _CALL.pack(
-        CALL_VERSION, HEADER_BYTES, layer, call_id, int(deadline * 1e9), n_tokens, hidden_size,
+        CALL_VERSION, HEADER_BYTES, layer, call_id, deadline_ns, n_tokens, hidden_size,
         top_k, are_global, dtype, dtype,
     )  # fmt: skip
     n_padding = -n_tokens * top_k * 8 % 64
@@ -226,6 +265,25 @@ def read_call_header(record: Message) -> tuple[int, CallFields]:
             f"versions 1..{CALL_VERSION}: update it"
         )
     return call_id, (layer, call_id, *fields)
+
+
+def read_plain(
+    record: Message, shapes: dict[int, tuple[int, int, int]], max_tokens: int
+) -> Call | None:
+    """A call that came in a ring, has local ids and is right in everything, at once; None for
+    any other, which `read_call_header` and `parse_call` then judge. `shapes`: as `plain_shapes`."""
+    if type(record) is not Record:
+        return None
+    found = read_plain_call(record, shapes, max_tokens)
+    if found is None:
+        return None
+    call_id, layer, hidden_states, ids, weights, reply, deadline_ns = found
+    return Call(call_id, layer, hidden_states, ids, weights, _DTYPES[reply], deadline_ns)
+
+
+def plain_shapes(layers: Mapping[int, LayerInfo]) -> dict[int, tuple[int, int, int]]:
+    """What `read_plain` needs of the layers: hidden_size, top_k and local experts."""
+    return {n: (info.hidden_size, info.top_k, len(info.experts)) for n, info in layers.items()}
 
 
 def parse_call(
@@ -304,7 +362,7 @@ def check_ids(
 
 
 def pack_reply(
-    into: WriteableBuffer,
+    into: Outgoing,
     call_id: int,
     n_tokens: int,
     hidden_size: int,
@@ -312,6 +370,9 @@ def pack_reply(
     compute_ns: int,
 ) -> None:
     """Write the header of a reply whose rows follow it."""
+    if type(into) is Reservation:
+        fill_reply(into, call_id, n_tokens, hidden_size, dtype, compute_ns)
+        return
     _REPLY.pack_into(into, 0, CALL_VERSION, _OK, n_tokens, call_id, compute_ns, hidden_size, dtype)
 
 
@@ -322,8 +383,16 @@ def pack_error(call_id: int, error: CallError) -> tuple[bytes, bytes]:
         status = _INVALID
     elif isinstance(error, DeadlineExceeded):
         status = _EXPIRED
-    text = str(error).encode("utf-8", "replace")[:4096]
+    text = str(error).encode("utf-8", "replace")[: MAX_ERROR_BYTES - HEADER_BYTES]
     return _REPLY.pack(CALL_VERSION, status, 0, call_id, 0, 0, 0), text
+
+
+def take_plain(record: Message, call_id: int, into: Array, dtype: DType) -> int:
+    """Copy the rows of the reply to `call_id` into `into`, if it came in a ring and is just that;
+    the worker's time in ns, or -1 for any other, which `parse_reply` then judges."""
+    if type(record) is not Record:
+        return -1
+    return take_plain_reply(record, call_id, into, dtype)
 
 
 def parse_reply(record: Message) -> Reply:

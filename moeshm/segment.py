@@ -20,9 +20,9 @@ from .errors import SegmentError
 PAGE_BYTES = 4096
 #: Seals that an anonymous segment carries: its size can never change under a reader.
 SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-#: Where the control page keeps its creator's pid and start time (see `_ring.pyx`).
-CREATOR_OFFSET = 64
-_CREATOR = struct.Struct("<QQ")
+#: The control page up to its creator's pid and start time (see `_mapping.pyx`).
+_CONTROL = struct.Struct("<8s56xQQ")
+_MAGIC = b"moeshm1\0"
 _SHM_FOLDER = "/dev/shm"
 
 
@@ -51,7 +51,9 @@ def create_named(name: str, size: int) -> int:
         except posix_ipc.ExistentialError:
             if attempt == 2 or not _unlink_if_stale(name):
                 raise SegmentError(
-                    errno.EEXIST, f"segment {name!r} exists and its creator lives; choose another"
+                    errno.EEXIST,
+                    f"segment {name!r} exists, and its creator lives or it is no ring's; "
+                    "choose another",
                 ) from None
     try:
         os.set_inheritable(shm.fd, False)
@@ -90,7 +92,10 @@ def unlink(name: str) -> None:
 
 def check_received(fd: int) -> None:
     """Refuse an fd that is no sealed shared memory: its size could change under the reader."""
-    mode = os.fstat(fd).st_mode
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError:
+        raise SegmentError(errno.EBADF, f"fd {fd} is not open") from None
     if not stat.S_ISREG(mode):
         raise SegmentError(errno.EINVAL, f"fd {fd} is no shared memory (file mode {mode:#o})")
     try:
@@ -141,18 +146,28 @@ def _free_bytes() -> int:
 def _unlink_if_stale(name: str) -> bool:
     try:
         fd = open_named(name)
-    except SegmentError:
+    except (OSError, ValueError):  # gone, another user's, or a folder
         return False
     try:
-        creator = os.pread(fd, _CREATOR.size, CREATOR_OFFSET)
+        # Of two processes that find the same segment stale, the second must not remove what the
+        # first put in its place.
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        control = os.pread(fd, _CONTROL.size, 0)
+        if not os.path.samestat(os.fstat(fd), os.stat(_SHM_FOLDER + name)):
+            return False
+        if not _is_stale(control):
+            return False
+        unlink(name)
+    except (BlockingIOError, FileNotFoundError):
+        return False
     finally:
         os.close(fd)
-    if len(creator) == _CREATOR.size:
-        pid, ticks = _CREATOR.unpack(creator)
-        # Zeros: its creator is between making it and signing it, or died there.
-        if pid == 0 or process.is_alive(pid, ticks):
-            return False
-    else:
-        return False
-    unlink(name)
     return True
+
+
+def _is_stale(control: bytes) -> bool:
+    """Whether it is of a ring whose creator is dead; unfinished ones are not known to be."""
+    if len(control) < _CONTROL.size:
+        return False
+    magic, pid, ticks = _CONTROL.unpack(control)
+    return bool(magic == _MAGIC) and not process.is_alive(pid, ticks)

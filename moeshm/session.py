@@ -9,11 +9,15 @@ import contextlib
 import errno
 import os
 import random
+import select
 import socket
 import struct
 import time
 from collections.abc import Mapping
 from types import TracebackType
+
+import msgspec
+import numpy as np
 
 from . import process, protocol
 from ._version import VERSION
@@ -37,6 +41,8 @@ from .transport.stream import StreamTransport
 _PACKET_BYTES = 32 << 10
 _MORE, _LAST = b"\1", b"\0"
 _MAX_FDS = 4
+_LATE = "the peer's part of the handshake did not come in time"
+_FD = np.dtype(np.intc)
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred of unix(7)
 #: Rings are made no larger than this; longer calls are cut.
 MAX_RING_BYTES = 64 << 20
@@ -49,6 +55,8 @@ def parse_address(address: str) -> str:
     scheme, colon, path = address.partition(":")
     if scheme != "unix" or not colon or not path:
         raise SettingError(f"address {address!r}; write unix:PATH")
+    if "\0" in path:
+        raise SettingError(f"the socket path {path!r} holds a zero byte; write a plain path")
     if len(os.fsencode(path)) > 107:
         raise SettingError(f"the socket path {path!r} is longer than 107 bytes; choose another")
     return path
@@ -59,6 +67,7 @@ class ControlSocket:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self.peer_pidfd = -1
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         #: Of the process that connected or listened, as the kernel says.
         self.peer_pid, self.peer_uid, self.peer_gid = _CREDENTIALS.unpack(credentials)
@@ -80,10 +89,13 @@ class ControlSocket:
         except OSError as error:
             raise SessionError(f"the handshake could not be sent: {error}") from error
 
-    def receive(self, timeout_s: float) -> tuple[ControlMessage, list[int]]:
+    def receive(
+        self, timeout_s: float, max_bytes: int = protocol.MAX_CONTROL_BYTES
+    ) -> tuple[ControlMessage, list[int]]:
         """The next message and its fds, which are the caller's to close.
 
-        SessionError: none came in time, or the peer is gone. ProtocolError: it is no message.
+        SessionError: none came in time, or the peer is gone. ProtocolError: it is no message, or
+        a longer one.
         """
         deadline = time.monotonic() + timeout_s
         data = bytearray()
@@ -92,10 +104,17 @@ class ControlSocket:
             while True:
                 packet = self._receive_packet(fds, deadline - time.monotonic())
                 data += packet[1:]
+                is_allowed = len(data) <= max_bytes and len(fds) <= _MAX_FDS
+                if packet[:1] not in (_MORE, _LAST) or not is_allowed:
+                    raise ProtocolError(
+                        f"handshake packet {packet[:16]!r}, {len(data)} bytes and {len(fds)} fds "
+                        f"so far; at most {max_bytes} bytes and {_MAX_FDS} fds may come"
+                    )
                 if packet[:1] == _LAST:
                     return protocol.decode_control(bytes(data)), fds
-                if packet[:1] != _MORE or len(data) > protocol.MAX_CONTROL_BYTES:
-                    raise ProtocolError(f"handshake packet {packet[:16]!r} after {len(data)} bytes")
+                # Packets that are there already are received at any time.
+                if time.monotonic() > deadline:
+                    raise SessionError(_LATE)
         except BaseException:
             close_fds(fds)
             raise
@@ -103,19 +122,27 @@ class ControlSocket:
     def _receive_packet(self, fds: list[int], timeout_s: float) -> bytes:
         self._socket.settimeout(max(1e-3, timeout_s))
         try:
-            packet, received, flags, _ = socket.recv_fds(
-                self._socket, _PACKET_BYTES + 1, _MAX_FDS, socket.MSG_CMSG_CLOEXEC
+            # socket.recv_fds ignores its flags: children would inherit the fds.
+            packet, ancillary, flags, _ = self._socket.recvmsg(
+                _PACKET_BYTES + 1,
+                socket.CMSG_LEN(_MAX_FDS * _FD.itemsize),
+                socket.MSG_CMSG_CLOEXEC,
             )
         except TimeoutError:
-            raise SessionError("the peer's part of the handshake did not come in time") from None
+            raise SessionError(_LATE) from None
         except OSError as error:
             raise SessionError(f"the peer is gone: {error}") from error
-        fds += received
+        for level, kind, numbers in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds += np.frombuffer(numbers, _FD, len(numbers) // _FD.itemsize).tolist()
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise ProtocolError("a handshake packet is too long, or carries too many fds")
         if not packet:
             raise SessionError("the peer closed the connection during the handshake")
         return packet
+
+    def __del__(self) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close it; again does nothing."""
@@ -142,6 +169,14 @@ class Session:
         close_fds(fds)
         return message.reason if isinstance(message, Goodbye) else None
 
+    def peer_is_gone(self) -> bool:
+        """True when the other process ended or hung up, whatever it sent before."""
+        poll = select.poll()
+        poll.register(self.control.fileno(), 0)
+        if self.control.peer_pidfd >= 0:
+            poll.register(self.control.peer_pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
     def close(self) -> None:
         """Close both; again does nothing."""
         self.transport.close()
@@ -163,12 +198,24 @@ class Session:
 
 
 def connect(address: str, transport: str, batch_capacity: int, timeout_s: float) -> Session:
-    """Open a session with the worker at `unix:PATH`.
+    """Open a session with the worker at `unix:PATH`; `auto` steps down to the stream transport
+    when this process cannot map the rings.
 
     ConnectError: nobody answers there. HandshakeRefused: the worker said no, with its reason.
     ProtocolError, SegmentError: what it sent cannot be used.
     """
     deadline = time.monotonic() + timeout_s
+    try:
+        return _shake_hands(address, transport, batch_capacity, deadline)
+    except SegmentError as error:
+        if transport != "auto":
+            raise
+        opened = _shake_hands(address, "stream", batch_capacity, deadline)
+        opened.welcome = msgspec.structs.replace(opened.welcome, stepped_down=str(error))
+        return opened
+
+
+def _shake_hands(address: str, transport: str, batch_capacity: int, deadline: float) -> Session:
     control = ControlSocket(_connect(parse_address(address), deadline))
     try:
         hello = Hello(
@@ -220,7 +267,8 @@ def _join(
         raise ProtocolError(f"expected welcome, got {type(answer).__name__.lower()}")
     welcome = protocol.check_welcome(answer, len(fds))
     if welcome.transport == "stream":
-        return StreamTransport.attach(fds.pop(), welcome.epoch), welcome
+        stream = StreamTransport.attach(fds.pop(), welcome.epoch, control.peer_pidfd)
+        return stream, welcome
     shared = SharedTransport.attach(fds, welcome.epoch, control.fileno(), control.peer_pidfd)
     return shared, welcome
 
@@ -237,10 +285,11 @@ def accept(
 ) -> Session:
     """Answer a client's handshake; it is told before a ProtocolError or SegmentError is raised."""
     try:
+        # First: who closes with something unread resets the connection, and its refusal is lost.
+        message, fds = control.receive(timeout_s, protocol.MAX_HELLO_BYTES)
+        close_fds(fds)
         if control.peer_uid not in (os.geteuid(), 0):
             raise ProtocolError(f"user {control.peer_uid} may not use this worker")
-        message, fds = control.receive(timeout_s)
-        close_fds(fds)
         hello = protocol.check_hello(message)
         most = min(max_tokens, hello.batch_capacity)
         return _open(control, hello, layers, backend, most, timeout_s)
@@ -264,7 +313,7 @@ def _open(
     stepped_down = ""
     transport: Transport
     if hello.transport == "stream":
-        transport, fds = StreamTransport.create(epoch)
+        transport, fds = StreamTransport.create(epoch, control.peer_pidfd, sizes[0])
     else:
         try:
             transport, fds = SharedTransport.create(
@@ -274,7 +323,7 @@ def _open(
             if hello.transport == "shared":
                 raise
             stepped_down = str(error)
-            transport, fds = StreamTransport.create(epoch)
+            transport, fds = StreamTransport.create(epoch, control.peer_pidfd, sizes[0])
     try:
         welcome = Welcome(
             protocol=protocol.PROTOCOL_VERSION,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 
 import msgspec
+
+from .link import Answer
 
 
 class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,7 +32,7 @@ class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
     compute_s: float
     #: Copying and converting the results.
     unpack_s: float
-    #: Calls that the fallback computed, and why: "worker_died", "deadline", "worker_down".
+    #: Calls that the fallback computed, and why: "worker_died" or "deadline".
     fallback_calls: int
     fallbacks: dict[str, int]
     #: Why a worker could not give the transport that was wished for, and how often.
@@ -67,6 +70,19 @@ class StatsCounter:
             self._wait_ns += wait_ns
             self._compute_ns += compute_ns
             self._unpack_ns += unpack_ns
+
+    def answered(self, answer: Answer, rows: int, start_ns: int) -> None:
+        """A call that began at `start_ns` (of time.perf_counter) is over."""
+        with self._lock:
+            self._calls += 1
+            self._messages += 1
+            self._rows += rows
+            self._bytes_out += answer.bytes_out
+            self._bytes_in += answer.bytes_in
+            self._pack_ns += answer.sent_ns - start_ns
+            self._wait_ns += answer.arrived_ns - answer.sent_ns
+            self._compute_ns += answer.compute_ns
+            self._unpack_ns += time.perf_counter_ns() - answer.arrived_ns
 
     def fell_back(self, cause: str) -> bool:
         """A call went to the fallback; True the first time for this cause."""

@@ -22,10 +22,12 @@ from . import client, session
 from .backends import Backend
 from .client import ExpertClient, Opened
 from .errors import ConnectError
+from .process import is_alive as process_is_alive
 
 #: Reading and checking a large checkpoint from a slow disk.
 START_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 10.0
+_PREFIX = "moeshm-worker-"
 
 
 def spawn_worker(
@@ -52,13 +54,11 @@ def spawn_worker(
     process = WorkerProcess(model, device, layers, experts, threads)
 
     def open_session() -> Opened:
-        is_new = process.ensure()
-        return Opened(
-            session.connect(
-                process.address, chosen.transport, chosen.batch_capacity, chosen.timeout_s
-            ),
-            is_new,
+        process.restart()
+        opened = session.connect(
+            process.address, chosen.transport, chosen.batch_capacity, chosen.timeout_s
         )
+        return Opened(opened, True)
 
     try:
         return ExpertClient(open_session, process.stop, chosen.wire_dtype, fallback)
@@ -78,11 +78,13 @@ class WorkerProcess:
         experts: Mapping[int, Sequence[int]] | None,
         threads: int | None,
     ) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="moeshm-worker-"))
+        _sweep()
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
         self.address = f"unix:{self._folder / 'worker.sock'}"
+        session.parse_address(self.address)  # TMPDIR may be too long for a socket
         self._command = [
             sys.executable,
-            *("-m", "moeshm", "worker", "--until-stdin-closes", "--quiet"),
+            *("-m", "moeshm", "worker", "--until-exit-of", str(os.getpid()), "--quiet"),
             *("--model", os.fspath(model), "--device", device, "--listen", self.address),
         ]
         if layers is not None:
@@ -93,31 +95,34 @@ class WorkerProcess:
             self._command += ["--experts", str(file)]
         if threads is not None:
             self._command += ["--threads", str(threads)]
-        self._process: subprocess.Popen[bytes] | None = None
-        # Also when the interpreter ends without close(), but not in a forked child.
-        self._finalizer = weakref.finalize(self, _remove, self._folder, os.getpid())
+        #: The one that runs, if any.
+        self._running: list[subprocess.Popen[bytes]] = []
+        # For a client that is forgotten or whose interpreter ends; not in a forked child.
+        self._finalizer = weakref.finalize(
+            self, _clean_up, self._running, self._folder, os.getpid()
+        )
 
-    def ensure(self) -> bool:
-        """Start the worker unless it runs, and wait until it is ready; whether it was started.
+    def restart(self) -> None:
+        """Start the worker and wait until it is ready.
 
-        A worker that is stopped or hangs is killed: the session with it was given up.
+        One that still runs is killed: it hangs, and the session with it was given up.
         """
-        self._end(signal.SIGKILL)
+        _end(self._running, signal.SIGKILL)
         deadline = time.monotonic() + START_TIMEOUT_S
         path = self._folder / "ready.sock"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
             ready.bind(str(path))
             try:
-                self._process = subprocess.Popen(
+                process = subprocess.Popen(
                     self._command,
-                    stdin=subprocess.PIPE,
+                    stdin=subprocess.DEVNULL,
                     env={**os.environ, "NOTIFY_SOCKET": str(path)},
                     start_new_session=True,
                 )
-                self._wait_until_ready(self._process, ready, deadline)
+                self._running.append(process)
+                self._wait_until_ready(process, ready, deadline)
             finally:
                 path.unlink()
-        return True
 
     def _wait_until_ready(
         self, process: subprocess.Popen[bytes], ready: socket.socket, deadline: float
@@ -131,7 +136,7 @@ class WorkerProcess:
             os.close(pidfd)
         if is_ready:
             return
-        self._end(signal.SIGKILL)
+        _end(self._running, signal.SIGKILL)
         if readable:
             raise ConnectError(
                 f"the worker ended with status {process.returncode} before it was ready; "
@@ -141,16 +146,14 @@ class WorkerProcess:
 
     def stop(self) -> None:
         """End the worker and remove its folder; again does nothing."""
-        self._end(signal.SIGTERM)
+        _end(self._running, signal.SIGTERM)
         self._finalizer()
 
-    def _end(self, number: signal.Signals) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        # Its lifeline, too.
-        assert process.stdin is not None
-        process.stdin.close()
+
+def _end(running: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    """Send the signal to the worker, if there is one, and wait until it is gone."""
+    while running:
+        process = running.pop()
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(number)
             process.send_signal(signal.SIGCONT)
@@ -161,6 +164,17 @@ class WorkerProcess:
             process.wait()
 
 
-def _remove(folder: Path, owner: int) -> None:
+def _clean_up(running: list[subprocess.Popen[bytes]], folder: Path, owner: int) -> None:
     if os.getpid() == owner:
+        _end(running, signal.SIGTERM)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep() -> None:
+    """Remove the folders that killed processes of ours left."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        with contextlib.suppress(OSError):
+            is_ours = folder.lstat().st_uid == os.geteuid() and not folder.is_symlink()
+            if is_ours and owner.isdecimal() and not process_is_alive(int(owner)):
+                shutil.rmtree(folder, ignore_errors=True)

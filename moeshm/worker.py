@@ -26,14 +26,15 @@ from .errors import (
     WorkerFailed,
 )
 from .layers import LayerInfo
-from .protocol import Call, CallFields, Goodbye, Message
+from .protocol import Call, Goodbye, Message, Outgoing
 from .session import Session
-from .transport import Outgoing
 
 _log = logging.getLogger(__name__)
 
 #: How often an idle session looks whether the worker shuts down.
 _IDLE_SLICE_S = 0.1
+#: After a call that took longer, a look whether anybody still waits for the next ones.
+_LONG_CALL_NS = 1_000_000
 #: A client that leaves its replies unread for so long loses its session.
 REPLY_TIMEOUT_S = 10.0
 
@@ -42,19 +43,19 @@ class Turns:
     """A lock that is first come, first served: every session computes one call in its turn."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._is_taken = False
+        self._taken = threading.Lock()
+        self._guard = threading.Lock()
         self._queue: collections.deque[threading.Lock] = collections.deque()
 
     def __enter__(self) -> None:
-        with self._lock:
-            if not self._is_taken:
-                self._is_taken = True
-                return
-            gate = threading.Lock()
-            gate.acquire()
+        # Most often nobody else wants it.
+        if not self._queue and self._taken.acquire(blocking=False):
+            return
+        gate = threading.Lock()
+        gate.acquire()
+        with self._guard:
             self._queue.append(gate)
-        # Handed over by whoever leaves, so that nobody can push in.
+        self._hand_over_if_free()
         gate.acquire()
 
     def __exit__(
@@ -63,11 +64,25 @@ class Turns:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with self._lock:
+        if self._queue:
+            self._hand_over()
+            return
+        self._taken.release()
+        # Who queued up in between did not find it free.
+        self._hand_over_if_free()
+
+    def _hand_over_if_free(self) -> None:
+        if self._queue and self._taken.acquire(blocking=False):
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Let the next in the queue have it without its ever being free; the caller has it."""
+        with self._guard:
             if self._queue:
                 self._queue.popleft().release()
-            else:
-                self._is_taken = False
+                return
+        self._taken.release()
+        self._hand_over_if_free()
 
 
 class SessionServer:
@@ -81,8 +96,10 @@ class SessionServer:
         self._max_tokens = session.welcome.max_tokens
         self._backend = backend
         self._layers: Mapping[int, LayerInfo] = backend.layers
+        self._shapes = protocol.plain_shapes(backend.layers)
         self._turns = turns
         self._draining = draining
+        self._compute_ns = 0
         self.calls = 0
         self.rows = 0
 
@@ -90,13 +107,18 @@ class SessionServer:
         """Until the client leaves or dies, or the worker drains; why it ended."""
         try:
             while True:
+                # Looked at first: what was sent before is answered, and a client that never
+                # pauses does not keep the worker.
+                is_draining = self._draining.is_set()
                 try:
-                    record = self._transport.acquire(_IDLE_SLICE_S)
+                    record = self._transport.acquire(0.0 if is_draining else _IDLE_SLICE_S)
                 except RingEmpty:
-                    if self._draining.is_set():
+                    if is_draining:
                         return self._say_goodbye("the worker shuts down")
                     continue
                 self._answer(record)
+                if self._compute_ns > _LONG_CALL_NS and self._session.peer_is_gone():
+                    return "the client is gone; what it had sent is not computed"
         except RingClosed:
             return "the client closed it"
         except PeerDied as error:
@@ -108,8 +130,8 @@ class SessionServer:
 
     def _answer(self, record: Message) -> None:
         try:
-            call_id, fields = protocol.read_call_header(record)
-            error = self._try(record, fields)
+            # Not kept here: its arrays are views of the record.
+            call_id, error = self._try(record)
             if error is not None:
                 parts = protocol.pack_error(call_id, error)
                 self._transport.write(parts, protocol.REPLY, 0, REPLY_TIMEOUT_S)
@@ -120,14 +142,21 @@ class SessionServer:
                 # A backend still refers to the inputs: the record goes with its last view.
                 _log.debug("a record is in use after its call", exc_info=True)
 
-    def _try(self, record: Message, fields: CallFields) -> CallError | None:
-        """Compute and send; what went wrong, without the frames that hold views of the record,
-        which cannot be released before they are gone."""
+    def _try(self, record: Message) -> tuple[int, CallError | None]:
+        """Compute and send; the call's id, and what went wrong, without the frames that hold
+        views of the record, which cannot be released before they are gone."""
+        call = protocol.read_plain(record, self._shapes, self._max_tokens)
+        if call is not None:
+            call_id = call.call_id
+        else:
+            call_id, fields = protocol.read_call_header(record)
         try:
-            self._compute(protocol.parse_call(record, fields, self._layers, self._max_tokens))
+            if call is None:
+                call = protocol.parse_call(record, fields, self._layers, self._max_tokens)
+            self._compute(call)
         except CallError as error:
-            return type(error)(str(error))
-        return None
+            return call_id, type(error)(str(error))
+        return call_id, None
 
     def _compute(self, call: Call) -> None:
         """Compute the call into a reply in place, and send it."""
@@ -148,9 +177,11 @@ class SessionServer:
                         "send less at once, or allow more time"
                     )
                 self._run_backend(call, rows)
-                compute_ns = time.monotonic_ns() - start_ns
+                self._compute_ns = time.monotonic_ns() - start_ns
             del rows
-            protocol.pack_reply(reply, call.call_id, n_tokens, hidden_size, call.dtype, compute_ns)
+            protocol.pack_reply(
+                reply, call.call_id, n_tokens, hidden_size, call.dtype, self._compute_ns
+            )
             _commit(reply)
         except BaseException:
             reply.abort()

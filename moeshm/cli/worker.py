@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..process import usable_cpus
+from ..process import open_pidfd, usable_cpus
 
 if TYPE_CHECKING:
     from ..backends import Backend
@@ -49,7 +49,7 @@ def _ranges(
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; one per usable CPU.")
 @click.option("--json-logs", is_flag=True, help="Log JSON objects, one a line.")
 @click.option("--quiet", is_flag=True, help="Log warnings and errors only.")
-@click.option("--until-stdin-closes", is_flag=True, hidden=True)
+@click.option("--until-exit-of", type=int, hidden=True)
 def worker(
     model: str,
     listen: str,
@@ -59,7 +59,7 @@ def worker(
     threads: int | None,
     json_logs: bool,
     quiet: bool,
-    until_stdin_closes: bool,
+    until_exit_of: int | None,
 ) -> None:
     """Serve a model's routed experts to engines on this machine until SIGTERM.
 
@@ -74,8 +74,24 @@ def worker(
     from ..settings import current
 
     configure("warning" if quiet else current().log_level, json_logs)
+    lifeline = -1 if until_exit_of is None else _open_parent(until_exit_of)
     backend = load_backend(model, device, layers, experts, threads, show_progress=not quiet)
-    Daemon(backend, listen, sys.stdin.fileno() if until_stdin_closes else -1).run()
+    Daemon(backend, listen, lifeline).run()
+
+
+def _open_parent(pid: int) -> int:
+    """A pidfd of the process that started this one.
+
+    Not the end of a pipe: a child that this process forks would hold it open. ConnectError: it
+    is gone already.
+    """
+    from ..errors import ConnectError
+
+    pidfd = open_pidfd(pid)
+    # Its number may be another's by now.
+    if pidfd < 0 or os.getppid() != pid:
+        raise ConnectError(f"process {pid}, for which this worker was started, is gone")
+    return pidfd
 
 
 def load_backend(

@@ -8,20 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy.typing as npt
-
-from ..dtypes import Array
-from ..protocol import Message
-
-
-class Outgoing(Protocol):
-    """Room for a record that is filled in place; `_ring.Reservation` is one."""
-
-    def array(self, dtype: npt.DTypeLike, shape: tuple[int, ...], offset: int = 0) -> Array: ...
-    def commit(self) -> None: ...
-    def abort(self) -> None: ...
-    def __len__(self) -> int: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
+from ..dtypes import Array, DType
+from ..protocol import Message, Outgoing
 
 
 class Transport(Protocol):
@@ -41,6 +29,19 @@ class Transport(Protocol):
         self, parts: Sequence[Any], type: int, flags: int = 0, timeout_s: float | None = None
     ) -> None:
         """Send one record made of the given buffers, one after the other."""
+        ...
+
+    def write_call(
+        self,
+        call_id: int,
+        layer: int,
+        hidden_states: Array,
+        topk_ids: Array,
+        topk_weights: Array,
+        dtype: DType,
+        deadline_ns: int,
+    ) -> int:
+        """Send what `protocol.pack_call` packs, if there is room now; its length."""
         ...
 
     def reserve(

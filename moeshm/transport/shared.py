@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 from .._ring import RingConsumer, RingProducer
+from .._wire import write_call
 
 
 class SharedTransport:
@@ -25,6 +28,7 @@ class SharedTransport:
         self.write = tx.write
         self.reserve = tx.reserve
         self.acquire = rx.acquire
+        self.write_call = functools.partial(write_call, tx)
 
     @classmethod
     def create(

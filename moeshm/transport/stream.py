@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
+import os
 import select
 import socket
 import struct
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from ..dtypes import Array
+from .. import protocol
+from ..dtypes import Array, DType
 from ..errors import Corrupt, PeerDied, RingClosed, RingEmpty, RingError, RingFull
 
 if TYPE_CHECKING:
@@ -42,38 +44,60 @@ class StreamTransport:
     `drains`: while it waits for room to send, it takes in what arrives, so that two sides that
     both send never wait for each other. Of the two, the one whose incoming records are bounded
     by what it asked for does so: the client.
+
+    `watch_pidfd`, or -1, tells of the other process's death; it stays the caller's. A child that
+    the other side forked holds its socket, too, and would keep it from hanging up.
     """
 
     name = "stream"
 
-    def __init__(self, sock: socket.socket, epoch: int, drains: bool) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        epoch: int,
+        drains: bool,
+        watch_pidfd: int = -1,
+        receive_capacity: int = MAX_RECORD_BYTES,
+    ) -> None:
+        self._socket = sock
         sock.setblocking(False)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BYTES)
-        self.send_capacity = self.receive_capacity = MAX_RECORD_BYTES
-        self._socket = sock
+        self.send_capacity = MAX_RECORD_BYTES
+        self.receive_capacity = receive_capacity
         self._epoch = epoch
         self._drains = drains
+        self._watch_pidfd = watch_pidfd
         self._sent = 0
         self._inbox: collections.deque[StreamMessage] = collections.deque()
-        self._reader = _Reader(sock, epoch)
+        self._reader = _Reader(sock, epoch, receive_capacity)
         self._reading = threading.Lock()
         self._is_closed = False
 
     @classmethod
-    def create(cls, epoch: int) -> tuple[StreamTransport, list[int]]:
+    def create(
+        cls, epoch: int, watch_pidfd: int = -1, receive_capacity: int = MAX_RECORD_BYTES
+    ) -> tuple[StreamTransport, list[int]]:
         """A worker's side, and the fd for the client, which is the caller's to close."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        return cls(ours, epoch, drains=False), [theirs.detach()]
+        return cls(ours, epoch, False, watch_pidfd, receive_capacity), [theirs.detach()]
 
     @classmethod
-    def attach(cls, fd: int, epoch: int) -> StreamTransport:
+    def attach(cls, fd: int, epoch: int, watch_pidfd: int = -1) -> StreamTransport:
         """A client's side; it owns the fd. Corrupt when that is no stream socket."""
-        sock = socket.socket(fileno=fd)
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError as error:
+            os.close(fd)
+            raise Corrupt(f"fd {fd} is no UNIX stream socket ({error.strerror})") from None
         if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
             sock.close()
             raise Corrupt(f"fd {fd} is no UNIX stream socket")
-        return cls(sock, epoch, drains=True)
+        return cls(sock, epoch, True, watch_pidfd)
+
+    def __del__(self) -> None:
+        # No shutdown: a forked child that forgets its copy must not end the parent's session.
+        self._socket.close()
 
     def write(
         self, parts: Sequence[Any], type: int, flags: int = 0, timeout_s: float | None = None
@@ -83,22 +107,44 @@ class StreamTransport:
         stream is closed and PeerDied raised."""
         views = [memoryview(part).cast("B") for part in parts if len(part)]
         length = sum(map(len, views))
-        if length > MAX_RECORD_BYTES:
-            raise RingError(f"a record of {length} bytes; at most {MAX_RECORD_BYTES} may be sent")
+        _check_sendable(length)
         views.insert(0, memoryview(_HEADER.pack(length, type, flags, self._epoch, self._sent)))
         deadline = _deadline(timeout_s)
         has_begun = False
-        while views:
-            sent = self._send(views)
-            if sent:
-                has_begun, deadline = True, time.monotonic() + _STALL_S
-                views = _rest(views, sent)
-            elif not self._wait_for_room(deadline):
-                if not has_begun:
-                    raise RingFull(f"no room for {length} bytes within {timeout_s} s")
+        try:
+            while views:
+                sent = self._send(views)
+                if sent:
+                    has_begun, deadline = True, time.monotonic() + _STALL_S
+                    views = _rest(views, sent)
+                elif not self._wait_for_room(deadline):
+                    if not has_begun:
+                        raise RingFull(f"no room for {length} bytes within {timeout_s} s")
+                    raise PeerDied(f"the other end took nothing for {_STALL_S:g} s; stream closed")
+            self._sent += 1
+        except BaseException as error:
+            # After an interrupt nobody knows how much left.
+            if has_begun or not isinstance(error, Exception):
                 self.close()
-                raise PeerDied(f"the other end took nothing for {_STALL_S:g} s; stream closed")
-        self._sent += 1
+            raise
+
+    def write_call(
+        self,
+        call_id: int,
+        layer: int,
+        hidden_states: Array,
+        topk_ids: Array,
+        topk_weights: Array,
+        dtype: DType,
+        deadline_ns: int,
+    ) -> int:
+        """As `Transport.write_call`."""
+        parts = protocol.pack_call(
+            call_id, layer, hidden_states, topk_ids, topk_weights, dtype, deadline_ns
+        )
+        self.write(parts, protocol.CALL, 0, 0.0)
+        n_tokens, top_k = topk_ids.shape
+        return protocol.call_bytes(n_tokens, top_k, hidden_states.shape[1], dtype)
 
     def reserve(
         self, size: int, type: int, flags: int = 0, timeout_s: float | None = None
@@ -152,14 +198,27 @@ class StreamTransport:
         return self._poll(select.POLLOUT | select.POLLIN, deadline)
 
     def _poll(self, events: int, deadline: float | None) -> bool:
-        if self._is_closed:
-            raise self._gone()
-        poll = select.poll()
-        poll.register(self._socket, events)
         timeout_ms = None
         if deadline is not None:
             timeout_ms = max(0.0, (deadline - time.monotonic()) * 1e3)
-        return bool(poll.poll(timeout_ms))
+        ready = self._ready(events, timeout_ms)
+        if ready == {self._watch_pidfd}:
+            # What was sent before the end comes first.
+            ready = self._ready(events, 0.0)
+            if ready == {self._watch_pidfd}:
+                raise self._gone()
+        return bool(ready)
+
+    def _ready(self, events: int, timeout_ms: float | None) -> set[int]:
+        """Which of the socket and the pidfd have something."""
+        poll = select.poll()
+        try:
+            poll.register(self._socket, events)
+        except ValueError:  # another thread closed it
+            raise self._gone() from None
+        if self._watch_pidfd >= 0:
+            poll.register(self._watch_pidfd, select.POLLIN)
+        return {fd for fd, _ in poll.poll(timeout_ms)}
 
     def _read(self) -> StreamMessage | None:
         try:
@@ -168,6 +227,10 @@ class StreamTransport:
             return None
         except (EOFError, OSError) as error:
             raise self._gone() from error
+        except BaseException:
+            # Corrupt, or an interrupt after which nobody knows how much came.
+            self.close()
+            raise
 
     def _gone(self) -> RingClosed | PeerDied:
         if self._is_closed:
@@ -178,9 +241,10 @@ class StreamTransport:
 class _Reader:
     """Assembles records from what a socket has."""
 
-    def __init__(self, sock: socket.socket, epoch: int) -> None:
+    def __init__(self, sock: socket.socket, epoch: int, max_bytes: int) -> None:
         self._socket = sock
         self._epoch = epoch
+        self._max_bytes = max_bytes
         self._sequence = 0
         self._header = bytearray(_HEADER.size)
         self._message: StreamMessage | None = None
@@ -191,10 +255,11 @@ class _Reader:
         if self._message is None:
             self._fill(self._header)
             length, kind, flags, epoch, sequence = _HEADER.unpack(self._header)
-            if length > MAX_RECORD_BYTES or (epoch, sequence) != (self._epoch, self._sequence):
+            if length > self._max_bytes or (epoch, sequence) != (self._epoch, self._sequence):
                 raise Corrupt(
                     f"the other end of the stream sent record {sequence} of epoch {epoch} with "
-                    f"{length} bytes; expected record {self._sequence} of epoch {self._epoch}"
+                    f"{length} bytes; expected record {self._sequence} of epoch {self._epoch}, "
+                    f"with at most {self._max_bytes}"
                 )
             self._sequence += 1
             self._filled = 0
@@ -251,16 +316,31 @@ class StreamReservation(_Buffer):
     def __init__(
         self, transport: StreamTransport, size: int, type: int, flags: int, timeout_s: float | None
     ) -> None:
+        _check_sendable(size)
         super().__init__(size)
         self._transport = transport
         self._arguments = type, flags, timeout_s
+        self._is_open = True
 
     def commit(self) -> None:
         """Send it; errors as `Transport.write`."""
+        self._check_open()
         self._transport.write((self,), *self._arguments)
+        self._is_open = False
 
     def abort(self) -> None:
         """Forget it."""
+        self._check_open()
+        self._is_open = False
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise RingError("this record was committed or aborted already")
+
+
+def _check_sendable(size: int) -> None:
+    if size > MAX_RECORD_BYTES:
+        raise RingError(f"a record of {size} bytes; at most {MAX_RECORD_BYTES} may be sent")
 
 
 def _deadline(timeout_s: float | None) -> float | None:

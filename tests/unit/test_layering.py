@@ -18,11 +18,11 @@ LAYERS = {
         "errors settings process layers dtypes segment kernels"
         " _version _atomics _inputs _mapping _end _ring"
     ),
-    "L1 session": "protocol session transport",
+    "L1 session": "_wire protocol session transport",
     "L2 compute": "checkpoint backends",
     "L3 policy": "placement routing_stats policy",
     "L4 engine": (
-        "client call arrays link offload supervisor worker daemon stats logs metrics"
+        "client call arrays link reconnect offload supervisor worker daemon stats logs metrics"
         " integrations diagnosis"
     ),
     # `moeshm` itself is the public names: who imports them imports everything.

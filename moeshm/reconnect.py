@@ -1,0 +1,107 @@
+"""Looks for a lost worker: one attempt at a time, in a thread of its own.
+
+A worker may take minutes to load, and one that hangs takes the whole connect timeout; a call waits
+for that no longer than it can afford.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from .errors import ClientClosed, WorkerDied
+from .link import Link
+
+#: After a failed attempt calls do not try for so long, and twice as long after each further one.
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 60.0
+#: How long a call that could be computed elsewhere waits for the attempt that it started.
+FALLBACK_PATIENCE_S = 2.0
+
+
+class _Attempt:
+    def __init__(self) -> None:
+        self.thread = threading.Thread()
+        self.link: Link | None = None
+        self.error: Exception | None = None
+
+
+class Reconnector:
+    """`discard` ends what an attempt leaves should the client be closed in the meantime."""
+
+    def __init__(self, discard: Callable[[], None]) -> None:
+        self._discard = discard
+        self._lock = threading.Lock()
+        self._attempt: _Attempt | None = None
+        self._is_closed = False
+        self._pause_s = 0.0
+        self._retry_at = 0.0
+
+    def link(
+        self,
+        connect: Callable[[], Link],
+        loss: WorkerDied,
+        deadline: float,
+        has_fallback: bool,
+    ) -> Link:
+        """The new session, once an attempt to `connect` succeeds; starts one unless one is under
+        way or the last failed a moment ago.
+
+        Waits until `deadline` (of time.monotonic); with a fallback, for FALLBACK_PATIENCE_S if it
+        starts the attempt, and not at all otherwise. WorkerDied: there is no session yet.
+        """
+        patience_s = deadline - time.monotonic()
+        with self._lock:
+            attempt = self._attempt
+            if attempt is None:
+                if time.monotonic() < self._retry_at:
+                    raise loss
+                attempt = _Attempt()
+                attempt.thread = threading.Thread(
+                    target=self._run, args=(attempt, connect), name="moeshm-reconnect", daemon=True
+                )
+                attempt.thread.start()
+                self._attempt = attempt
+                if has_fallback:
+                    patience_s = min(patience_s, FALLBACK_PATIENCE_S)
+            elif has_fallback:
+                patience_s = 0.0
+        attempt.thread.join(max(0.0, patience_s))
+        if attempt.thread.is_alive():
+            raise WorkerDied(f"{loss}; the worker is looked for, and not there yet")
+        with self._lock:
+            if self._attempt is attempt:
+                self._attempt = None
+                self._note(attempt.error)
+        if attempt.link is None:
+            error = attempt.error
+            raise WorkerDied(f"the worker was lost and cannot be reached: {error}") from error
+        return attempt.link
+
+    def close(self) -> None:
+        """End an attempt that nobody waits for, now or when it is over."""
+        with self._lock:
+            self._is_closed = True
+            attempt, self._attempt = self._attempt, None
+        if attempt is not None and attempt.link is not None:
+            attempt.link.close(ClientClosed("the client is closed"))
+
+    def _run(self, attempt: _Attempt, connect: Callable[[], Link]) -> None:
+        try:
+            attempt.link = connect()
+        except Exception as error:  # whatever it is, calls must hear of it
+            attempt.error = error
+        with self._lock:
+            is_closed = self._is_closed
+        if is_closed:
+            if attempt.link is not None:
+                attempt.link.close(ClientClosed("the client was closed"))
+            self._discard()
+
+    def _note(self, error: Exception | None) -> None:
+        if error is None:
+            self._pause_s = self._retry_at = 0.0
+            return
+        self._pause_s = min(LONGEST_PAUSE_S, 2 * self._pause_s or FIRST_PAUSE_S)
+        self._retry_at = time.monotonic() + self._pause_s

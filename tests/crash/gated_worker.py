@@ -1,0 +1,66 @@
+"""A worker process whose GATED calls wait for the test: `python -m tests.crash.gated_worker`.
+
+Arguments: address, the pipe to tell events to, the pipe to wait at, seconds that a reply may lie
+unread (0: as shipped), most open fds (0: as they are), most bytes of a segment (0: any).
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import resource
+import struct
+import sys
+import threading
+
+from moeshm import worker
+from moeshm.daemon import Daemon
+from moeshm.logs import configure
+from moeshm.transport import stream
+from tests.crash.arithmetic import BROKEN, GATED, ArithmeticBackend
+
+#: Kind, layer, tag.
+EVENT = struct.Struct("<iii")
+TURN, QUEUED = 1, 2
+
+
+class TellingQueue(collections.deque[threading.Lock]):
+    """Tells the test of every session that has to wait for its turn."""
+
+    def __init__(self, events: int) -> None:
+        super().__init__()
+        self._events = events
+
+    def append(self, gate: threading.Lock, /) -> None:
+        super().append(gate)
+        os.write(self._events, EVENT.pack(QUEUED, 0, 0))
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    address = sys.argv[1]
+    events, gate = map(int, sys.argv[2:4])
+    reply_timeout_s = float(sys.argv[4])
+    max_fds, max_segment_bytes = map(int, sys.argv[5:7])
+    if reply_timeout_s:
+        worker.REPLY_TIMEOUT_S = stream._STALL_S = reply_timeout_s
+    if max_fds:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max_fds, max_fds))
+    if max_segment_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_segment_bytes, max_segment_bytes))
+
+    def on_turn(layer: int, tag: int) -> None:
+        os.write(events, EVENT.pack(TURN, layer, tag))
+        if layer == GATED:
+            os.read(gate, 1)
+        if layer == BROKEN:
+            raise RuntimeError(f"no luck with call {tag}")
+
+    configure("info", as_json=False)
+    daemon = Daemon(ArithmeticBackend(on_turn), address)
+    daemon._turns._queue = TellingQueue(events)
+    daemon.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""The daemon's socket path, its place in the queue, and what it tells a service manager."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from moeshm import daemon, protocol
+from moeshm.daemon import Daemon, notify_systemd
+from moeshm.errors import AddressInUse, SettingError
+from moeshm.layers import LayerInfo
+from moeshm.worker import Turns
+from tests.crash.arithmetic import ArithmeticBackend
+
+
+def listen(path: Path) -> Daemon:
+    return Daemon(ArithmeticBackend(), f"unix:{path}")
+
+
+def close(served: Daemon) -> None:
+    """What `run` does at the end."""
+    served._stop_listening()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[Path]:
+    """Where daemons listen."""
+    yield tmp_path / "w.sock"
+    assert os.listdir(tmp_path) in ([], ["w.sock"])
+
+
+# --- the path -----------------------------------------------------------------------------
+
+
+def test_only_the_owner_may_connect(path: Path) -> None:
+    served = listen(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    close(served)
+    assert not path.exists()
+
+
+def test_a_live_worker_keeps_its_path(path: Path) -> None:
+    served = listen(path)
+    with pytest.raises(AddressInUse, match=f"a live process listens at {path}; stop it, or"):
+        listen(path)
+    assert path.exists()
+    close(served)
+
+
+def test_a_live_socket_of_another_kind_keeps_its_path(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+        other.bind(str(path))
+        other.listen()
+        with pytest.raises(AddressInUse, match="a live process listens"):
+            listen(path)
+        assert path.exists()
+
+
+def test_a_worker_whose_queue_is_full_keeps_its_path(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "_BACKLOG", 0)
+    served = listen(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as waiting:
+        waiting.connect(str(path))
+        with pytest.raises(AddressInUse, match="a live process listens"):
+            listen(path)
+    close(served)
+
+
+def test_a_stale_socket_is_replaced(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+        dead.bind(str(path))
+    close(listen(path))
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_is_no_socket_is_left_alone(path: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "file":
+        path.write_text("precious")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/nowhere")
+    with pytest.raises(AddressInUse, match=f"{path} exists and is no socket; choose another"):
+        listen(path)
+    assert os.listdir(tmp_path) == ["w.sock"]
+    assert kind != "file" or path.read_text() == "precious"
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AddressInUse, match=rf"{tmp_path}/none: .*make the folder first"):
+        listen(tmp_path / "none" / "w.sock")
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(AddressInUse, match="Permission denied; choose another path"):
+            listen(tmp_path / "w.sock")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize("address", ["/run/w.sock", "unix:", "tcp:host:1", "unix:" + "x" * 108])
+def test_an_address_that_is_none(address: str) -> None:
+    with pytest.raises(SettingError):
+        Daemon(ArithmeticBackend(), address)
+
+
+def test_a_path_that_another_took_over_stays(path: Path) -> None:
+    served = listen(path)
+    path.unlink()
+    other = listen(path)
+    close(served)
+    assert path.exists()
+    close(other)
+
+
+def test_those_that_start_at_once_do_not_share_a_stale_path(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the path and its taking nobody else looks."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+        dead.bind(str(path))
+    served: list[Daemon] = []
+    refused: list[AddressInUse] = []
+    inside = threading.Semaphore(0)
+    remove_stale = daemon._remove_stale
+    n_together: list[bool] = []
+
+    def look_and_linger(at: Path) -> None:
+        remove_stale(at)
+        inside.release()
+        # As long as another could need to come in here, too.
+        n_together.append(inside.acquire(timeout=0.05) and inside.acquire(timeout=0.05))
+
+    monkeypatch.setattr(daemon, "_remove_stale", look_and_linger)
+
+    def try_to() -> None:
+        try:
+            served.append(listen(path))
+        except AddressInUse as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=try_to) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert n_together == [False]
+    assert (len(served), len(refused)) == (1, 3)
+    close(served[0])
+
+
+# --- the end ------------------------------------------------------------------------------
+
+
+def test_run_puts_the_signals_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    served = listen(path)
+    # It is received once the handlers are there, and not before.
+    monkeypatch.setattr(
+        daemon, "notify_systemd", lambda state: state == "READY=1" and _raise(signal.SIGTERM)
+    )
+    served.run()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert signal.set_wakeup_fd(-1) == -1
+    assert not path.exists()
+
+
+def _raise(number: signal.Signals) -> bool:
+    os.kill(os.getpid(), number)
+    return True
+
+
+def test_it_ends_with_whoever_started_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    pidfd = os.pidfd_open(pid)
+    try:
+        Daemon(ArithmeticBackend(), f"unix:{path}", lifeline=pidfd).run()
+    finally:
+        os.close(pidfd)
+        os.waitpid(pid, 0)
+    assert not path.exists()
+
+
+class StuckThread:
+    """A session that does not end; what `join` waits passes on a clock."""
+
+    def __init__(self, clock: list[float]) -> None:
+        self._clock = clock
+
+    def join(self, timeout_s: float) -> None:
+        self._clock[0] += timeout_s
+
+    def is_alive(self) -> bool:
+        return True
+
+
+def test_all_sessions_together_get_the_time_to_drain(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = listen(path)
+    close(served)
+    clock = [1000.0]
+    monkeypatch.setattr(daemon, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    served._threads = {StuckThread(clock) for _ in range(3)}  # type: ignore[misc]
+    served._drain()
+    assert clock[0] == 1000.0 + daemon.DRAIN_TIMEOUT_S
+    assert len(caplog.records) == 3
+
+
+# --- the service manager ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_abstract", [False, True])
+def test_notify_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_abstract: bool) -> None:
+    name = f"moeshm-test-{os.getpid()}" if is_abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("\0" + name if is_abstract else name)
+        monkeypatch.setenv("NOTIFY_SOCKET", "@" + name if is_abstract else name)
+        notify_systemd("READY=1")
+        assert manager.recv(100) == b"READY=1"
+
+
+@pytest.mark.parametrize("value", ["", "/nowhere/notify", "@nobody-listens-here"])
+def test_no_service_manager_is_no_error(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", value)
+    notify_systemd("READY=1")
+
+
+# --- calls' size and turns ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("free_bytes", "most"), [(0, 1), (1 << 20, 12), (1 << 50, 4096)])
+def test_a_call_takes_a_share_of_the_memory_that_is_free(
+    monkeypatch: pytest.MonkeyPatch, free_bytes: int, most: int
+) -> None:
+    values = {"SC_AVPHYS_PAGES": free_bytes // 4096, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", values.__getitem__)
+    backend = ArithmeticBackend()
+    info = LayerInfo(
+        hidden_size=256, intermediate_size=128, num_experts=4, top_k=2, experts=(0, 1, 2, 3)
+    )
+    # 4 x (256 x (2 + 2) + 2 x 128) bytes a token, of a sixteenth.
+    backend.layers = {0: info}
+    assert daemon._max_tokens(backend) == most
+    assert most <= protocol.MAX_TOKENS
+
+
+def test_turns_go_first_come_first_served() -> None:
+    turns = Turns()
+    order: list[int] = []
+    threads = []
+    with turns:
+        for number in range(8):
+            threads.append(threading.Thread(target=_take_turn, args=(turns, number, order)))
+            threads[-1].start()
+            while len(turns._queue) <= number:
+                pass
+        assert order == []
+    for thread in threads:
+        thread.join()
+    assert order == list(range(8))
+    with turns:  # free again
+        pass
+
+
+def test_a_turn_that_fails_lets_the_next_one_in() -> None:
+    turns = Turns()
+    with pytest.raises(RuntimeError), turns:
+        raise RuntimeError
+    with turns:
+        pass
+
+
+def _take_turn(turns: Turns, number: int, order: list[int]) -> None:
+    with turns:
+        order.append(number)

@@ -1,0 +1,81 @@
+"""Which process a pid stands for: never its successor."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+
+import pytest
+
+from moeshm import process
+
+
+@pytest.fixture
+def ended() -> int:
+    """The pid of a process that was, and was waited for."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as popen:
+        popen.wait()
+    return popen.pid
+
+
+def test_this_process_lives_since_its_start() -> None:
+    pid, ticks = process.own_identity()
+    assert pid == os.getpid()
+    assert ticks == process.start_ticks(pid) > 0
+    assert process.is_alive(pid)
+    assert process.is_alive(pid, ticks)
+
+
+def test_another_start_is_another_process() -> None:
+    pid, ticks = process.own_identity()
+    assert not process.is_alive(pid, ticks + 1)
+    assert process.open_pidfd(pid, ticks + 1) == -1
+
+
+@pytest.mark.parametrize("pid", [0, -1, -5])
+def test_no_pid_is_nobody(pid: int) -> None:
+    assert process.open_pidfd(pid) == -1
+    assert not process.is_alive(pid)
+
+
+def test_who_ended_is_gone(ended: int) -> None:
+    assert process.start_ticks(ended) == 0
+    assert not process.is_alive(ended)
+    assert process.open_pidfd(ended) == -1
+
+
+def test_a_zombie_is_gone_and_its_pidfd_says_so() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as popen:
+        ticks = process.start_ticks(popen.pid)
+        assert process.is_alive(popen.pid, ticks)
+        pidfd = process.open_pidfd(popen.pid, ticks)
+        assert pidfd >= 0
+        assert not os.get_inheritable(pidfd)
+        assert select.select([pidfd], [], [], 0) == ([], [], [])
+        popen.kill()
+        try:
+            assert select.select([pidfd], [], [], 30)[0] == [pidfd]
+        finally:
+            os.close(pidfd)
+        # Nobody has waited for it yet.
+        assert not process.is_alive(popen.pid)
+
+
+def test_a_name_full_of_parentheses_is_no_trouble() -> None:
+    rename = "import ctypes; ctypes.CDLL(None).prctl(15, b') R 1 (x')"
+    code = f"{rename}; print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as popen:
+        assert popen.stdout is not None
+        popen.stdout.readline()
+        ticks = process.start_ticks(popen.pid)
+        assert ticks >= process.start_ticks(os.getpid())
+        assert process.is_alive(popen.pid, ticks)
+        popen.kill()
+
+
+def test_one_cpu_at_least() -> None:
+    assert 1 <= process.usable_cpus() <= (os.cpu_count() or 1)

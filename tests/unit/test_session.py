@@ -1,0 +1,555 @@
+"""Opening a session: addresses, the handshake with its fds, and everything that can be refused."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moeshm
+from moeshm import protocol, session
+from moeshm.dtypes import DType
+from moeshm.errors import (
+    ConnectError,
+    Corrupt,
+    HandshakeRefused,
+    MoeshmError,
+    ProtocolError,
+    SegmentError,
+    SessionError,
+    SettingError,
+)
+from moeshm.protocol import Goodbye, Hello, Refusal, Welcome
+from moeshm.session import ControlSocket, Session
+from moeshm.transport.shared import SharedTransport
+from tests.wire import PATIENCE_S, dense_info, meanwhile, take
+
+LAYERS = {0: dense_info(64, 4, 2), 3: dense_info(128, 8, 4)}
+HELLO = Hello(protocol=1, version="0.1", transport="auto", batch_capacity=64)
+MORE, LAST = b"\1", b"\0"
+
+
+@pytest.fixture
+def sockets() -> Iterator[tuple[ControlSocket, socket.socket]]:
+    """A control socket, and what may be anything at the other end."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    control = ControlSocket(left)
+    with right:
+        yield control, right
+    control.close()
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Iterator[socket.socket]:
+    """Where a worker would listen."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.bind(str(tmp_path / "s"))
+        sock.listen()
+        yield sock
+
+
+def address(listener: socket.socket) -> str:
+    """Of a listener."""
+    return f"unix:{listener.getsockname()}"
+
+
+def n_fds() -> int:
+    """How many this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+# --- addresses ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/run/moeshm.sock", "relative", "a:b", "x" * 107, "é" * 53])
+def test_an_address_is_unix_and_a_path(path: str) -> None:
+    assert session.parse_address(f"unix:{path}") == path
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *("", "unix", "unix:", "/run/x", "tcp:host:1", "UNIX:/x", "unix:" + "x" * 108),
+        *("unix:" + "é" * 54, "unix:\0abstract", "unix:/a\0b"),
+    ],
+)
+def test_anything_else_is_no_address(bad: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        session.parse_address(bad)
+    assert repr(bad.removeprefix("unix:")) in str(caught.value) or repr(bad) in str(caught.value)
+
+
+# --- messages and fds ---------------------------------------------------------------------
+
+
+def test_a_long_message_arrives_with_its_fds(
+    sockets: tuple[ControlSocket, socket.socket],
+) -> None:
+    """A model with 58 layers of 256 experts; many packets, the fds with the first."""
+    control, right = sockets
+    layers = {number: dense_info(7168, 256, 8) for number in range(58)}
+    welcome = Welcome(
+        protocol=1, version="0.1", backend="null", transport="shared", stepped_down="",
+        epoch=7, max_tokens=64, layers=layers,
+    )  # fmt: skip
+    other = ControlSocket(right.dup())
+    with open("/dev/null", "rb") as null, open("/dev/zero", "rb") as zero:
+        sent_fds = [null.fileno(), zero.fileno()]
+        with meanwhile(lambda: other.send(welcome, sent_fds, PATIENCE_S)):
+            message, fds = control.receive(PATIENCE_S)
+    other.close()
+    assert message == welcome
+    assert [os.readlink(f"/proc/self/fd/{fd}") for fd in fds] == ["/dev/null", "/dev/zero"]
+    assert not any(os.get_inheritable(fd) for fd in fds)
+    session.close_fds(fds)
+    assert fds == []
+
+
+def test_the_peer_is_who_the_kernel_says(sockets: tuple[ControlSocket, socket.socket]) -> None:
+    control, _ = sockets
+    assert (control.peer_pid, control.peer_uid) == (os.getpid(), os.geteuid())
+    assert control.peer_pidfd >= 0
+
+
+def packets(*data: bytes) -> Callable[[socket.socket], None]:
+    """Sends these."""
+
+    def send(sock: socket.socket) -> None:
+        for each in data:
+            sock.send(each)
+
+    return send
+
+
+def with_fds(*packets_and_counts: tuple[bytes, int]) -> Callable[[socket.socket], None]:
+    """Sends packets with so many fds each."""
+
+    def send(sock: socket.socket) -> None:
+        with open("/dev/null", "rb") as null:
+            for data, count in packets_and_counts:
+                socket.send_fds(sock, [data], [null.fileno()] * count)
+
+    return send
+
+
+def leave(sock: socket.socket) -> None:
+    """Half a message, and away."""
+    sock.send(MORE + b"\x84")
+    sock.close()
+
+
+WHOLE = LAST + protocol.encode_control(HELLO)
+
+
+@pytest.mark.parametrize(
+    ("attack", "kind", "says"),
+    [
+        (packets(), SessionError, "did not come in time"),
+        (packets(MORE + b"\x84"), SessionError, "did not come in time"),
+        (leave, SessionError, "closed the connection"),
+        (socket.socket.close, SessionError, "closed the connection"),
+        (packets(b"GET / HTTP/1.1\r\n"), ProtocolError, "handshake packet b'GET / HTTP"),
+        (packets(b"\2" + WHOLE[1:]), ProtocolError, r"handshake packet b'\\x02"),
+        (packets(LAST), ProtocolError, "no handshake message"),
+        (packets(LAST + b"junk"), ProtocolError, "no handshake message"),
+        (packets(MORE + b"junk", WHOLE), ProtocolError, "no handshake message"),
+        (packets(b"\0" * 40_000), ProtocolError, "too long"),
+        (packets(MORE + b"x" * 3000, MORE + b"x" * 3000), ProtocolError, "6000 bytes and 0 fds"),
+        (packets(LAST + b"x" * 5000), ProtocolError, "at most 4096 bytes"),
+        (with_fds((WHOLE, 5)), ProtocolError, "too many fds"),
+        (with_fds((MORE, 3), (MORE, 2), (WHOLE, 0)), ProtocolError, "5 fds"),
+        (with_fds((LAST + b"junk", 4)), ProtocolError, "no handshake message"),
+        (with_fds((MORE, 4)), SessionError, "did not come in time"),
+    ],
+)
+def test_a_broken_handshake_is_refused_and_its_fds_closed(
+    sockets: tuple[ControlSocket, socket.socket],
+    attack: Callable[[socket.socket], None],
+    kind: type[Exception],
+    says: str,
+) -> None:
+    control, right = sockets
+    attack(right)
+    before = n_fds()
+    with pytest.raises(kind, match=says) as caught:
+        control.receive(0.01, protocol.MAX_HELLO_BYTES)
+    assert type(caught.value) is kind
+    assert n_fds() == before
+
+
+def test_endless_packets_do_not_hold_a_handshake_open(
+    sockets: tuple[ControlSocket, socket.socket],
+) -> None:
+    """Nobody waits for them, but the time is over all the same."""
+    control, right = sockets
+    packets(*[MORE] * 5, WHOLE)(right)
+    with pytest.raises(SessionError, match="did not come in time"):
+        control.receive(0.0)
+
+
+def test_sending_to_who_is_gone_is_a_session_error(
+    sockets: tuple[ControlSocket, socket.socket],
+) -> None:
+    control, right = sockets
+    right.close()
+    with pytest.raises(SessionError, match="could not be sent"):
+        control.send(HELLO, [], 0.1)
+
+
+def test_sending_to_who_never_reads_ends(sockets: tuple[ControlSocket, socket.socket]) -> None:
+    control, _ = sockets
+    with pytest.raises(SessionError, match="could not be sent"):
+        control.send(Refusal("x" * (4 << 20)), [], 0.05)
+
+
+# --- whole handshakes ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(
+    listener: socket.socket, transport: str = "auto", capacity: int = 64, max_tokens: int = 4096
+) -> Iterator[tuple[Session, Session]]:
+    """Both sides of a session: the client's and the worker's."""
+    sides: list[Session] = []
+
+    def accept() -> None:
+        control = ControlSocket(listener.accept()[0])
+        try:
+            sides.append(session.accept(control, LAYERS, "null", max_tokens, PATIENCE_S))
+        except MoeshmError:
+            control.close()
+
+    with contextlib.ExitStack() as stack:
+        with meanwhile(accept):
+            client = session.connect(address(listener), transport, capacity, PATIENCE_S)
+            stack.enter_context(client)
+        (worker,) = sides
+        stack.enter_context(worker)
+        yield client, worker
+
+
+@pytest.mark.parametrize(
+    ("wish", "given"), [("auto", "shared"), ("shared", "shared"), ("stream", "stream")]
+)
+def test_a_session_opens_with_the_transport_wished_for(
+    listener: socket.socket, wish: str, given: str
+) -> None:
+    with opened(listener, wish) as (client, worker):
+        assert client.welcome == worker.welcome
+        assert client.transport.name == worker.transport.name == client.welcome.transport == given
+        assert client.welcome.stepped_down == ""
+        assert client.welcome.layers == LAYERS
+        client.transport.write((b"hello",), 1)
+        assert take(worker.transport) == (1, b"hello")
+        worker.transport.write((b"you",), 2)
+        assert take(client.transport) == (2, b"you")
+
+
+@pytest.mark.parametrize("transport", ["shared", "stream"])
+@pytest.mark.parametrize(("wanted", "allowed"), [(64, 4096), (4096, 64), (1, 1)])
+def test_max_tokens_is_what_both_allow_and_fits(
+    listener: socket.socket, transport: str, wanted: int, allowed: int
+) -> None:
+    with opened(listener, transport, wanted, allowed) as (client, worker):
+        n_tokens = client.welcome.max_tokens
+        assert n_tokens == min(wanted, allowed)
+        for info in LAYERS.values():
+            calls = protocol.call_bytes(n_tokens, info.top_k, info.hidden_size, DType.F32)
+            assert calls <= client.transport.send_capacity
+            assert calls <= worker.transport.receive_capacity
+            replies = protocol.reply_bytes(n_tokens, info.hidden_size, DType.F32)
+            assert replies <= worker.transport.send_capacity
+            assert replies <= client.transport.receive_capacity
+
+
+@given(
+    st.integers(1, 20_000), st.integers(1, 20_000), st.integers(1, 64), st.integers(1, 64),
+    st.integers(1, 4096),
+)  # fmt: skip
+def test_the_rings_hold_the_largest_call_of_every_layer(
+    hidden: int, other_hidden: int, top_k: int, other_top_k: int, max_tokens: int
+) -> None:
+    layers = {0: dense_info(hidden, 64, top_k), 1: dense_info(other_hidden, 64, other_top_k)}
+    calls, replies = session._ring_sizes(layers, max_tokens)
+    assert max(calls, replies) <= session.MAX_RING_BYTES
+    n_tokens = min(max_tokens, session._fitting_tokens(layers, calls, replies))
+    assert n_tokens >= 1
+    for info in layers.values():
+        for dtype in DType:
+            call = protocol.call_bytes(n_tokens, info.top_k, info.hidden_size, dtype)
+            assert call <= calls
+            assert protocol.reply_bytes(n_tokens, info.hidden_size, dtype) <= replies
+    if max(calls, replies) < session.MAX_RING_BYTES:
+        assert n_tokens == max_tokens
+
+
+@pytest.fixture
+def no_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were no shared memory."""
+
+    def create(*_: Any) -> Any:
+        raise SegmentError(errno.ENOSPC, "4096 bytes cannot be had")
+
+    monkeypatch.setattr(SharedTransport, "create", create)
+
+
+@pytest.mark.usefixtures("no_segments")
+def test_auto_steps_down_and_says_why(
+    listener: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(listener, "auto") as (client, worker):
+        assert client.transport.name == worker.transport.name == "stream"
+        assert "4096 bytes cannot be had" in client.welcome.stepped_down
+
+    def accept() -> None:
+        control = ControlSocket(listener.accept()[0])
+        with session.accept(control, LAYERS, "null", 64, PATIENCE_S):
+            pass
+
+    with meanwhile(accept), moeshm.connect(address(listener), transport="auto") as expert_client:
+        assert expert_client.transport == "stream"
+        ((why, count),) = expert_client.stats().stepped_down.items()
+    assert "4096 bytes cannot be had" in why
+    assert count == 1
+    assert any("4096 bytes cannot be had" in each.getMessage() for each in caplog.records)
+
+
+# --- refusals -----------------------------------------------------------------------------
+
+
+def accepting(listener: socket.socket, as_uid: int | None = None) -> Callable[[], None]:
+    """A worker that refuses the next client: closes, as the daemon does, what it cannot open."""
+
+    def accept() -> None:
+        control = ControlSocket(listener.accept()[0])
+        if as_uid is not None:
+            control.peer_uid = as_uid
+        try:
+            session.accept(control, LAYERS, "null", 64, PATIENCE_S).close()
+        except (ProtocolError, SegmentError):
+            pass
+        else:
+            raise AssertionError("it was accepted")
+        finally:
+            control.close()
+
+    return accept
+
+
+@pytest.mark.usefixtures("no_segments")
+def test_who_insists_on_shared_memory_is_refused(listener: socket.socket) -> None:
+    with (
+        meanwhile(accepting(listener)),
+        pytest.raises(HandshakeRefused, match="4096 bytes cannot be had"),
+    ):
+        session.connect(address(listener), "shared", 64, PATIENCE_S)
+
+
+@pytest.mark.parametrize(
+    ("transport", "capacity", "says"),
+    [
+        ("tcp", 64, "transport 'tcp'; choose auto, shared or stream"),
+        ("auto", 0, "batch_capacity=0"),
+        ("auto", 5000, "batch_capacity=5000"),
+        ("x" * 5000, 64, "at most 4096 bytes"),
+    ],
+)
+def test_a_refusal_arrives_with_its_reason(
+    listener: socket.socket, transport: str, capacity: int, says: str
+) -> None:
+    with (
+        meanwhile(accepting(listener)),
+        pytest.raises(HandshakeRefused, match=f"the worker refused: .*{says}"),
+    ):
+        session.connect(address(listener), transport, capacity, PATIENCE_S)
+
+
+def test_another_version_is_refused_with_both(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "Hello", lambda **fields: Hello(**{**fields, "protocol": 99}))
+    with (
+        meanwhile(accepting(listener)),
+        pytest.raises(HandshakeRefused, match=r"speaks protocol 99 .* this worker 1; install"),
+    ):
+        session.connect(address(listener), "auto", 64, PATIENCE_S)
+
+
+def test_another_user_is_refused(listener: socket.socket) -> None:
+    with (
+        meanwhile(accepting(listener, as_uid=os.geteuid() + 12345)),
+        pytest.raises(HandshakeRefused, match=rf"user {os.geteuid() + 12345} may not"),
+    ):
+        session.connect(address(listener), "auto", 64, PATIENCE_S)
+
+
+def test_a_silent_client_is_not_waited_for(sockets: tuple[ControlSocket, socket.socket]) -> None:
+    control, _ = sockets
+    with pytest.raises(SessionError, match="did not come in time"):
+        session.accept(control, LAYERS, "null", 64, 0.01)
+
+
+def test_a_client_that_leaves_before_the_welcome_leaves_nothing(
+    sockets: tuple[ControlSocket, socket.socket],
+) -> None:
+    control, right = sockets
+    right.send(WHOLE)
+    right.close()
+    before = n_fds()
+    with pytest.raises(SessionError, match="could not be sent"):
+        session.accept(control, LAYERS, "null", 64, PATIENCE_S)
+    assert n_fds() == before
+
+
+# --- workers that are none ----------------------------------------------------------------
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as closed:
+        closed.bind(str(tmp_path / "closed"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
+        stream.bind(str(tmp_path / "stream"))
+        stream.listen()
+        for name in ("absent", "no/folder", "file", "closed", "stream"):
+            with pytest.raises(ConnectError, match=f"no worker answers at .*{name}.*start one"):
+                session.connect(f"unix:{tmp_path / name}", "auto", 64, PATIENCE_S)
+
+
+def test_a_worker_too_busy_to_accept(tmp_path: Path) -> None:
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
+        contextlib.ExitStack() as stack,
+    ):
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                waiting.setblocking(False)
+                waiting.connect(str(tmp_path / "s"))
+        with pytest.raises(ConnectError, match="too busy"):
+            session.connect(address(listener), "auto", 64, 0.02)
+
+
+def test_a_worker_that_never_answers(listener: socket.socket) -> None:
+    with pytest.raises(SessionError, match="did not come in time"):
+        session.connect(address(listener), "auto", 64, 0.02)
+
+
+@contextlib.contextmanager
+def answering(listener: socket.socket, message: Any, fds: list[int]) -> Iterator[None]:
+    """Whoever connects gets this, whatever it says."""
+
+    def answer() -> None:
+        control = ControlSocket(listener.accept()[0])
+        control.receive(PATIENCE_S)
+        control.send(message, fds, PATIENCE_S)
+        control.close()
+
+    with meanwhile(answer):
+        yield
+
+
+def a_welcome(transport: str, epoch: int = 7) -> Welcome:
+    """With one small layer."""
+    return Welcome(
+        protocol=1, version="0.1", backend="null", transport=transport, stepped_down="",
+        epoch=epoch, max_tokens=4, layers=LAYERS,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("message", [HELLO, Goodbye("x")])
+def test_an_answer_of_another_kind(listener: socket.socket, message: Any) -> None:
+    with (
+        answering(listener, message, []),
+        pytest.raises(ProtocolError, match=r"expected welcome, got (hello|goodbye)"),
+    ):
+        session.connect(address(listener), "auto", 64, PATIENCE_S)
+
+
+@pytest.mark.parametrize(
+    ("transport", "targets", "kind", "says"),
+    [
+        ("shared", ["/dev/null", "/dev/null"], SegmentError, "no shared memory"),
+        ("shared", ["memfd", "memfd"], SegmentError, "has seals"),
+        ("shared", ["ring", "ring"], SegmentError, r"has this end|attached"),
+        ("shared", ["ring", "/dev/null"], SegmentError, "no shared memory"),
+        ("shared", ["ring"], ProtocolError, "came with 1 fds"),
+        ("shared", ["ring", "ring", "ring"], ProtocolError, "came with 3 fds"),
+        ("stream", [], ProtocolError, "came with 0 fds"),
+        ("stream", ["/dev/null"], Corrupt, "no UNIX stream socket"),
+        ("stream", ["memfd"], Corrupt, "no UNIX stream socket"),
+        ("stream", ["/dev/null", "/dev/null"], ProtocolError, "came with 2 fds"),
+    ],
+)
+def test_a_welcome_with_the_wrong_fds_leaves_none(
+    listener: socket.socket,
+    transport: str,
+    targets: list[str],
+    kind: type[MoeshmError],
+    says: str,
+) -> None:
+    worker, ring_fds = SharedTransport.create(4096, 4096, 7, -1, -1)
+    memfd = os.memfd_create("test")
+    null = os.open("/dev/null", os.O_RDONLY)
+    fds = [{"memfd": memfd, "/dev/null": null, "ring": ring_fds[0]}[name] for name in targets]
+    before = n_fds()
+    try:
+        with (
+            answering(listener, a_welcome(transport), fds),
+            pytest.raises(kind, match=says),
+        ):
+            session.connect(address(listener), "auto", 64, PATIENCE_S)
+        assert n_fds() == before
+    finally:
+        worker.close()
+        os.close(memfd)
+        os.close(null)
+
+
+def test_rings_of_another_epoch_are_refused(listener: socket.socket) -> None:
+    worker, fds = SharedTransport.create(4096, 4096, 8, -1, -1)
+    with (
+        contextlib.closing(worker),
+        answering(listener, a_welcome("shared", epoch=7), fds),
+        pytest.raises(SegmentError, match="epoch 8; expected 7"),
+    ):
+        session.connect(address(listener), "auto", 64, PATIENCE_S)
+
+
+# --- the last word ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transport", ["shared", "stream"])
+def test_a_goodbye_is_heard_after_the_end(listener: socket.socket, transport: str) -> None:
+    with opened(listener, transport) as (client, worker):
+        assert client.farewell() is None
+        worker.control.send(Goodbye("the worker shuts down"), [], PATIENCE_S)
+        worker.close()
+        assert client.farewell() == "the worker shuts down"
+        assert client.farewell() is None
+        client.close()
+        assert client.farewell() is None
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [packets(LAST + b"junk"), packets(b"x"), packets(WHOLE), with_fds((WHOLE, 3), (LAST, 5))],
+)
+def test_a_last_word_that_is_none(
+    listener: socket.socket, attack: Callable[[socket.socket], None]
+) -> None:
+    with opened(listener) as (client, worker):
+        attack(worker.control._socket)
+        before = n_fds()
+        assert client.farewell() is None
+        assert n_fds() == before
