@@ -71,7 +71,7 @@ class ExpertClient:
         self._counter = StatsCounter()
         self._adopting = threading.Lock()
         self._reconnector = Reconnector(on_close)
-        self._is_closed = False
+        self._closed = threading.Event()
         self._link = self._connect(is_first=True)
         welcome = self._link.session.welcome
         #: What the worker holds, by layer number.
@@ -170,9 +170,9 @@ class ExpertClient:
 
         Again, it does nothing; in a forked child it leaves the parent's session alone.
         """
-        if self._is_closed or os.getpid() != self._pid:
+        if self._closed.is_set() or os.getpid() != self._pid:
             return
-        self._is_closed = True
+        self._closed.set()
         self._link.close(ClientClosed("the client was closed with this call on its way"))
         self._reconnector.close()
         self._on_close()
@@ -295,7 +295,7 @@ class ExpertClient:
 
     def _live_link(self, deadline: float) -> Link:
         """The session, a new one if the last was lost; WorkerDied when there is none to be had."""
-        if self._is_closed:
+        if self._closed.is_set():
             raise ClientClosed("the client is closed; connect anew")
         link = self._link
         if link.loss is None:
@@ -307,7 +307,7 @@ class ExpertClient:
             # Another thread may have waited for the same attempt, and been first.
             if self._link is link:
                 self._link = found
-        if self._is_closed:
+        if self._closed.is_set():
             # By another thread in the meantime, who knew nothing of what was opened.
             closed = ClientClosed("the client was closed while it reached for a new worker")
             found.close(closed)

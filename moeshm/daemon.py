@@ -19,7 +19,7 @@ from pathlib import Path
 from . import protocol, session
 from .backends import Backend
 from .errors import AddressInUse, MoeshmError
-from .session import ControlSocket
+from .session import ControlSocket, Session
 from .worker import SessionServer, Turns
 
 _log = logging.getLogger(__name__)
@@ -97,32 +97,35 @@ class Daemon:
         thread.start()
 
     def _serve(self, sock: socket.socket) -> None:
-        control = ControlSocket(sock)
-        try:
-            opened = session.accept(
-                control,
-                self._backend.layers,
-                self._backend.name,
-                self._max_tokens,
-                HANDSHAKE_TIMEOUT_S,
-            )
-        except (MoeshmError, OSError) as error:
-            control.close()
-            _log.warning("process %d got no session: %s", control.peer_pid, error)
-            return
-        with opened:
-            _log.info(
-                "process %d: session over %s, up to %d tokens a call%s",
-                control.peer_pid,
-                opened.transport.name,
-                opened.welcome.max_tokens,
-                f" ({opened.welcome.stepped_down})" if opened.welcome.stepped_down else "",
-            )
-            server = SessionServer(opened, self._backend, self._turns, self._draining)
-            why = server.serve()
+        with contextlib.closing(ControlSocket(sock)) as control:
+            try:
+                opened = session.accept(
+                    control,
+                    self._backend.layers,
+                    self._backend.name,
+                    self._max_tokens,
+                    HANDSHAKE_TIMEOUT_S,
+                )
+            except (MoeshmError, OSError) as error:
+                _log.warning("process %d got no session: %s", control.peer_pid, error)
+                return
+            with opened:
+                self._serve_session(opened)
+
+    def _serve_session(self, opened: Session) -> None:
+        pid, welcome = opened.control.peer_pid, opened.welcome
+        _log.info(
+            "process %d: session over %s, up to %d tokens a call%s",
+            pid,
+            welcome.transport,
+            welcome.max_tokens,
+            f" ({welcome.stepped_down})" if welcome.stepped_down else "",
+        )
+        server = SessionServer(opened, self._backend, self._turns, self._draining)
+        why = server.serve()
         _log.info(
             "process %d: session ended after %d calls, %d rows: %s",
-            control.peer_pid,
+            pid,
             server.calls,
             server.rows,
             why,

@@ -16,8 +16,9 @@ class Transport(Protocol):
     """One side's end of a session's data path, both ways.
 
     One thread may send while another receives. Errors are the ring's: RingFull and RingEmpty at
-    the timeout, RingClosed when the other side closed, PeerDied when its process is gone, Corrupt
-    when it sent something impossible; `timeout_s` None waits for ever, 0 does not wait.
+    the timeout, RingClosed when the other side closed, PeerDied when its process is gone (a stream
+    cannot tell the two apart, and raises PeerDied), Corrupt when it sent something impossible;
+    `timeout_s` None waits for ever, 0 does not wait.
     """
 
     name: str

@@ -1,0 +1,159 @@
+"""A client of bytes alone: sockets, mapped memory and msgpack, with none of moeshm's checks."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import mmap
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+#: Of a record, over either transport: length, type, flags, epoch, sequence.
+RECORD = struct.Struct("<QIIQQ")
+CALL, REPLY = 1, 2
+#: Of a record's flags: its producer took it back.
+ABORTED = 1 << 31
+PAGE = 4096
+#: Where a ring's control page keeps its words; moeshm/_mapping.pxd.
+PRODUCER_WORD, PRODUCER_STATE, CONSUMER_WORD, CONSUMER_STATE = 256, 384, 512, 640
+PATIENCE_S = 20.0
+_encode = msgspec.msgpack.encode
+
+
+def hello(**changed: Any) -> bytes:
+    """A packet that says hello."""
+    fields = {"type": "hello", "protocol": 1, "version": "x", "transport": "auto"}
+    return b"\0" + _encode({**fields, "batch_capacity": 8, **changed})
+
+
+class Attacker:
+    """A connection to a worker, and its session once `shake_hands` was called."""
+
+    def __init__(self, address: str) -> None:
+        self.control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.control.settimeout(PATIENCE_S)
+        self.control.connect(address.removeprefix("unix:"))
+        self.stream: socket.socket | None = None
+        #: The control page and the data area, once, of the rings for calls and for replies.
+        self.calls = self.replies = mmap.mmap(-1, PAGE)
+        self.epoch = 0
+        self.sequence = 0
+        self._position = 0
+        self._read_position = 0
+
+    def shake_hands(self, transport: str) -> None:
+        """Get a session like anyone."""
+        self.control.send(hello(transport=transport))
+        answer, fds = self.receive_control()
+        assert answer["type"] == "welcome", answer
+        self.epoch = answer["epoch"]
+        if transport == "stream":
+            self.stream = socket.socket(fileno=fds[0])
+            self.stream.settimeout(PATIENCE_S)
+            return
+        self.calls, self.replies = (mmap.mmap(fd, os.fstat(fd).st_size) for fd in fds)
+        for fd in fds:
+            os.close(fd)
+
+    def receive_control(self) -> tuple[dict[str, Any], list[int]]:
+        """The worker's next handshake message."""
+        data, fds = b"", array.array("i")
+        while True:
+            packet, ancillary, _, _ = self.control.recvmsg(1 << 16, socket.CMSG_SPACE(16))
+            for _, _, numbers in ancillary:
+                fds.frombytes(numbers)
+            data += packet[1:]
+            if packet[:1] != b"\1":
+                return (msgspec.msgpack.decode(data) if packet else {}), list(fds)
+
+    def last_word(self) -> str:
+        """What the worker says before it ends the session; empty when it just leaves."""
+        try:
+            message, _ = self.receive_control()
+        except ConnectionResetError:
+            return ""
+        if not message:
+            return ""
+        assert message["type"] in ("goodbye", "refusal"), message
+        assert self.control.recv(1) == b"", "the worker keeps the connection"
+        return str(message["reason"])
+
+    def record(self, payload: bytes, **changed: int) -> bytes:
+        """Header and payload as they lie in a ring, or come over a stream."""
+        header = {"length": len(payload), "type": CALL, "flags": 0}
+        header.update(epoch=self.epoch, sequence=self.sequence)
+        header.update(changed)
+        self.sequence += 1
+        packed = RECORD.pack(*header.values())
+        gap = 32 if self.stream is None and len(payload) > 64 else 0
+        return packed + bytes(gap) + payload
+
+    def send(self, payload: bytes, **changed: int) -> None:
+        """Send a record, whatever its header says."""
+        data = self.record(payload, **changed)
+        if self.stream is not None:
+            self.stream.sendall(data)
+            return
+        start = PAGE + self._position
+        self.calls[start : start + len(data)] = data
+        self._position += -(-len(data) // 64) * 64
+        self.poke(self.calls, PRODUCER_WORD, self._position << 1)
+
+    def poke(self, ring: mmap.mmap, offset: int, value: int) -> None:
+        """Write a word of a control page; the worker looks there every 25 ms at least."""
+        struct.pack_into("<Q", ring, offset, value)
+
+    def receive(self) -> bytes:
+        """The next reply."""
+        if self.stream is not None:
+            (length, *_) = RECORD.unpack(self._exactly(RECORD.size))
+            return self._exactly(length)
+        while True:
+            while self.bytes_of_replies() <= self._read_position:
+                os.sched_yield()
+            start = PAGE + self._read_position
+            length, _, flags, _, _ = RECORD.unpack_from(self.replies, start)
+            gap = 64 if length > 64 else 32
+            self._read_position += -(-(gap + length) // 64) * 64
+            self.poke(self.replies, CONSUMER_WORD, self._read_position << 1)
+            if not flags & ABORTED:
+                return self.replies[start + gap : start + gap + length]
+
+    def bytes_of_replies(self) -> int:
+        """How far the worker has written, in bytes."""
+        (word,) = struct.unpack_from("<Q", self.replies, PRODUCER_WORD)
+        return int(word >> 1 & ~63)
+
+    def _exactly(self, size: int) -> bytes:
+        assert self.stream is not None
+        data = b""
+        while len(data) < size:
+            more = self.stream.recv(size - len(data))
+            assert more, "the worker ended the stream"
+            data += more
+        return data
+
+    def close(self) -> None:
+        """Leave without a word."""
+        self.control.close()
+        if self.stream is not None:
+            self.stream.close()
+        for ring in (self.calls, self.replies):
+            ring.close()
+
+
+@contextlib.contextmanager
+def attacking(address: str, transport: str | None = None) -> Iterator[Attacker]:
+    """An attacker, with a session if a transport is named; it leaves at the end."""
+    attacker = Attacker(address)
+    try:
+        if transport is not None:
+            attacker.shake_hands(transport)
+        yield attacker
+    finally:
+        attacker.close()

@@ -1,0 +1,160 @@
+"""Addresses, and the socket that carries handshake messages and fds: nothing else gets through."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from moeshm import protocol, session
+from moeshm.errors import (
+    ProtocolError,
+    SessionError,
+    SettingError,
+)
+from moeshm.protocol import Refusal, Welcome
+from moeshm.session import ControlSocket
+from tests.wire import (
+    HELLO,
+    LAST,
+    MORE,
+    PATIENCE_S,
+    WHOLE,
+    dense_info,
+    meanwhile,
+    n_fds,
+    packets,
+    with_fds,
+)
+
+
+@pytest.fixture
+def sockets() -> Iterator[tuple[ControlSocket, socket.socket]]:
+    """A control socket, and what may be anything at the other end."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    control = ControlSocket(left)
+    with right:
+        yield control, right
+    control.close()
+
+
+# --- addresses ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/run/moeshm.sock", "relative", "a:b", "x" * 107, "é" * 53])
+def test_an_address_is_unix_and_a_path(path: str) -> None:
+    assert session.parse_address(f"unix:{path}") == path
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *("", "unix", "unix:", "/run/x", "tcp:host:1", "UNIX:/x", "unix:" + "x" * 108),
+        *("unix:" + "é" * 54, "unix:\0abstract", "unix:/a\0b"),
+    ],
+)
+def test_anything_else_is_no_address(bad: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        session.parse_address(bad)
+    assert repr(bad.removeprefix("unix:")) in str(caught.value) or repr(bad) in str(caught.value)
+
+
+# --- messages and fds ---------------------------------------------------------------------
+
+
+def test_a_long_message_arrives_with_its_fds(
+    sockets: tuple[ControlSocket, socket.socket],
+) -> None:
+    """A model with 58 layers of 256 experts; many packets, the fds with the first."""
+    control, right = sockets
+    layers = {number: dense_info(7168, 256, 8) for number in range(58)}
+    welcome = Welcome(
+        protocol=1, version="0.1", backend="null", transport="shared", stepped_down="",
+        epoch=7, max_tokens=64, layers=layers,
+    )  # fmt: skip
+    other = ControlSocket(right.dup())
+    with open("/dev/null", "rb") as null, open("/dev/zero", "rb") as zero:
+        sent_fds = [null.fileno(), zero.fileno()]
+        with meanwhile(lambda: other.send(welcome, sent_fds, PATIENCE_S)):
+            message, fds = control.receive(PATIENCE_S)
+    other.close()
+    assert message == welcome
+    assert [os.readlink(f"/proc/self/fd/{fd}") for fd in fds] == ["/dev/null", "/dev/zero"]
+    assert not any(os.get_inheritable(fd) for fd in fds)
+    session.close_fds(fds)
+    assert fds == []
+
+
+def test_the_peer_is_who_the_kernel_says(sockets: tuple[ControlSocket, socket.socket]) -> None:
+    control, _ = sockets
+    assert (control.peer_pid, control.peer_uid) == (os.getpid(), os.geteuid())
+    assert control.peer_pidfd >= 0
+
+
+def leave(sock: socket.socket) -> None:
+    """Half a message, and away."""
+    sock.send(MORE + b"\x84")
+    sock.close()
+
+
+@pytest.mark.parametrize(
+    ("attack", "kind", "says"),
+    [
+        (packets(), SessionError, "did not come in time"),
+        (packets(MORE + b"\x84"), SessionError, "did not come in time"),
+        (leave, SessionError, "closed the connection"),
+        (socket.socket.close, SessionError, "closed the connection"),
+        (packets(b"GET / HTTP/1.1\r\n"), ProtocolError, "handshake packet b'GET / HTTP"),
+        (packets(b"\2" + WHOLE[1:]), ProtocolError, r"handshake packet b'\\x02"),
+        (packets(LAST), ProtocolError, "no handshake message"),
+        (packets(LAST + b"junk"), ProtocolError, "no handshake message"),
+        (packets(MORE + b"junk", WHOLE), ProtocolError, "no handshake message"),
+        (packets(b"\0" * 40_000), ProtocolError, "too long"),
+        (packets(MORE + b"x" * 3000, MORE + b"x" * 3000), ProtocolError, "6000 bytes and 0 fds"),
+        (packets(LAST + b"x" * 5000), ProtocolError, "at most 4096 bytes"),
+        (with_fds((WHOLE, 5)), ProtocolError, "too many fds"),
+        (with_fds((MORE, 3), (MORE, 2), (WHOLE, 0)), ProtocolError, "5 fds"),
+        (with_fds((LAST + b"junk", 4)), ProtocolError, "no handshake message"),
+        (with_fds((MORE, 4)), SessionError, "did not come in time"),
+    ],
+)
+def test_a_broken_handshake_is_refused_and_its_fds_closed(
+    sockets: tuple[ControlSocket, socket.socket],
+    attack: Callable[[socket.socket], None],
+    kind: type[Exception],
+    says: str,
+) -> None:
+    control, right = sockets
+    attack(right)
+    before = n_fds()
+    with pytest.raises(kind, match=says) as caught:
+        control.receive(0.01, protocol.MAX_HELLO_BYTES)
+    assert type(caught.value) is kind
+    assert n_fds() == before
+
+
+def test_endless_packets_do_not_hold_a_handshake_open(
+    sockets: tuple[ControlSocket, socket.socket],
+) -> None:
+    """Nobody waits for them, but the time is over all the same."""
+    control, right = sockets
+    packets(*[MORE] * 5, WHOLE)(right)
+    with pytest.raises(SessionError, match="did not come in time"):
+        control.receive(0.0)
+
+
+def test_sending_to_who_is_gone_is_a_session_error(
+    sockets: tuple[ControlSocket, socket.socket],
+) -> None:
+    control, right = sockets
+    right.close()
+    with pytest.raises(SessionError, match="could not be sent"):
+        control.send(HELLO, [], 0.1)
+
+
+def test_sending_to_who_never_reads_ends(sockets: tuple[ControlSocket, socket.socket]) -> None:
+    control, _ = sockets
+    with pytest.raises(SessionError, match="could not be sent"):
+        control.send(Refusal("x" * (4 << 20)), [], 0.05)
