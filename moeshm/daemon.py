@@ -19,7 +19,7 @@ from pathlib import Path
 from . import protocol, session
 from .backends import Backend
 from .errors import AddressInUse, MoeshmError
-from .session import ControlSocket, Session
+from .session import ControlSocket
 from .worker import SessionServer, Turns
 
 _log = logging.getLogger(__name__)
@@ -97,39 +97,38 @@ class Daemon:
         thread.start()
 
     def _serve(self, sock: socket.socket) -> None:
-        with contextlib.closing(ControlSocket(sock)) as control:
-            try:
-                opened = session.accept(
-                    control,
-                    self._backend.layers,
-                    self._backend.name,
-                    self._max_tokens,
-                    HANDSHAKE_TIMEOUT_S,
-                )
-            except (MoeshmError, OSError) as error:
-                _log.warning("process %d got no session: %s", control.peer_pid, error)
-                return
-            with opened:
-                self._serve_session(opened)
+        control = ControlSocket(sock)
+        try:
+            level, outcome = self._serve_client(control)
+        finally:
+            control.close()
+        # Only now, so that whoever reads it can rely on its being freed.
+        _log.log(level, "process %d: %s", control.peer_pid, outcome)
 
-    def _serve_session(self, opened: Session) -> None:
-        pid, welcome = opened.control.peer_pid, opened.welcome
-        _log.info(
-            "process %d: session over %s, up to %d tokens a call%s",
-            pid,
-            welcome.transport,
-            welcome.max_tokens,
-            f" ({welcome.stepped_down})" if welcome.stepped_down else "",
-        )
-        server = SessionServer(opened, self._backend, self._turns, self._draining)
-        why = server.serve()
-        _log.info(
-            "process %d: session ended after %d calls, %d rows: %s",
-            pid,
-            server.calls,
-            server.rows,
-            why,
-        )
+    def _serve_client(self, control: ControlSocket) -> tuple[int, str]:
+        """Until the session ends; how serious that is, and how it ended."""
+        try:
+            opened = session.accept(
+                control,
+                self._backend.layers,
+                self._backend.name,
+                self._max_tokens,
+                HANDSHAKE_TIMEOUT_S,
+            )
+        except (MoeshmError, OSError) as error:
+            return logging.WARNING, f"got no session: {error}"
+        with opened:
+            welcome = opened.welcome
+            _log.info(
+                "process %d: session over %s, up to %d tokens a call%s",
+                control.peer_pid,
+                welcome.transport,
+                welcome.max_tokens,
+                f" ({welcome.stepped_down})" if welcome.stepped_down else "",
+            )
+            server = SessionServer(opened, self._backend, self._turns, self._draining)
+            why = server.serve()
+        return logging.INFO, f"session ended after {server.calls} calls, {server.rows} rows: {why}"
 
     def _stop_listening(self) -> None:
         with contextlib.suppress(OSError):

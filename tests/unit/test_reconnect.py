@@ -35,7 +35,7 @@ class Opener:
         self.attempts = 0
         self.begun = threading.Event()
         self.may_end = threading.Event()
-        self.link = FakeLink()
+        self.link: Any = FakeLink()
         if not waits:
             self.may_end.set()
 
