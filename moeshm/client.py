@@ -357,13 +357,15 @@ def connect(
     wire_dtype: str | None = None,
     timeout_s: float | None = None,
     fallback: Backend | None = None,
+    placement: str = "",
 ) -> ExpertClient:
     """A client of the worker that listens at `unix:PATH`.
 
     `transport` ("auto", "shared", "stream") and `wire_dtype` ("auto", "f32", "f16", "bf16"): by
     default MOESHM_TRANSPORT and MOESHM_WIRE_DTYPE. `timeout_s`: for connecting and the handshake,
     by default MOESHM_CONNECT_TIMEOUT_S. `fallback`: a backend that holds the same experts and
-    computes, in this process, the calls that a lost worker leaves.
+    computes, in this process, the calls that a lost worker leaves. `placement`: what
+    `Placement.fingerprint` says of this worker; one that holds other experts refuses.
 
     ConnectError: nobody answers there. HandshakeRefused: the worker said no. SettingError: an
     argument is not allowed.
@@ -372,7 +374,9 @@ def connect(
 
     def open_session() -> Opened:
         return Opened(
-            session.connect(address, chosen.transport, chosen.batch_capacity, chosen.timeout_s),
+            session.connect(
+                address, chosen.transport, chosen.batch_capacity, chosen.timeout_s, placement
+            ),
             False,
         )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -103,3 +104,9 @@ def format_ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def fingerprint_of(experts: Mapping[int, Sequence[int]]) -> str:
+    """16 hex digits that name layers and the experts of each, in their order."""
+    listed = [[number, list(experts[number])] for number in sorted(experts)]
+    return hashlib.sha256(msgspec.json.encode(listed)).hexdigest()[:16]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import SettingError
-from .layers import format_ranges, parse_ranges
+from .layers import fingerprint_of, format_ranges, parse_ranges
 from .routing_stats import RoutingStats
 
 _VERSION = 1
@@ -271,12 +270,6 @@ class Placement:
             raise PlacementError(
                 f"layer {number}: expert {both[0]} is hot and on a worker; choose one"
             )
-
-
-def fingerprint_of(experts: Mapping[int, Sequence[int]]) -> str:
-    """16 hex digits that name layers and the experts of each, in their order."""
-    listed = [[number, list(experts[number])] for number in sorted(experts)]
-    return hashlib.sha256(msgspec.json.encode(listed)).hexdigest()[:16]
 
 
 def _deal(

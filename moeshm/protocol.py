@@ -22,7 +22,7 @@ from ._ring import Record, Reservation
 from ._wire import fill_reply, read_plain_call, take_plain_reply
 from .dtypes import Array, DType
 from .errors import CallError, DeadlineExceeded, InvalidCall, ProtocolError, WorkerFailed
-from .layers import LayerInfo
+from .layers import LayerInfo, fingerprint_of
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -52,6 +52,8 @@ class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):
     transport: str
     #: Most tokens that it wants to send in one call; the rings are sized for it.
     batch_capacity: int
+    #: `layers.fingerprint_of` the experts that it takes the worker to hold; empty for any.
+    placement: str = ""
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True, kw_only=True):
@@ -110,6 +112,16 @@ def check_hello(hello: ControlMessage) -> Hello:
     if not 1 <= hello.batch_capacity <= MAX_TOKENS:
         raise ProtocolError(f"batch_capacity={hello.batch_capacity}; it must be 1..{MAX_TOKENS}")
     return hello
+
+
+def check_placement(hello: Hello, layers: Mapping[int, LayerInfo]) -> None:
+    """ProtocolError unless the worker holds the experts that the client takes it to hold."""
+    held = fingerprint_of({number: info.experts for number, info in layers.items()})
+    if hello.placement not in ("", held):
+        raise ProtocolError(
+            f"the client's placement gives this worker {hello.placement!r}, and it holds {held}: "
+            "start it with --placement and the client's file"
+        )
 
 
 def check_welcome(welcome: Welcome, n_fds: int) -> Welcome:

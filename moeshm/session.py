@@ -197,25 +197,29 @@ class Session:
 # --- client -------------------------------------------------------------------------------
 
 
-def connect(address: str, transport: str, batch_capacity: int, timeout_s: float) -> Session:
+def connect(
+    address: str, transport: str, batch_capacity: int, timeout_s: float, placement: str = ""
+) -> Session:
     """Open a session with the worker at `unix:PATH`; `auto` steps down to the stream transport
-    when this process cannot map the rings.
+    when this process cannot map the rings. `placement`: as `Hello.placement`.
 
     ConnectError: nobody answers there. HandshakeRefused: the worker said no, with its reason.
     ProtocolError, SegmentError: what it sent cannot be used.
     """
     deadline = time.monotonic() + timeout_s
     try:
-        return _shake_hands(address, transport, batch_capacity, deadline)
+        return _shake_hands(address, transport, batch_capacity, placement, deadline)
     except SegmentError as error:
         if transport != "auto":
             raise
-        opened = _shake_hands(address, "stream", batch_capacity, deadline)
+        opened = _shake_hands(address, "stream", batch_capacity, placement, deadline)
         opened.welcome = msgspec.structs.replace(opened.welcome, stepped_down=str(error))
         return opened
 
 
-def _shake_hands(address: str, transport: str, batch_capacity: int, deadline: float) -> Session:
+def _shake_hands(
+    address: str, transport: str, batch_capacity: int, placement: str, deadline: float
+) -> Session:
     control = ControlSocket(_connect(parse_address(address), deadline))
     try:
         hello = Hello(
@@ -223,6 +227,7 @@ def _shake_hands(address: str, transport: str, batch_capacity: int, deadline: fl
             version=VERSION,
             transport=transport,
             batch_capacity=batch_capacity,
+            placement=placement,
         )
         control.send(hello, [], max(1e-3, deadline - time.monotonic()))
         answer, fds = control.receive(deadline - time.monotonic())
@@ -291,6 +296,7 @@ def accept(
         if control.peer_uid not in (os.geteuid(), 0):
             raise ProtocolError(f"user {control.peer_uid} may not use this worker")
         hello = protocol.check_hello(message)
+        protocol.check_placement(hello, layers)
         most = min(max_tokens, hello.batch_capacity)
         return _open(control, hello, layers, backend, most, timeout_s)
     except (ProtocolError, SegmentError) as error:

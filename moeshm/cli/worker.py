@@ -46,6 +46,8 @@ def _ranges(
     metavar="FILE",
     help='Experts to hold, as JSON like {"3": "0-7,12", "4": [0, 1, 2]}; all of each layer.',
 )
+@click.option("--placement", metavar="FILE", help="Hold what this placement gives --name.")
+@click.option("--name", metavar="NAME", help="This worker's name in the placement.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; one per usable CPU.")
 @click.option("--json-logs", is_flag=True, help="Log JSON objects, one a line.")
 @click.option("--quiet", is_flag=True, help="Log warnings and errors only.")
@@ -56,6 +58,8 @@ def worker(
     device: str,
     layers: tuple[int, ...] | None,
     experts: str | None,
+    placement: str | None,
+    name: str | None,
     threads: int | None,
     json_logs: bool,
     quiet: bool,
@@ -67,15 +71,16 @@ def worker(
     """
     threads = threads or usable_cpus()
     if threads > 1 and "numpy" not in sys.modules:
-        for name in _BLAS_THREADS:
-            os.environ.setdefault(name, "1")
+        for variable in _BLAS_THREADS:
+            os.environ.setdefault(variable, "1")
     from ..daemon import Daemon
     from ..logs import configure
     from ..settings import current
 
     configure("warning" if quiet else current().log_level, json_logs)
     lifeline = -1 if until_exit_of is None else _open_parent(until_exit_of)
-    backend = load_backend(model, device, layers, experts, threads, show_progress=not quiet)
+    chosen = _choose_experts(experts, placement, name, layers)
+    backend = load_backend(model, device, layers, chosen, threads, show_progress=not quiet)
     Daemon(backend, listen, lifeline).run()
 
 
@@ -94,11 +99,31 @@ def _open_parent(pid: int) -> int:
     return pidfd
 
 
+def _choose_experts(
+    experts: str | None, placement: str | None, name: str | None, layers: tuple[int, ...] | None
+) -> Mapping[int, tuple[int, ...]] | None:
+    """By layer, the global ids to hold in local order; None for all."""
+    if (placement is None) != (name is None):
+        raise click.UsageError("--placement and --name go together: which file, and who in it")
+    if placement is None or name is None:
+        from ..checkpoint import read_experts_file
+
+        return None if experts is None else read_experts_file(experts)
+    if experts is not None or layers is not None:
+        raise click.UsageError("--placement says which layers and experts; leave the others out")
+    from ..placement import Placement, PlacementError
+
+    held = Placement.load(placement).experts_of(name)
+    if not held:
+        raise PlacementError(f"placement {placement} gives {name!r} no expert; leave it out")
+    return held
+
+
 def load_backend(
     model: str,
     device: str,
     layers: tuple[int, ...] | None,
-    experts: str | None,
+    experts: Mapping[int, tuple[int, ...]] | None,
     threads: int,
     show_progress: bool,
 ) -> Backend:
@@ -108,8 +133,7 @@ def load_backend(
     from ..checkpoint import ExpertLayer
 
     start = time.monotonic()
-    chosen = None if experts is None else checkpoint.read_experts_file(experts)
-    loaded: Mapping[int, ExpertLayer] = checkpoint.load(model, layers, chosen).layers
+    loaded: Mapping[int, ExpertLayer] = checkpoint.load(model, layers, experts).layers
     n_experts = sum(map(len, loaded.values()))
     n_bytes = sum(layer.expert(i).nbytes for layer in loaded.values() for i in range(len(layer)))
     _touch(loaded, show_progress)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeshm.errors import SettingError
-from moeshm.placement import LayerPlacement, Placement, PlacementError, fingerprint_of
+from moeshm.layers import fingerprint_of
+from moeshm.placement import LayerPlacement, Placement, PlacementError
 from moeshm.routing_stats import RoutingStats
 
 
