@@ -10,6 +10,7 @@ cdef extern from "_atomics.h" nogil:
     int64_t moeshm_now_ns()
     int moeshm_futex_wait(uint64_t *word, uint64_t seen, int64_t timeout_ns)
     void moeshm_futex_wake(uint64_t *word)
+    void moeshm_copy(char *to, const char *source, size_t size)
     bint moeshm_peer_is_gone(int socket_fd, int pidfd)
     unsigned moeshm_fork_generation
     int moeshm_watch_forks()

@@ -20,7 +20,7 @@ import fcntl
 import os
 
 from . import segment
-from ._atomics cimport moeshm_load_relaxed, moeshm_now_ns
+from ._atomics cimport moeshm_copy, moeshm_load_relaxed, moeshm_now_ns
 from ._end cimport CLOSED, REBASED, SLOTS, RingEnd, ahead, deadline_of
 from ._mapping cimport (
     ALIGNMENT, CONSUMER, PAGE, PRODUCER, Mapping, Role, attach_segment, create_segment,
@@ -249,7 +249,7 @@ cdef class RingProducer(RingEnd):
 cdef void copy_parts(char *to, Py_buffer *views, int count) noexcept nogil:
     cdef int i
     for i in range(count):
-        memcpy(to, views[i].buf, views[i].len)
+        moeshm_copy(to, <char *>views[i].buf, views[i].len)
         to += views[i].len
 
 
@@ -517,7 +517,7 @@ cdef class Record(Held):
             if <uint64_t>view.len >= NOGIL_BYTES:
                 self.exports += 1
                 with nogil:
-                    memcpy(view.buf, self.payload + offset, view.len)
+                    moeshm_copy(<char *>view.buf, self.payload + offset, view.len)
                 self.exports -= 1
             else:
                 memcpy(view.buf, self.payload + offset, view.len)

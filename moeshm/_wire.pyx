@@ -11,6 +11,7 @@ from libc.string cimport memcpy, memset
 
 import numpy as np
 
+from ._atomics cimport moeshm_copy
 from ._inputs cimport scan
 from ._mapping cimport Mapping
 from ._ring cimport Record, Reservation, RingProducer
@@ -93,7 +94,7 @@ def write_call(RingProducer ring not None, uint64_t call_id, uint32_t layer,
     memset(at + HEADER_BYTES + slots * 8, 0, offset - HEADER_BYTES - slots * 8)
     if n_bytes >= NOGIL_BYTES:
         with nogil:
-            memcpy(at + offset, source, n_bytes)
+            moeshm_copy(at + offset, source, n_bytes)
         ring._check_usable()
     else:
         memcpy(at + offset, source, n_bytes)
@@ -183,7 +184,7 @@ def take_plain_reply(Record record not None, uint64_t call_id, cnp.ndarray into 
     if n_bytes >= NOGIL_BYTES:
         record.exports += 1
         with nogil:
-            memcpy(target, record.payload + HEADER_BYTES, n_bytes)
+            moeshm_copy(target, record.payload + HEADER_BYTES, n_bytes)
         record.exports -= 1
     else:
         memcpy(target, record.payload + HEADER_BYTES, n_bytes)

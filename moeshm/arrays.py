@@ -79,6 +79,10 @@ def make_output(inputs: Inputs, out: Any) -> tuple[Any, Array]:
     if out is None:
         array = np.empty(like.shape, like.dtype)
         return (_as_tensor(array, inputs.dtype) if inputs.is_torch else array), array
+    if _is_tensor(out) and out.device.type != "cpu":
+        raise InvalidCall(
+            f"out is a tensor on {out.device}; pass one in CPU memory, and copy the result over"
+        )
     # A tensor that is not contiguous would be copied, and its copy written.
     is_usable = not _is_tensor(out) or out.is_contiguous()
     array = _stored(out) if _is_tensor(out) else out
@@ -96,7 +100,7 @@ def make_output(inputs: Inputs, out: Any) -> tuple[Any, Array]:
 
 
 def _floats(values: Any, name: str) -> Array:
-    if type(values) is not np.ndarray:
+    if not isinstance(values, np.ndarray):
         if not _is_tensor(values):
             raise InvalidCall(f"{name} is {type(values).__name__}; pass a NumPy array or a tensor")
         values = _stored(values)
@@ -108,7 +112,7 @@ def _floats(values: Any, name: str) -> Array:
 
 
 def _integers(ids: Any) -> npt.NDArray[np.int32]:
-    if type(ids) is not np.ndarray:
+    if not isinstance(ids, np.ndarray):
         if not _is_tensor(ids):
             raise InvalidCall(f"topk_ids is {type(ids).__name__}; pass a NumPy array or a tensor")
         ids = _stored(ids)
@@ -153,7 +157,12 @@ def _stored(tensor: Any) -> Array:
     if tensor.dtype == torch.bfloat16:
         array: Array = tensor.view(torch.int16).numpy().view(np.uint16)
         return array
-    stored: Array = tensor.numpy()
+    try:
+        stored: Array = tensor.numpy()
+    except TypeError:
+        raise InvalidCall(
+            f"a tensor of {tensor.dtype}; pass float32, float16 or bfloat16, and integer ids"
+        ) from None
     return stored
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from . import arrays, session, settings
@@ -69,7 +70,6 @@ class ExpertClient:
         self._timeout_s = settings.current().timeout_s
         self._capacity = settings.current().batch_capacity
         self._counter = StatsCounter()
-        self._adopting = threading.Lock()
         self._reconnector = Reconnector(on_close)
         self._closed = threading.Event()
         self._link = self._connect(is_first=True)
@@ -128,8 +128,11 @@ class ExpertClient:
         if answer is None:
             return self._submit(layer, inputs, output, array, timeout_s, start_ns).result()
         self._counter.answered(answer, len(array), start_ns)
-        if answer.error is not None:
+        if answer.error is None:
+            return output
+        if self._fallback is None or not isinstance(answer.error, DeadlineExceeded):
             raise answer.error
+        self._fall_back(layer, inputs, array, answer.error)
         return output
 
     def submit(
@@ -301,19 +304,19 @@ class ExpertClient:
         if link.loss is None:
             return link
         found = self._reconnector.link(
-            lambda: self._connect(is_first=False), link.loss, deadline, self._fallback is not None
+            self._reconnect, lambda: self._link, deadline, self._fallback is not None
         )
-        with self._adopting:
-            # Another thread may have waited for the same attempt, and been first.
-            if self._link is link:
-                self._link = found
         if self._closed.is_set():
             # By another thread in the meantime, who knew nothing of what was opened.
             closed = ClientClosed("the client was closed while it reached for a new worker")
             found.close(closed)
             self._on_close()
             raise closed
-        return self._link
+        return found
+
+    def _reconnect(self) -> Link:
+        self._link = found = self._connect(is_first=False)
+        return found
 
     def _connect(self, is_first: bool) -> Link:
         opened = self._open_session()
@@ -343,7 +346,8 @@ def _check_fallback(fallback: Backend | None, layers: Mapping[int, LayerInfo]) -
         return
     for number, info in layers.items():
         held = fallback.layers.get(number)
-        if held is None or (held.experts, held.hidden_size) != (info.experts, info.hidden_size):
+        # Only the stored format of the weights may differ.
+        if held is None or msgspec.structs.replace(held, weight_dtype=info.weight_dtype) != info:
             raise SettingError(
                 f"the fallback does not hold the same experts of layer {number} as the worker; "
                 "load it from the same checkpoint with the same experts"

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import protocol, session
+from . import process, protocol, session
 from .backends import Backend
 from .errors import AddressInUse, MoeshmError
 from .session import ControlSocket
@@ -93,8 +93,13 @@ class Daemon:
             target=self._serve, args=(sock,), name="moeshm-session", daemon=True
         )
         self._threads = {each for each in self._threads if each.is_alive()}
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads, or no memory for one's stack
+            _log.warning("a connection could not be served: %s", error)
+            sock.close()
+            return
         self._threads.add(thread)
-        thread.start()
 
     def _serve(self, sock: socket.socket) -> None:
         control = ControlSocket(sock)
@@ -191,8 +196,10 @@ def _remove_stale(path: Path) -> None:
         probe.setblocking(False)
         try:
             probe.connect(str(path))
+        except FileNotFoundError:  # its owner was just removing it
+            return
         except ConnectionRefusedError:
-            path.unlink()
+            path.unlink(missing_ok=True)
             return
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EPROTOTYPE):
@@ -238,7 +245,7 @@ def notify_systemd(state: str) -> None:
 
 def _max_tokens(backend: Backend) -> int:
     """Most tokens in one call: what its arrays may take of the memory that is free now."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = process.available_memory()
     # In float32: the input, the sum, and every selected expert's row.
     per_token = max(
         4 * (info.hidden_size * (2 + info.top_k) + 2 * info.intermediate_size)

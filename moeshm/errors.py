@@ -85,7 +85,7 @@ class InvalidCall(CallError, ValueError):
 
 
 class DeadlineExceeded(CallError, TimeoutError):
-    """The worker did not answer in time; the session is abandoned."""
+    """The worker did not answer in time; the session is abandoned, unless the worker said so."""
 
 
 class NotReady(CallError, TimeoutError):

@@ -41,6 +41,11 @@ def too_late(timeout_s: float) -> DeadlineExceeded:
     )
 
 
+def another(error: CallError) -> CallError:
+    """The same error once more: one that is raised again keeps the frames of every time."""
+    return type(error)(str(error))
+
+
 #: The arguments of `Transport.write_call` and `protocol.pack_call`.
 Packable: TypeAlias = tuple[int, int, Array, Array, Array, DType, int]
 
@@ -92,10 +97,11 @@ class Link:
         self._state = threading.Lock()
         self._changed = threading.Condition(self._state)
         self._pid = os.getpid()
-        self._is_receiving = False
+        #: The thread that receives; 0 for none.
+        self._receiver = 0
         self._n_waiting = 0
-        #: Why the session is over; None while it lives.
-        self.loss: WorkerDied | None = None
+        #: Why the session is over; None while it lives, ClientClosed after `close`.
+        self.loss: CallError | None = None
 
     def send(
         self,
@@ -121,9 +127,11 @@ class Link:
             dtype,
             int(receiver.deadline * 1e9),
         )
-        with self._sending:
+        if not self._sending.acquire(timeout=max(0.0, receiver.deadline - time.monotonic())):
+            raise RingFull("other threads' calls waited for room until this one's deadline")
+        try:
             if self.loss is not None:
-                raise self.loss
+                raise another(self.loss)
             self._pending[call_id] = receiver
             try:
                 return self._write(call, receiver.deadline)
@@ -132,6 +140,8 @@ class Link:
                 raise
             except MoeshmError as error:
                 raise self.lose(error) from error
+        finally:
+            self._sending.release()
 
     def call(
         self,
@@ -145,20 +155,23 @@ class Link:
     ) -> Answer | None:
         """Send a call of local ids and receive its reply at once, its rows into `into`.
 
-        None when another thread receives, or there is no room: then nothing was sent. Spares a
-        thread that would wait at once the future and the bookkeeping, half of a small call's
-        time. DeadlineExceeded and WorkerDied: the session is over.
+        None when another thread sends or receives, or there is no room: then nothing was sent.
+        Spares a thread that would wait at once the future and the bookkeeping, half of a small
+        call's time. DeadlineExceeded and WorkerDied: the session is over.
         """
         with self._state:
-            if self._is_receiving:
+            if self._receiver:
                 return None
-            self._is_receiving = True
+            self._receiver = threading.get_ident()
         try:
             call_id = next(self._ids)
             deadline = time.monotonic() + timeout_s
-            with self._sending:
+            # Only tried: who has it may be waiting until replies are taken in, which is now ours.
+            if not self._sending.acquire(blocking=False):
+                return None
+            try:
                 if self.loss is not None:
-                    raise self.loss
+                    raise another(self.loss)
                 try:
                     bytes_out = self._transport.write_call(
                         call_id,
@@ -169,8 +182,14 @@ class Link:
                         dtype,
                         int(deadline * 1e9),
                     )
-                except RingFull:
-                    return None
+                except RingFull as error:
+                    if time.monotonic() < deadline:
+                        return None
+                    late = too_late(timeout_s)
+                    self.lose(late)
+                    raise late from error
+            finally:
+                self._sending.release()
             sent_ns = time.perf_counter_ns()
             try:
                 return self._receive_answer(call_id, dtype, into, deadline, sent_ns, bytes_out)
@@ -200,44 +219,51 @@ class Link:
             )
         while True:
             with self._state:
-                if self._is_receiving and not self._leave_it_to_others(call, deadline):
+                if self._receiver and not self._leave_it_to_others(call, deadline):
                     return call.is_done
                 if call.is_done:
                     return True
-                self._is_receiving = True
+                self._receiver = threading.get_ident()
             try:
                 return self._receive_until(call, deadline)
             finally:
                 self._stop_receiving()
 
-    def lose(self, cause: Exception) -> WorkerDied:
+    def lose(self, cause: Exception) -> CallError:
         """End the session and every pending call; what the calls get."""
         with self._state:
             if self.loss is None:
                 said = self.session.farewell()
                 why = f"{said} ({cause})" if said else str(cause)
                 self.loss = WorkerDied(f"the session with the worker is over: {why}")
-            self.session.close()
-            while self._pending:
-                self._pending.popitem()[1].fail(self.loss)
-            self._changed.notify_all()
-            return self.loss
+            return self._end(self.loss)
 
     def close(self, error: CallError) -> None:
         """End the session; pending calls get `error`."""
         with self._state:
             if self.loss is None:
-                self.loss = WorkerDied(str(error))
-            self.session.close()
-            while self._pending:
-                self._pending.popitem()[1].fail(error)
-            self._changed.notify_all()
+                self.loss = error
+            self._end(error)
+
+    def _end(self, error: CallError) -> CallError:
+        """Close the session and tell everyone; holds the lock."""
+        self.session.close()
+        while self._pending:
+            self._pending.popitem()[1].fail(another(error))
+        self._changed.notify_all()
+        # It may be copying rows into an array that is its caller's again once this returns.
+        while self._receiver not in (0, threading.get_ident()):
+            self._n_waiting += 1
+            self._changed.wait()
+            self._n_waiting -= 1
+        return another(error)
 
     def _write(self, call: Packable, deadline: float) -> int:
         try:
             return self._transport.write_call(*call)
         except RingFull:
-            pass
+            if time.monotonic() > deadline:
+                raise
         # The worker may wait for room for a reply: without taking replies in, both would wait.
         parts = protocol.pack_call(*call)
         while True:
@@ -253,9 +279,9 @@ class Link:
     def _drain(self) -> None:
         """Take in the replies that are there, unless another thread does."""
         with self._state:
-            if self._is_receiving:
+            if self._receiver:
                 return
-            self._is_receiving = True
+            self._receiver = threading.get_ident()
         try:
             while True:
                 self._receive(0.0)
@@ -266,7 +292,7 @@ class Link:
 
     def _stop_receiving(self) -> None:
         with self._state:
-            self._is_receiving = False
+            self._receiver = 0
             if self._n_waiting:
                 self._changed.notify_all()
 
@@ -274,7 +300,7 @@ class Link:
         """Until the call is done or nobody receives; False at the deadline. Holds the lock."""
         self._n_waiting += 1
         try:
-            while self._is_receiving and not call.is_done:
+            while self._receiver and not call.is_done:
                 if not self._changed.wait(deadline - time.monotonic()):
                     return False
         finally:

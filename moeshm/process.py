@@ -62,3 +62,20 @@ def is_alive(pid: int, ticks: int = 0) -> bool:
 def usable_cpus() -> int:
     """CPUs that this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def available_memory() -> int:
+    """Bytes that may still be taken: page cache counts as free, and a cgroup's limit holds.
+
+    MemAvailable of proc(5); memory.max, memory.current and memory.stat of cgroup v2.
+    """
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) << 10
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no cgroup v2, or no limit
+        return free
+    return max(0, min(free, limit - used + int(stat.get("inactive_file", 0))))

@@ -41,22 +41,28 @@ class Reconnector:
     def link(
         self,
         connect: Callable[[], Link],
-        loss: WorkerDied,
+        current: Callable[[], Link],
         deadline: float,
         has_fallback: bool,
     ) -> Link:
-        """The new session, once an attempt to `connect` succeeds; starts one unless one is under
-        way or the last failed a moment ago.
+        """The session that lives, once an attempt to `connect` succeeds; starts one unless one is
+        under way or the last failed a moment ago.
 
-        Waits until `deadline` (of time.monotonic); with a fallback, for FALLBACK_PATIENCE_S if it
-        starts the attempt, and not at all otherwise. WorkerDied: there is no session yet.
+        `connect` makes what it opens the one that `current` gives. Waits until `deadline` (of
+        time.monotonic); with a fallback, for FALLBACK_PATIENCE_S if it starts the attempt, and
+        not at all otherwise. WorkerDied: there is no session yet.
         """
         patience_s = deadline - time.monotonic()
         with self._lock:
+            # Another thread's attempt may have been over a moment ago.
+            link = current()
+            if link.loss is None:
+                return link
             attempt = self._attempt
             if attempt is None:
                 if time.monotonic() < self._retry_at:
-                    raise loss
+                    # Not itself: an exception that is raised again keeps the frames of each call.
+                    raise WorkerDied(str(link.loss))
                 attempt = _Attempt()
                 attempt.thread = threading.Thread(
                     target=self._run, args=(attempt, connect), name="moeshm-reconnect", daemon=True
@@ -69,11 +75,7 @@ class Reconnector:
                 patience_s = 0.0
         attempt.thread.join(max(0.0, patience_s))
         if attempt.thread.is_alive():
-            raise WorkerDied(f"{loss}; the worker is looked for, and not there yet")
-        with self._lock:
-            if self._attempt is attempt:
-                self._attempt = None
-                self._note(attempt.error)
+            raise WorkerDied(f"{link.loss}; the worker is looked for, and not there yet")
         if attempt.link is None:
             error = attempt.error
             raise WorkerDied(f"the worker was lost and cannot be reached: {error}") from error
@@ -94,6 +96,9 @@ class Reconnector:
             attempt.error = error
         with self._lock:
             is_closed = self._is_closed
+            if self._attempt is attempt:
+                self._attempt = None
+                self._note(attempt.error)
         if is_closed:
             if attempt.link is not None:
                 attempt.link.close(ClientClosed("the client was closed"))

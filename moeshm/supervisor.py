@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -21,13 +23,17 @@ import msgspec
 from . import client, session
 from .backends import Backend
 from .client import ExpertClient, Opened
-from .errors import ConnectError
-from .process import is_alive as process_is_alive
+from .errors import ConnectError, SessionError
 
 #: Reading and checking a large checkpoint from a slow disk.
 START_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 10.0
+#: A worker that is only busy answers a handshake at once; one that hangs does not.
+_PROBE_TIMEOUT_S = 1.0
 _PREFIX = "moeshm-worker-"
+_NEW_FOLDER_S = 60.0
+#: A file in the folder; the worker locks the folder itself while it takes its socket's path.
+_LOCK = "lock"
 
 
 def spawn_worker(
@@ -54,6 +60,15 @@ def spawn_worker(
     process = WorkerProcess(model, device, layers, experts, threads)
 
     def open_session() -> Opened:
+        if process.is_running():
+            # One missed deadline is no reason to load a model anew.
+            with contextlib.suppress(SessionError, OSError):
+                return Opened(
+                    session.connect(
+                        process.address, chosen.transport, chosen.batch_capacity, _PROBE_TIMEOUT_S
+                    ),
+                    False,
+                )
         process.restart()
         opened = session.connect(
             process.address, chosen.transport, chosen.batch_capacity, chosen.timeout_s
@@ -79,7 +94,16 @@ class WorkerProcess:
         threads: int | None,
     ) -> None:
         _sweep()
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+        #: The one that runs, if any.
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        # Held as long as this process lives, whatever pid others know it by.
+        lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # For a client that is forgotten or whose interpreter ends; not in a forked child.
+        self._finalizer = weakref.finalize(
+            self, _clean_up, self._running, self._folder, lock, os.getpid()
+        )
         self.address = f"unix:{self._folder / 'worker.sock'}"
         session.parse_address(self.address)  # TMPDIR may be too long for a socket
         self._command = [
@@ -95,18 +119,13 @@ class WorkerProcess:
             self._command += ["--experts", str(file)]
         if threads is not None:
             self._command += ["--threads", str(threads)]
-        #: The one that runs, if any.
-        self._running: list[subprocess.Popen[bytes]] = []
-        # For a client that is forgotten or whose interpreter ends; not in a forked child.
-        self._finalizer = weakref.finalize(
-            self, _clean_up, self._running, self._folder, os.getpid()
-        )
+
+    def is_running(self) -> bool:
+        """True while the worker has not ended; it may hang."""
+        return any(each.poll() is None for each in self._running)
 
     def restart(self) -> None:
-        """Start the worker and wait until it is ready.
-
-        One that still runs is killed: it hangs, and the session with it was given up.
-        """
+        """Start the worker and wait until it is ready; one that still runs is killed."""
         _end(self._running, signal.SIGKILL)
         deadline = time.monotonic() + START_TIMEOUT_S
         path = self._folder / "ready.sock"
@@ -164,17 +183,25 @@ def _end(running: list[subprocess.Popen[bytes]], number: signal.Signals) -> None
             process.wait()
 
 
-def _clean_up(running: list[subprocess.Popen[bytes]], folder: Path, owner: int) -> None:
+def _clean_up(running: list[subprocess.Popen[bytes]], folder: Path, lock: int, owner: int) -> None:
     if os.getpid() == owner:
         _end(running, signal.SIGTERM)
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def _sweep() -> None:
-    """Remove the folders that killed processes of ours left."""
+    """Remove the folders that killed processes of this user left: nobody holds their locks."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
         with contextlib.suppress(OSError):
-            is_ours = folder.lstat().st_uid == os.geteuid() and not folder.is_symlink()
-            if is_ours and owner.isdecimal() and not process_is_alive(int(owner)):
+            found = folder.lstat()
+            is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+            # One that is new may be about to be locked.
+            if not is_ours or time.time() - found.st_mtime < _NEW_FOLDER_S:
+                continue
+            fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(fd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -35,8 +36,11 @@ _log = logging.getLogger(__name__)
 _IDLE_SLICE_S = 0.1
 #: After a call that took longer, a look whether anybody still waits for the next ones.
 _LONG_CALL_NS = 1_000_000
-#: A client that leaves its replies unread for so long loses its session.
+#: A client that leaves its replies unread for so long, and past the deadline of the call whose
+#: reply finds no room, loses its session.
 REPLY_TIMEOUT_S = 10.0
+#: A client that sends on while the worker drains is answered for so long.
+DRAIN_LIMIT_S = 20.0
 
 
 class Turns:
@@ -106,27 +110,42 @@ class SessionServer:
     def serve(self) -> str:
         """Until the client leaves or dies, or the worker drains; why it ended."""
         try:
-            while True:
-                # Looked at first: what was sent before is answered, and a client that never
-                # pauses does not keep the worker.
-                is_draining = self._draining.is_set()
-                try:
-                    record = self._transport.acquire(0.0 if is_draining else _IDLE_SLICE_S)
-                except RingEmpty:
-                    if is_draining:
-                        return self._say_goodbye("the worker shuts down")
-                    continue
-                self._answer(record)
-                if self._compute_ns > _LONG_CALL_NS and self._session.peer_is_gone():
-                    return "the client is gone; what it had sent is not computed"
+            why = self._take_calls()
         except RingClosed:
             return "the client closed it"
         except PeerDied as error:
             return str(error)
         except RingFull:
-            return self._say_goodbye(f"replies lay unread for {REPLY_TIMEOUT_S:g} s")
+            why = "its replies lay unread for too long"
         except (ProtocolError, Corrupt) as error:
-            return self._say_goodbye(f"the client broke the protocol: {error}")
+            why = f"the client broke the protocol: {error}"
+        except Exception as error:  # whatever it is, the client must hear of it
+            _log.exception("a session failed")
+            why = f"{type(error).__name__}: {error}"
+        try:
+            self._session.control.send(Goodbye(why), [], _IDLE_SLICE_S)
+        except MoeshmError:
+            _log.debug("the client was gone before the worker's goodbye")
+        return why
+
+    def _take_calls(self) -> str:
+        drain_until = math.inf
+        while True:
+            # Looked at first, so that what was sent before is answered.
+            is_draining = self._draining.is_set()
+            if is_draining:
+                drain_until = min(drain_until, time.monotonic() + DRAIN_LIMIT_S)
+            if time.monotonic() > drain_until:
+                return "the worker shuts down"
+            try:
+                record = self._transport.acquire(0.0 if is_draining else _IDLE_SLICE_S)
+            except RingEmpty:
+                if is_draining:
+                    return "the worker shuts down"
+                continue
+            self._answer(record)
+            if self._compute_ns > _LONG_CALL_NS and self._session.peer_is_gone():
+                return "the client is gone; what it had sent is not computed"
 
     def _answer(self, record: Message) -> None:
         try:
@@ -161,11 +180,12 @@ class SessionServer:
     def _compute(self, call: Call) -> None:
         """Compute the call into a reply in place, and send it."""
         n_tokens, hidden_size = call.hidden_states.shape
+        left_s = (call.deadline_ns - time.monotonic_ns()) / 1e9 if call.deadline_ns > 0 else 0.0
         reply = self._transport.reserve(
             protocol.reply_bytes(n_tokens, hidden_size, call.dtype),
             protocol.REPLY,
             0,
-            REPLY_TIMEOUT_S,
+            max(REPLY_TIMEOUT_S, left_s),
         )
         try:
             rows = reply.array(call.dtype.numpy, (n_tokens, hidden_size), protocol.HEADER_BYTES)
@@ -199,13 +219,6 @@ class SessionServer:
         except Exception as error:
             _log.exception("layer %d: the backend failed", call.layer)
             raise WorkerFailed(f"{type(error).__name__}: {error}") from None
-
-    def _say_goodbye(self, reason: str) -> str:
-        try:
-            self._session.control.send(Goodbye(reason), [], _IDLE_SLICE_S)
-        except MoeshmError:
-            _log.debug("the client was gone before the worker's goodbye")
-        return reason
 
 
 def _commit(reply: Outgoing) -> None:

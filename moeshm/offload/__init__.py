@@ -174,6 +174,8 @@ class _Health:
         self._pause_s = self._until = 0.0
 
     def fail(self) -> float:
+        if self.is_down():  # another thread counted this outage
+            return self._pause_s
         self._pause_s = min(LONGEST_PAUSE_S, 2 * self._pause_s or FIRST_PAUSE_S)
         self._until = time.monotonic() + self._pause_s
         return self._pause_s

@@ -58,7 +58,8 @@ class OffloadedLayer:
         """The inputs with global ids; InvalidCall."""
         info = self._info
         if info is None:
-            hidden_size = int(np.shape(hidden_states)[-1])
+            shape = np.shape(hidden_states)
+            hidden_size = int(shape[-1]) if shape else 1
             info = _whole(self.dispatch.num_experts, hidden_size, self.dispatch.num_experts)
         return arrays.check(self.number, info, hidden_states, topk_ids, topk_weights, False)
 

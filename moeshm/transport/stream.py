@@ -69,6 +69,8 @@ class StreamTransport:
         self._drains = drains
         self._watch_pidfd = watch_pidfd
         self._sent = 0
+        #: Of time.monotonic: when the call that is being sent is of no more use; None for others.
+        self._finish_by: float | None = None
         self._inbox: collections.deque[StreamMessage] = collections.deque()
         self._reader = _Reader(sock, epoch, receive_capacity)
         self._reading = threading.Lock()
@@ -103,8 +105,9 @@ class StreamTransport:
         self, parts: Sequence[Any], type: int, flags: int = 0, timeout_s: float | None = None
     ) -> None:
         """As `Transport.write`. A record that has begun to leave is finished whatever the timeout
-        says, or the other side would take the next for the rest of it; when that side stalls, the
-        stream is closed and PeerDied raised."""
+        says, or the other side would take the next for the rest of it. When that side takes
+        nothing until a call's deadline, the stream is closed and RingFull raised; without a
+        deadline, PeerDied after 10 s."""
         views = [memoryview(part).cast("B") for part in parts if len(part)]
         length = sum(map(len, views))
         _check_sendable(length)
@@ -115,10 +118,11 @@ class StreamTransport:
             while views:
                 sent = self._send(views)
                 if sent:
-                    has_begun, deadline = True, time.monotonic() + _STALL_S
+                    has_begun = True
+                    deadline = self._finish_by or time.monotonic() + _STALL_S
                     views = _rest(views, sent)
                 elif not self._wait_for_room(deadline):
-                    if not has_begun:
+                    if not has_begun or self._finish_by is not None:
                         raise RingFull(f"no room for {length} bytes within {timeout_s} s")
                     raise PeerDied(f"the other end took nothing for {_STALL_S:g} s; stream closed")
             self._sent += 1
@@ -142,6 +146,8 @@ class StreamTransport:
         parts = protocol.pack_call(
             call_id, layer, hidden_states, topk_ids, topk_weights, dtype, deadline_ns
         )
+        # Also for the link, should it write the call again.
+        self._finish_by = deadline_ns / 1e9 if deadline_ns else None
         self.write(parts, protocol.CALL, 0, 0.0)
         n_tokens, top_k = topk_ids.shape
         return protocol.call_bytes(n_tokens, top_k, hidden_states.shape[1], dtype)

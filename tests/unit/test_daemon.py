@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moeshm import daemon, protocol
+from moeshm import daemon, process, protocol
 from moeshm.daemon import Daemon, notify_systemd
 from moeshm.errors import AddressInUse, SettingError
 from moeshm.layers import LayerInfo
@@ -251,8 +251,7 @@ def test_no_service_manager_is_no_error(monkeypatch: pytest.MonkeyPatch, value: 
 def test_a_call_takes_a_share_of_the_memory_that_is_free(
     monkeypatch: pytest.MonkeyPatch, free_bytes: int, most: int
 ) -> None:
-    values = {"SC_AVPHYS_PAGES": free_bytes // 4096, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(os, "sysconf", values.__getitem__)
+    monkeypatch.setattr(process, "available_memory", lambda: free_bytes)
     backend = ArithmeticBackend()
     info = LayerInfo(
         hidden_size=256, intermediate_size=128, num_experts=4, top_k=2, experts=(0, 1, 2, 3)

@@ -20,7 +20,8 @@ FAR = 60.0
 class FakeLink:
     """What a Reconnector hands on and, when nobody wants it, closes."""
 
-    def __init__(self) -> None:
+    def __init__(self, loss: WorkerDied | None = None) -> None:
+        self.loss = loss
         self.closed = threading.Event()
 
     def close(self, _error: Exception) -> None:
@@ -36,6 +37,7 @@ class Opener:
         self.begun = threading.Event()
         self.may_end = threading.Event()
         self.link: Any = FakeLink()
+        self._current: Any = FakeLink(LOSS)
         if not waits:
             self.may_end.set()
 
@@ -45,7 +47,11 @@ class Opener:
         assert self.may_end.wait(FAR)
         if self.error is not None:
             raise self.error
+        self._current = self.link
         return self.link
+
+    def current(self) -> Any:
+        return self._current
 
 
 def deadline() -> float:
@@ -67,15 +73,18 @@ def test_the_new_session_is_handed_to_everyone_who_waits() -> None:
     opener = Opener()
     reconnector = Reconnector(nothing)
     waiting = [
-        in_thread(lambda: reconnector.link(opener, LOSS, deadline(), False)) for _ in range(3)
+        in_thread(lambda: reconnector.link(opener, opener.current, deadline(), False))
+        for _ in range(3)
     ]
     assert opener.begun.wait(FAR)
     opener.may_end.set()
     for thread, results in waiting:
         thread.join(FAR)
         assert results == [opener.link]
-    # Whoever came when it was over began another attempt: at most one for each.
-    assert 1 <= opener.attempts <= 3
+    assert opener.attempts == 1
+    # Whoever comes late gets it, too, and starts nothing: a spawned worker would be killed.
+    assert reconnector.link(opener, opener.current, deadline(), False) is opener.link
+    assert opener.attempts == 1
 
 
 def test_with_a_fallback_only_the_first_call_waits_and_not_for_long(
@@ -86,18 +95,18 @@ def test_with_a_fallback_only_the_first_call_waits_and_not_for_long(
     reconnector = Reconnector(nothing)
     for _ in range(3):
         with pytest.raises(WorkerDied, match="lost; the worker is looked for, and not there yet"):
-            reconnector.link(opener, LOSS, deadline(), True)
+            reconnector.link(opener, opener.current, deadline(), True)
     assert opener.attempts == 1
     opener.may_end.set()
     # Without a fallback a call waits for what is under way.
-    assert reconnector.link(opener, LOSS, deadline(), False) is opener.link
+    assert reconnector.link(opener, opener.current, deadline(), False) is opener.link
     assert opener.attempts == 1
 
 
 def test_a_call_waits_no_longer_than_its_deadline() -> None:
     opener = Opener()
     with pytest.raises(WorkerDied, match="not there yet"):
-        Reconnector(nothing).link(opener, LOSS, time.monotonic() + 0.01, False)
+        Reconnector(nothing).link(opener, opener.current, time.monotonic() + 0.01, False)
     opener.may_end.set()
 
 
@@ -105,25 +114,25 @@ def test_a_failed_attempt_is_followed_by_a_pause_that_grows() -> None:
     opener = Opener(ConnectError("nobody there"), waits=False)
     reconnector = Reconnector(nothing)
     with pytest.raises(WorkerDied, match="cannot be reached: nobody there"):
-        reconnector.link(opener, LOSS, deadline(), False)
+        reconnector.link(opener, opener.current, deadline(), False)
     with pytest.raises(WorkerDied, match=r"^lost$"):
-        reconnector.link(opener, LOSS, deadline(), False)
+        reconnector.link(opener, opener.current, deadline(), False)
     assert opener.attempts == 1
     assert reconnector._pause_s == reconnect.FIRST_PAUSE_S
     reconnector._retry_at = 0.0
     with pytest.raises(WorkerDied, match="cannot be reached"):
-        reconnector.link(opener, LOSS, deadline(), False)
+        reconnector.link(opener, opener.current, deadline(), False)
     assert reconnector._pause_s == 2 * reconnect.FIRST_PAUSE_S
     opener.error = None
     reconnector._retry_at = 0.0
-    assert reconnector.link(opener, LOSS, deadline(), False) is opener.link
+    assert reconnector.link(opener, opener.current, deadline(), False) is opener.link
     assert reconnector._pause_s == 0
 
 
 def test_any_error_of_an_attempt_reaches_the_call() -> None:
     opener = Opener(RuntimeError("a bug"), waits=False)
     with pytest.raises(WorkerDied, match="cannot be reached: a bug"):
-        Reconnector(nothing).link(opener, LOSS, deadline(), False)
+        Reconnector(nothing).link(opener, opener.current, deadline(), False)
 
 
 def test_what_is_opened_after_the_client_was_closed_is_ended() -> None:
@@ -131,7 +140,7 @@ def test_what_is_opened_after_the_client_was_closed_is_ended() -> None:
     opener = Opener()
     reconnector = Reconnector(discarded.set)
     with pytest.raises(WorkerDied):
-        reconnector.link(opener, LOSS, time.monotonic(), False)
+        reconnector.link(opener, opener.current, time.monotonic(), False)
     reconnector.close()
     opener.may_end.set()
     assert opener.link.closed.wait(FAR)
