@@ -67,7 +67,8 @@ def worker(
 ) -> None:
     """Serve a model's routed experts to engines on this machine until SIGTERM.
 
-    SIGTERM lets the calls that are on their way finish, and exits with 0.
+    SIGTERM lets the calls that are on their way finish, and exits with 0; a second one ends it at
+    once.
     """
     threads = threads or usable_cpus()
     if threads > 1 and "numpy" not in sys.modules:

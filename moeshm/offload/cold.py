@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Protocol
 
 import numpy as np
@@ -51,7 +52,7 @@ class ColdPart:
         self._layer = layer
         self._clients = clients
         self._inputs = inputs
-        self._timeout_s = timeout_s
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._down = down
         self._reports = reports
         self._losses: dict[str, Loss] = {}
@@ -60,11 +61,13 @@ class ColdPart:
 
     def send(self, ids: Ids) -> None:
         """Send these global ids to the workers that have them; hot ones stay here."""
-        left_out = self._down | frozenset(self._losses)
+        # Whoever is asked when no time is left could not answer, and would be blamed for it.
+        is_late = self._losses and self._left_s() == 0
+        left_out = frozenset(self._clients) if is_late else self._down | frozenset(self._losses)
         routes = self._layer.dispatch.routes(left_out)
         orphans = routes.orphans[ids]
         if (orphans >= 0).any():
-            if self._layer.fallback is None and self._down:
+            if self._layer.fallback is None and self._down and not is_late:
                 # Better a worker that may be gone than none.
                 self._down = frozenset()
                 self.send(ids)
@@ -100,16 +103,21 @@ class ColdPart:
 
     def _submit(self, worker: str, local_ids: Ids) -> CallFuture | Loss:
         inputs = self._inputs
+        left_s = self._left_s()
         try:
             return self._clients[worker].submit(
                 self._layer.number,
                 inputs.hidden_states,
                 local_ids,
                 inputs.topk_weights,
-                timeout_s=self._timeout_s,
+                timeout_s=None if left_s is None else max(1e-3, left_s),
             )
         except (WorkerDied, DeadlineExceeded) as error:
             return error
+
+    def _left_s(self) -> float | None:
+        """Seconds to the deadline of the forward, 0 once it is past; None without one."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     def _fall_back(self, total: Sum) -> None:
         """Compute here what no worker takes."""

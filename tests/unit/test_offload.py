@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,10 +39,13 @@ def share(experts: tuple[int, ...]) -> ExpertLayer:
 class Answer:
     """A result that is there, or the error that came instead."""
 
-    def __init__(self, outcome: Any) -> None:
+    def __init__(self, outcome: Any, after_s: float = 0.0) -> None:
         self._outcome = outcome
+        self._at = time.monotonic() + after_s
 
     def result(self) -> Any:
+        while time.monotonic() < self._at:
+            pass
         if isinstance(self._outcome, Exception):
             raise self._outcome
         return self._outcome
@@ -55,10 +59,13 @@ class FakeClient:
         self.layers: Mapping[int, LayerInfo] = self._backend.layers
         self.fate = fate or []
         self.calls = 0
+        #: Answers at the deadline, with an error.
+        self.late = False
 
     def submit(self, layer: int, x: Any, ids: Any, weights: Any, timeout_s: Any = None) -> Answer:
-        del timeout_s
         self.calls += 1
+        if self.late:
+            return Answer(DeadlineExceeded("late"), after_s=timeout_s)
         fate = self.fate.pop(0) if self.fate else "lives"
         if fate == "unreachable":
             raise WorkerDied("gone before the call")
@@ -235,3 +242,16 @@ def test_bad_calls_are_refused_before_anything_is_sent() -> None:
     with pytest.raises(InvalidCall, match="expert id 7"):
         offload.forward(0, x, np.full_like(ids, EXPERTS), weights)
     assert clients["a"].calls == 0
+
+
+def test_the_timeout_is_for_the_whole_forward_not_for_each_worker() -> None:
+    everything = tuple(range(EXPERTS))
+    layer = LayerPlacement(EXPERTS, (), {"a": everything, "b": everything})
+    offload, clients = make(Placement(["a", "b"], {0: layer}))
+    for name in "ab":
+        clients[name].late = True
+    x, _, weights = draw_call(1, 1)
+    with pytest.raises(DeadlineExceeded, match="late"):
+        offload.forward(0, x, np.zeros((1, 3), np.int32), weights, timeout_s=0.05)
+    assert sorted(clients[name].calls for name in "ab") == [0, 1]
+    assert offload.stats().losses == {"a": 1}
