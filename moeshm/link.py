@@ -31,6 +31,8 @@ from .session import Session
 
 #: How long a sender leaves a full transport alone before it looks for replies again.
 _FULL_PAUSE_S = 0.001
+#: Longer than copying the largest reply takes; a thread that the interpreter ended never stops.
+_COPY_LIMIT_S = 5.0
 
 
 def too_late(timeout_s: float) -> DeadlineExceeded:
@@ -251,11 +253,12 @@ class Link:
         while self._pending:
             self._pending.popitem()[1].fail(another(error))
         self._changed.notify_all()
-        # It may be copying rows into an array that is its caller's again once this returns.
-        while self._receiver not in (0, threading.get_ident()):
-            self._n_waiting += 1
-            self._changed.wait()
-            self._n_waiting -= 1
+        # Whoever receives may be copying rows into an array that is its caller's again once this
+        # returns; with the session closed it cannot take longer than that.
+        nobody_else = (0, threading.get_ident())
+        self._n_waiting += 1
+        self._changed.wait_for(lambda: self._receiver in nobody_else, _COPY_LIMIT_S)
+        self._n_waiting -= 1
         return another(error)
 
     def _write(self, call: Packable, deadline: float) -> int:
