@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from moeshm.call import CallFuture
 from moeshm.checkpoint import load
 from moeshm.demo import tiny_moe_path
 from moeshm.errors import SettingError, WorkerDied
+from moeshm.layers import Activation
 from tests.crash.arithmetic import (
     FREE,
     GATED,
@@ -208,6 +210,18 @@ def test_a_fallback_must_hold_the_same_experts(worker: GatedWorker, transport: s
     fallback = ArithmeticBackend()
     fallback.layers = {n: info for n, info in fallback.layers.items() if n != GATED}
     with pytest.raises(SettingError, match="same experts of layer 1"):
+        moeshm.connect(worker.address, transport=transport, fallback=fallback)
+
+
+def test_a_fallback_that_computes_something_else_is_refused(
+    worker: GatedWorker, transport: str
+) -> None:
+    fallback = ArithmeticBackend()
+    fallback.layers = {
+        number: msgspec.structs.replace(info, activation=Activation.GEGLU)
+        for number, info in fallback.layers.items()
+    }
+    with pytest.raises(SettingError, match="same experts of layer 0"):
         moeshm.connect(worker.address, transport=transport, fallback=fallback)
 
 

@@ -225,6 +225,23 @@ def test_all_sessions_together_get_the_time_to_drain(
     assert len(caplog.records) == 3
 
 
+def test_a_connection_that_no_thread_can_serve_ends_itself_only(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    served = listen(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.connect(str(path))
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        served._accept()
+        assert client.recv(1) == b""
+    assert "could not be served: can't start new thread" in caplog.text
+    served._drain()
+    close(served)
+
+
 # --- the service manager ------------------------------------------------------------------
 
 
