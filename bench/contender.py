@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import importlib
 import itertools
 import os
@@ -48,7 +49,7 @@ class Endpoint(NamedTuple):
     close: Callable[[], object]
 
 
-class Contender:
+class Contender(abc.ABC):
     """Links two processes; subclasses say how."""
 
     #: The module it needs, imported before anything is measured.
@@ -64,9 +65,9 @@ class Contender:
         del context, cell
         return f"{SHM_PREFIX}{os.getpid()}-{next(_numbers)}"
 
+    @abc.abstractmethod
     def open(self, link: Any, cell: Cell, payload: bytes, is_client: bool) -> Endpoint:
         """One side of the link; the client opens first and closes last."""
-        raise NotImplementedError
 
 
 def window(size: int, budget: int, most: int) -> int:

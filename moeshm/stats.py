@@ -28,7 +28,8 @@ class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
     pack_s: float
     #: Waiting for replies.
     wait_s: float
-    #: The worker's own time in its backend, as it reports it; part of `wait_s`.
+    #: The worker's own time in its backend, as it reports it. Most of it falls into `wait_s`; it
+    #: may begin while the call is still being packed.
     compute_s: float
     #: Copying and converting the results.
     unpack_s: float

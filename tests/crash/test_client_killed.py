@@ -28,13 +28,13 @@ sys.stdin.readline()
 VICTIM_WITH_CHILD = VICTIM.replace(
     "sys.stdin.readline()",
     """
-import os, time
+import os, signal
 if os.fork() == 0:
     os.close(1); os.close(2)
     sys.stdin.readline()
     os._exit(0)
 print("forked", flush=True)
-time.sleep(1000)
+signal.pause()
 """,
 )
 
