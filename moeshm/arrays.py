@@ -99,6 +99,11 @@ def make_output(inputs: Inputs, out: Any) -> tuple[Any, Array]:
     return out, array
 
 
+def as_array(values: Any) -> Array:
+    """A result of `make_output` as the array behind it."""
+    return _stored(values) if _is_tensor(values) else values
+
+
 def _floats(values: Any, name: str) -> Array:
     if not isinstance(values, np.ndarray):
         if not _is_tensor(values):

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from . import arrays
+from ._formats import add_rows
 from .arrays import Inputs
-from .dtypes import Array, DType, narrow, widen
+from .dtypes import Array, DType, FloatArray, narrow, widen
 from .errors import CallError, DeadlineExceeded, NotReady, WorkerDied
 from .link import Link, Receiver, too_late
 from .protocol import Message, Reply
+from .stats import CallTimes
 
 #: `(layer, inputs, output array, cause)`: computes elsewhere what the worker did not.
 Fallback = Callable[[int, Inputs, Array, WorkerDied | DeadlineExceeded], None]
@@ -27,8 +30,8 @@ class CallFuture:
     """
 
     __slots__ = (
-        "_array",
         "_bytes_in",
+        "_bytes_out",
         "_compute_ns",
         "_error",
         "_fallback",
@@ -36,26 +39,29 @@ class CallFuture:
         "_is_finished",
         "_link",
         "_n_open",
+        "_n_parts",
         "_on_received",
         "_output",
+        "_pack_ns",
         "_received",
+        "_start_ns",
         "_timeout_s",
         "_unpack_ns",
         "_waited_ns",
-        "_wire",
         "deadline",
         "inputs",
         "is_done",
         "layer",
         "rows",
+        "times",
+        "wire",
     )
 
     def __init__(
         self,
         layer: int,
         inputs: Inputs,
-        output: Any,
-        array: Array,
+        output: tuple[Any, Array] | None,
         wire: DType,
         deadline: float,
         timeout_s: float,
@@ -64,41 +70,56 @@ class CallFuture:
     ) -> None:
         self.layer = layer
         self.inputs = inputs
+        #: How rows travel.
+        self.wire = wire
         self.deadline = deadline
         #: True once nothing more will come from the worker for it.
         self.is_done = False
-        self.rows: npt.NDArray[np.intp] | None = None
+        #: The tokens that are sent, rising; None for all.
+        self.rows: npt.NDArray[np.int64] | None = None
+        #: What it took, once the result was taken.
+        self.times: CallTimes | None = None
         self._timeout_s = timeout_s
+        #: What the caller gets, and the array behind it; made when it is needed.
         self._output = output
-        self._array = array
         self._fallback = fallback
         self._on_received = on_received
         self._link: Link | None = None
-        self._wire = wire
-        self._received = array
+        self._received: Array | None = None
         self._error: CallError | None = None
-        self._n_open = 0
-        self._bytes_in = self._compute_ns = self._unpack_ns = self._waited_ns = 0
+        self._n_open = self._n_parts = 0
+        self._bytes_out = self._bytes_in = 0
+        self._start_ns = self._pack_ns = 0
+        self._compute_ns = self._unpack_ns = self._waited_ns = 0
         self._is_finished = False
         self._finishing = threading.Lock()
 
-    def expect(self, link: Link | None, n_parts: int, rows: npt.NDArray[np.intp] | None) -> None:
-        """What is on its way: so many parts, which together are these rows, or all."""
+    def expect(self, link: Link, n_parts: int, rows: npt.NDArray[np.int64] | None) -> None:
+        """What will be on its way: so many parts, which together are these rows, or all."""
         self._link = link
         self._n_open = n_parts
-        self.is_done = n_parts == 0
         self.rows = rows
-        if (
-            rows is not None
-            or self._wire is not self.inputs.dtype
+        inputs = self.inputs
+        n_rows = len(inputs.hidden_states) if rows is None else len(rows)
+        if rows is None and self.wire is inputs.dtype:
+            array = self._array()
             # A part's result must not replace what other parts, or the fallback, still read.
-            or (n_parts > 1 and np.may_share_memory(self._array, self.inputs.hidden_states))
-        ):
-            shape = (len(self._array) if rows is None else len(rows), self._array.shape[1])
-            self._received = np.empty(shape, self._wire.numpy)
+            if n_parts == 1 or not np.may_share_memory(array, inputs.hidden_states):
+                self._received = array
+                return
+        self._received = np.empty((n_rows, inputs.hidden_states.shape[1]), self.wire.numpy)
+
+    def sent(self, start_ns: int, pack_ns: int, n_parts: int, bytes_out: int) -> None:
+        """All parts are on their way, since `start_ns` (of time.perf_counter); with none, it is
+        done."""
+        self._start_ns, self._pack_ns = start_ns, pack_ns
+        self._n_parts, self._bytes_out = n_parts, bytes_out
+        if n_parts == 0:
+            self.is_done = True
 
     def part(self, rows: slice) -> Receiver:
         """Who receives these of the rows that were sent."""
+        assert self._received is not None
         return _Part(self, self._received[rows])
 
     def done(self) -> bool:
@@ -121,7 +142,25 @@ class CallFuture:
                     self._finish()
         if self._error is not None:
             raise self._error
-        return self._output
+        assert self._output is not None
+        return self._output[0]
+
+    def add_to(self, total: FloatArray) -> None:
+        """Instead of `result`: add it to `total`, float32 [n_tokens, hidden_size].
+
+        Spares the result of a part that is one of several. Waits and raises as `result`; after an
+        error, `total` is as it was. Once only, by one thread.
+        """
+        if not self.is_done:
+            self._wait(None)
+        if self._error is not None:
+            add_rows(total, None, arrays.as_array(self.result()))
+        elif self._n_parts:
+            assert self._received is not None
+            start_ns = time.perf_counter_ns()
+            add_rows(total, self.rows, self._received)
+            self._unpack_ns += time.perf_counter_ns() - start_ns
+            self._report()
 
     def fail(self, error: CallError) -> None:
         """As `Receiver.fail`."""
@@ -133,9 +172,10 @@ class CallFuture:
         """One part's reply, or the only one; the first error of several stays."""
         if into is None:
             into = self._received
+        assert into is not None
         start_ns = time.perf_counter_ns()
         self._error = self._error or reply.error
-        reply.copy_rows(record, into, self._wire)
+        reply.copy_rows(record, into, self.wire)
         self._bytes_in += len(record)
         self._compute_ns += reply.compute_ns
         self._unpack_ns += time.perf_counter_ns() - start_ns
@@ -143,8 +183,14 @@ class CallFuture:
         if self._n_open == 0:
             self.is_done = True
 
+    def _array(self) -> Array:
+        """Where the result goes."""
+        if self._output is None:
+            self._output = arrays.make_output(self.inputs, None)
+        return self._output[1]
+
     def _wait(self, timeout_s: float | None) -> None:
-        start_ns = time.perf_counter_ns()
+        start_ns, unpacked_ns = time.perf_counter_ns(), self._unpack_ns
         deadline = self.deadline
         if timeout_s is not None:
             deadline = min(deadline, time.monotonic() + timeout_s)
@@ -155,31 +201,50 @@ class CallFuture:
             late = too_late(self._timeout_s)
             self.fail(late)
             link.lose(late)
-        self._waited_ns = time.perf_counter_ns() - start_ns
+        # Replies that this thread took in meanwhile are counted as unpacking.
+        waited_ns = time.perf_counter_ns() - start_ns - (self._unpack_ns - unpacked_ns)
+        self._waited_ns = max(0, waited_ns)
 
     def _finish(self) -> None:
         """Put the result where the caller looks for it; again, should this be interrupted."""
         error = self._error
         if error is None:
-            if self._received is not self._array:
-                self._unpack()
+            start_ns = time.perf_counter_ns()
+            self._unpack(self._array())
+            self._unpack_ns += time.perf_counter_ns() - start_ns
         elif self._fallback is not None and isinstance(error, WorkerDied | DeadlineExceeded):
-            self._fallback(self.layer, self.inputs, self._array, error)
+            self._fallback(self.layer, self.inputs, self._array(), error)
             self._error = None
         self._is_finished = True
-        # Replies that this call took in while it waited are part of both times.
-        waited_ns = max(0, self._waited_ns - self._unpack_ns)
-        self._on_received(self._bytes_in, waited_ns, self._compute_ns, self._unpack_ns)
+        self._report()
 
-    def _unpack(self) -> None:
+    def _report(self) -> None:
+        self.times = CallTimes(
+            self._n_parts,
+            self._bytes_out,
+            self._bytes_in,
+            self._pack_ns,
+            self._waited_ns,
+            self._compute_ns,
+            self._unpack_ns,
+            time.perf_counter_ns() - self._start_ns,
+        )
+        self._on_received(self._bytes_in, self._waited_ns, self._compute_ns, self._unpack_ns)
+
+    def _unpack(self, array: Array) -> None:
         values = self._received
-        if self._wire is not self.inputs.dtype:
+        if values is None:
+            array[...] = 0
+            return
+        if values is array:
+            return
+        if self.wire is not self.inputs.dtype:
             values = narrow(widen(values), self.inputs.dtype)
         if self.rows is None:
-            np.copyto(self._array, values)
+            np.copyto(array, values)
         else:
-            self._array[...] = 0
-            self._array[self.rows] = values
+            array[...] = 0
+            array[self.rows] = values
 
 
 class _Part:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from . import arrays, session, settings
+from . import arrays, session, settings, windows
 from .arrays import Inputs
 from .backends import Backend
 from .call import CallFuture
@@ -30,6 +30,7 @@ from .errors import (
 )
 from .layers import LayerInfo
 from .link import Link
+from .protocol import MAX_TOKENS
 from .reconnect import Reconnector
 from .session import Session
 from .stats import ClientStats, StatsCounter
@@ -92,6 +93,16 @@ class ExpertClient:
         """The worker's process id; that of the last one, when it was lost."""
         return int(self._link.session.control.peer_pid)
 
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens in one message; longer calls are cut."""
+        return self._link.max_tokens
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes that may be on their way to the worker before a sender waits."""
+        return self._link.session.transport.buffer_bytes
+
     def compute(
         self,
         layer: int,
@@ -107,9 +118,10 @@ class ExpertClient:
         start_ns = time.perf_counter_ns()
         timeout_s = self._check_timeout(timeout_s)
         inputs = self._check(layer, hidden_states, topk_ids, topk_weights, global_ids)
-        output, array = arrays.make_output(inputs, out)
         if not self._is_plain(inputs):
-            return self._submit(layer, inputs, output, array, timeout_s, start_ns).result()
+            made = None if out is None else arrays.make_output(inputs, out)
+            return self._submit(layer, inputs, made, timeout_s, start_ns).result()
+        output, array = made = arrays.make_output(inputs, out)
         try:
             answer = self._link.call(
                 layer,
@@ -126,7 +138,7 @@ class ExpertClient:
             self._fall_back(layer, inputs, array, error)
             return output
         if answer is None:
-            return self._submit(layer, inputs, output, array, timeout_s, start_ns).result()
+            return self._submit(layer, inputs, made, timeout_s, start_ns).result()
         self._counter.answered(answer, len(array), start_ns)
         if answer.error is None:
             return output
@@ -145,6 +157,8 @@ class ExpertClient:
         out: Any = None,
         timeout_s: float | None = None,
         global_ids: bool = False,
+        wire_dtype: DType | None = None,
+        slice_tokens: int | None = None,
     ) -> CallFuture:
         """Send a layer's call; `result()` gives the weighted sum of the selected experts' outputs.
 
@@ -153,16 +167,20 @@ class ExpertClient:
         empty slot; local ids (rows of `layers[layer].experts`), or the model's with
         `global_ids`. `topk_weights`: [n_tokens, top_k]. `out`: like hidden_states, to write the
         result into; by default a new one. `timeout_s`: until the deadline, by default
-        MOESHM_TIMEOUT_S.
+        MOESHM_TIMEOUT_S. `wire_dtype`: how rows travel, by default as the client was told.
+        `slice_tokens`: a message for each so many tokens, by default as few as the worker takes;
+        while it computes one, the next is on its way.
 
         InvalidCall: shapes, ids, dtype or layer are not allowed; nothing was sent. WorkerDied,
         DeadlineExceeded: no worker, and no fallback. ForkedProcess, ClientClosed.
         """
         start_ns = time.perf_counter_ns()
         timeout_s = self._check_timeout(timeout_s)
+        if slice_tokens is not None and slice_tokens < 1:
+            raise InvalidCall(f"slice_tokens={slice_tokens}; it must be at least 1")
         inputs = self._check(layer, hidden_states, topk_ids, topk_weights, global_ids)
-        output, array = arrays.make_output(inputs, out)
-        return self._submit(layer, inputs, output, array, timeout_s, start_ns)
+        made = None if out is None else arrays.make_output(inputs, out)
+        return self._submit(layer, inputs, made, timeout_s, start_ns, wire_dtype, slice_tokens)
 
     def stats(self) -> ClientStats:
         """Counts and times since the client was opened."""
@@ -228,71 +246,76 @@ class ExpertClient:
         self,
         layer: int,
         inputs: Inputs,
-        output: Any,
-        array: Array,
+        output: tuple[Any, Array] | None,
         timeout_s: float,
         start_ns: int,
+        wire: DType | None = None,
+        slice_tokens: int | None = None,
     ) -> CallFuture:
-        wire = self._wire or inputs.dtype
         future = CallFuture(
             layer,
             inputs,
             output,
-            array,
-            wire,
+            wire or self._wire or inputs.dtype,
             time.monotonic() + timeout_s,
             timeout_s,
             None if self._fallback is None else self._fall_back,
             self._counter.received,
         )
         try:
-            self._send(future, inputs, wire, start_ns)
+            self._send(future, slice_tokens or MAX_TOKENS, start_ns)
         except WorkerDied as error:
             if self._fallback is None:
                 raise
             future.fail(error)
         return future
 
-    def _send(self, future: CallFuture, inputs: Inputs, wire: DType, start_ns: int) -> None:
-        """Cut the call as the worker allows, and send the parts."""
-        hidden, ids, weights = inputs.hidden_states, inputs.topk_ids, inputs.topk_weights
+    def _send(self, future: CallFuture, slice_tokens: int, start_ns: int) -> None:
+        """Cut the call as wished and as the worker allows, and send the parts."""
+        inputs = future.inputs
+        n_tokens = len(inputs.topk_ids)
+        if inputs.n_empty == n_tokens:
+            future.sent(start_ns, 0, 0, 0)
+            self._counter.sent(0, 0, 0, time.perf_counter_ns() - start_ns)
+            return
+        link = self._link
+        if link.loss is not None:
+            lost_ns = time.perf_counter_ns()
+            link = self._live_link(future.deadline)
+            # To start a worker anew is no part of packing.
+            start_ns += time.perf_counter_ns() - lost_ns
         rows = None
         if inputs.n_empty:
-            rows = np.flatnonzero((ids >= 0).any(axis=1))
-            hidden, ids, weights = hidden[rows], ids[rows], weights[rows]
+            rows = np.flatnonzero((inputs.topk_ids >= 0).any(axis=1)).astype(np.int64, copy=False)
+        parts = windows.cut(n_tokens, rows, slice_tokens, link.max_tokens)
+        future.expect(link, len(parts), rows)
+        try:
+            n_bytes = sum(self._send_part(link, future, part, len(parts) == 1) for part in parts)
+        except RingFull as error:
+            late = DeadlineExceeded(f"the worker took no call before the deadline: {error}")
+            future.fail(late)
+            link.lose(late)
+            if self._fallback is None:
+                raise late from error
+            n_bytes = 0
+        pack_ns = time.perf_counter_ns() - start_ns
+        future.sent(start_ns, pack_ns, len(parts), n_bytes)
+        self._counter.sent(len(parts), n_tokens - inputs.n_empty, n_bytes, pack_ns)
+
+    def _send_part(self, link: Link, future: CallFuture, part: slice, is_whole: bool) -> int:
+        inputs, wire = future.inputs, future.wire
+        index = part if future.rows is None else future.rows[part]
+        hidden = inputs.hidden_states[index]
         if wire is not inputs.dtype:
             hidden = narrow(widen(hidden), wire)
-        n_rows = len(hidden)
-        n_parts = n_bytes = 0
-        if n_rows:
-            link = self._link
-            if link.loss is not None:
-                lost_ns = time.perf_counter_ns()
-                link = self._live_link(future.deadline)
-                # To start a worker anew is no part of packing.
-                start_ns += time.perf_counter_ns() - lost_ns
-            most = link.max_tokens
-            n_parts = -(-n_rows // most)
-            future.expect(link, n_parts, rows)
-            try:
-                if n_parts == 1:
-                    n_bytes = link.send(future, future.layer, hidden, ids, weights, wire)
-                else:
-                    for start in range(0, n_rows, most):
-                        part = slice(start, start + most)
-                        n_bytes += link.send(
-                            future.part(part), future.layer, hidden[part], ids[part],
-                            weights[part], wire,
-                        )  # fmt: skip
-            except RingFull as error:
-                late = DeadlineExceeded(f"the worker took no call before the deadline: {error}")
-                future.fail(late)
-                link.lose(late)
-                if self._fallback is None:
-                    raise late from error
-        else:
-            future.expect(None, 0, rows)
-        self._counter.sent(n_parts, n_rows, n_bytes, time.perf_counter_ns() - start_ns)
+        return link.send(
+            future if is_whole else future.part(part),
+            future.layer,
+            hidden,
+            inputs.topk_ids[index],
+            inputs.topk_weights[index],
+            wire,
+        )
 
     # --- the session ----------------------------------------------------------------------
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ._formats import convert
+
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
 
@@ -65,41 +67,13 @@ def widen(array: Array, out: FloatArray | None = None) -> FloatArray:
 
     `out`: float32 of the same shape; it is returned. TypeError for any other stored dtype.
     """
-    if array.dtype == np.float32:
-        if out is None:
-            return array
-        np.copyto(out, array)
-        return out
-    dtype = dtype_of(array)
     if out is None:
+        if array.dtype == np.float32:
+            return array
+        dtype_of(array)
         out = np.empty(array.shape, np.float32)
-    if dtype is DType.BF16:
-        # A bfloat16 is the upper half of a float32.
-        bits = out.view(np.uint32)
-        np.copyto(bits, array)
-        np.left_shift(bits, _SIXTEEN, out=bits)
-    elif array.size < _VECTOR_MIN or not _widen_finite_f16(array, out):
-        np.copyto(out, array)
+    _convert(array, out)
     return out
-
-
-def _widen_finite_f16(array: Array, out: FloatArray) -> bool:
-    """Widen through integer registers, which NumPy vectorises; False if a value is not finite.
-
-    Shifted right by 3 with its sign, a half in the upper 16 bits is a float32 whose exponent
-    is 112 too small, subnormals included, so that one exact multiplication finishes it.
-    """
-    stored = array.view(np.uint16)
-    if np.bitwise_and(stored, _F16_EXPONENT).max() == _F16_EXPONENT:
-        return False
-    bits = out.view(np.uint32)
-    np.copyto(bits, stored)
-    np.left_shift(bits, _SIXTEEN, out=bits)
-    signed = out.view(np.int32)
-    np.right_shift(signed, np.int32(3), out=signed)
-    np.bitwise_and(bits, _SIGN_AND_13_UP, out=bits)
-    np.multiply(out, F16_RESCALE, out=out)
-    return True
 
 
 def narrow(values: FloatArray, dtype: DType, out: Array | None = None) -> Array:
@@ -108,66 +82,22 @@ def narrow(values: FloatArray, dtype: DType, out: Array | None = None) -> Array:
     `out`: an array of the same shape and of `dtype.numpy`; it is returned. Without it, F32
     gives `values` back as they are. f16 overflows to infinity without a warning.
     """
-    if dtype is DType.F32:
-        if out is None:
-            return values
-        np.copyto(out, values)
-        return out
     if out is None:
+        if dtype is DType.F32:
+            return values
         out = np.empty(values.shape, dtype.numpy)
-    if dtype is DType.BF16:
-        _narrow_to_bf16(np.ascontiguousarray(values).reshape(values.shape), out)
-    elif values.size < _VECTOR_MIN:
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            np.copyto(out, values, casting="same_kind")
-    else:
-        _narrow_to_f16(np.ascontiguousarray(values), out)
+    _convert(values, out)
     return out
 
 
-def _narrow_to_bf16(values: FloatArray, out: Array) -> None:
-    bits = values.view(np.uint32)
-    rounded = np.right_shift(bits, _SIXTEEN, out=np.empty(bits.shape, np.uint32))
-    np.bitwise_and(rounded, _ONE, out=rounded)
-    np.add(rounded, np.uint32(0x7FFF), out=rounded)
-    np.add(rounded, bits, out=rounded)
-    np.right_shift(rounded, _SIXTEEN, out=rounded)
-    np.copyto(out, rounded, casting="unsafe")
-    is_nan = np.isnan(values)
-    if is_nan.any():
-        # Rounding may carry a NaN's mantissa over into infinity or zero: keep sign, make quiet.
-        out[is_nan] = (bits[is_nan] >> _SIXTEEN) | 0x40
-
-
-def _narrow_to_f16(values: FloatArray, out: Array) -> None:
-    """Round the normal range through integers, which NumPy vectorises, and the rest slowly."""
-    bits = values.view(np.uint32)
-    half = np.bitwise_and(bits, np.uint32(0x7FFFFFFF))
-    # Below 2^-14 (f16 subnormals and zero) or from 2^16 up (infinity, NaN).
-    is_special = (half - _F16_MIN_NORMAL) >= _F16_NORMAL_SPAN
-    odd = np.right_shift(half, np.uint32(13))
-    np.bitwise_and(odd, _ONE, out=odd)
-    np.add(half, odd, out=half)
-    np.add(half, _F16_REBIAS_AND_ROUND, out=half)
-    np.right_shift(half, np.uint32(13), out=half)
-    sign = np.right_shift(bits, _SIXTEEN, out=odd)
-    np.bitwise_and(sign, np.uint32(0x8000), out=sign)
-    np.bitwise_or(half, sign, out=half)
-    np.copyto(out.view(np.uint16), half, casting="unsafe")
-    if is_special.any():
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            out[is_special] = values[is_special].astype(np.float16)
-
-
-#: Fewer elements than this convert faster by NumPy's own scalar loop than by several ufuncs.
-_VECTOR_MIN = 4096
-_ONE = np.uint32(1)
-_SIXTEEN = np.uint32(16)
-_F16_EXPONENT = np.uint16(0x7C00)
-#: Exponent bias 127 to 15, plus just under half a unit in the last place, modulo 2^32.
-_F16_REBIAS_AND_ROUND = np.uint32((1 << 32) - ((127 - 15) << 23) + 0xFFF)
-_F16_MIN_NORMAL = np.uint32((127 - 14) << 23)
-_F16_NORMAL_SPAN = np.uint32(30 << 23)
-_SIGN_AND_13_UP = np.uint32(0x8FFFE000)
-#: What a float16's bits, moved into float32 position, must be multiplied by.
-F16_RESCALE = np.float32(2.0**112)
+def _convert(source: Array, target: Array) -> None:
+    """As `convert`, for arrays of any strides."""
+    if not (source.flags.c_contiguous and source.flags.aligned):
+        source = source.copy()
+    if target.flags.carray:
+        convert(source, target)
+        return
+    dtype_of(source)
+    values = np.empty(target.shape, target.dtype)
+    convert(source, values)
+    np.copyto(target, values)

@@ -11,6 +11,20 @@ import msgspec
 from .link import Answer
 
 
+class CallTimes(msgspec.Struct, frozen=True, gc=False):
+    """One call that is over; the times as in `ClientStats`, in ns, for all of its messages."""
+
+    messages: int
+    bytes_out: int
+    bytes_in: int
+    pack_ns: int
+    wait_ns: int
+    compute_ns: int
+    unpack_ns: int
+    #: From the beginning of sending until the result was there.
+    elapsed_ns: int
+
+
 class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
     """Since the client was opened. Times are sums over calls, in seconds.
 

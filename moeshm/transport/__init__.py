@@ -25,6 +25,8 @@ class Transport(Protocol):
     #: Most bytes of one record, each way.
     send_capacity: int
     receive_capacity: int
+    #: Bytes that may be on their way before a sender waits.
+    buffer_bytes: int
 
     def write(
         self, parts: Sequence[Any], type: int, flags: int = 0, timeout_s: float | None = None
@@ -41,6 +43,7 @@ class Transport(Protocol):
         topk_weights: Array,
         dtype: DType,
         deadline_ns: int,
+        view: int = 0,
     ) -> int:
         """Send what `protocol.pack_call` packs, if there is room now; its length."""
         ...

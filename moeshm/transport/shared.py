@@ -23,7 +23,7 @@ class SharedTransport:
         tx.watch(watch_socket, watch_pidfd)
         rx.watch(watch_socket, watch_pidfd)
         self._tx, self._rx = tx, rx
-        self.send_capacity = tx.capacity
+        self.send_capacity = self.buffer_bytes = tx.capacity
         self.receive_capacity = rx.capacity
         self.write = tx.write
         self.reserve = tx.reserve

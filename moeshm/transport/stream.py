@@ -64,6 +64,7 @@ class StreamTransport:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BYTES)
         self.send_capacity = MAX_RECORD_BYTES
+        self.buffer_bytes = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         self.receive_capacity = receive_capacity
         self._epoch = epoch
         self._drains = drains
@@ -141,10 +142,11 @@ class StreamTransport:
         topk_weights: Array,
         dtype: DType,
         deadline_ns: int,
+        view: int = 0,
     ) -> int:
         """As `Transport.write_call`."""
         parts = protocol.pack_call(
-            call_id, layer, hidden_states, topk_ids, topk_weights, dtype, deadline_ns
+            call_id, layer, hidden_states, topk_ids, topk_weights, dtype, deadline_ns, view
         )
         # Also for the link, should it write the call again.
         self._finish_by = deadline_ns / 1e9 if deadline_ns else None

@@ -15,14 +15,14 @@ ROOT = Path(__file__).parents[2]
 #: module may import its own layer and those above it in this table.
 LAYERS = {
     "L0 ground": (
-        "errors settings process layers dtypes segment kernels"
-        " _version _atomics _inputs _mapping _end _ring"
+        "errors settings process signals files layers dtypes segment kernels"
+        " _version _atomics _formats _inputs _mapping _end _ring"
     ),
     "L1 session": "_wire protocol session transport",
     "L2 compute": "checkpoint backends",
-    "L3 policy": "placement routing_stats policy",
+    "L3 policy": "placement swaps routing_stats policy",
     "L4 engine": (
-        "client call arrays link reconnect offload supervisor worker daemon stats logs metrics"
+        "client call windows arrays link reconnect offload supervisor worker daemon stats logs metrics"
         " integrations diagnosis"
     ),
     # `moeshm` itself is the public names: who imports them imports everything.
