@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from . import files
 from .errors import SettingError
 from .layers import fingerprint_of, format_ranges, parse_ranges
 from .routing_stats import RoutingStats
@@ -179,6 +180,13 @@ class Placement:
             shares[number] = float(hot / total) if total else None
         return shares
 
+    def total_hot_share(self, stats: RoutingStats) -> float | None:
+        """The share of all counts that falls on hot experts; None where none was counted."""
+        counts = {number: stats.counts(number) for number in self.layers}
+        total = sum(float(each.sum()) for each in counts.values())
+        hot = sum(float(each[self.is_hot(number)].sum()) for number, each in counts.items())
+        return hot / total if total else None
+
     def fingerprint(self, worker: str) -> str:
         """16 hex digits that name what the worker must hold, and in what order."""
         return fingerprint_of(self.experts_of(worker))
@@ -221,8 +229,9 @@ class Placement:
         return cls(file.workers, layers)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_json` to a file."""
-        Path(path).write_text(self.to_json())
+        """Write `to_json` to a file, in one step for whoever reads it; SettingError."""
+        with files.replacing(path) as file:
+            file.write(self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Placement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import sys
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from . import files
 from ._inputs import count_ids
 from .errors import SettingError
 from .layers import LayerInfo
@@ -94,6 +96,22 @@ class RoutingStats:
             self._counts[layer] = known + other.counts(layer)
         self._counts = dict(sorted(self._counts.items()))
 
+    def since(self, earlier: RoutingStats) -> RoutingStats:
+        """What was counted after `earlier`, a former state of these statistics.
+
+        All of it where a count fell, as by decay or in an engine that began anew: what came since
+        cannot be told then.
+        """
+        now = {layer: self.counts(layer) for layer in self.layers}
+        before = {layer: earlier.counts(layer) for layer in earlier.layers}
+        has_grown = all(
+            layer in now and len(now[layer]) == len(each) and bool(np.all(now[layer] >= each))
+            for layer, each in before.items()
+        )
+        if has_grown:
+            now |= {layer: now[layer] - each for layer, each in before.items()}
+        return RoutingStats._of(now)
+
     def decay(self, factor: float) -> None:
         """Multiply every count, so that what is long ago weighs less. ValueError: not in 0..1."""
         if not 0 <= factor <= 1:
@@ -105,19 +123,17 @@ class RoutingStats:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file that `load` reads: *.csv (layer,expert,count) or *.npz.
 
-        SettingError: another suffix.
+        It takes the place of an older one in one step, so that it may be read at any time.
+        SettingError: another suffix, or it cannot be written.
         """
         path = Path(path)
-        if _suffix(path) == ".npz":
-            arrays: dict[str, Any] = {f"layer_{n}": self.counts(n) for n in self.layers}
-            np.savez_compressed(path, **arrays)
-            return
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(_CSV_HEADER)
-            for layer in self.layers:
-                for expert, count in enumerate(self.counts(layer).tolist()):
-                    writer.writerow([layer, expert, int(count) if count.is_integer() else count])
+        is_npz = _suffix(path) == ".npz"
+        with files.replacing(path) as file:
+            if is_npz:
+                arrays: dict[str, Any] = {f"layer_{n}": self.counts(n) for n in self.layers}
+                np.savez_compressed(file, **arrays)
+            else:
+                file.write(self._to_csv().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RoutingStats:
@@ -128,9 +144,22 @@ class RoutingStats:
             counts = read(path)
         except (OSError, ValueError, KeyError) as error:
             raise SettingError(f"routing statistics {path}: {error}") from error
+        return cls._of(counts)
+
+    @classmethod
+    def _of(cls, counts: Mapping[int, Counts]) -> RoutingStats:
         stats = cls({layer: len(each) for layer, each in counts.items()})
         stats._counts.update(counts)
         return stats
+
+    def _to_csv(self) -> str:
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(_CSV_HEADER)
+        for layer in self.layers:
+            for expert, count in enumerate(self.counts(layer).tolist()):
+                writer.writerow([layer, expert, int(count) if count.is_integer() else count])
+        return text.getvalue()
 
     def _count_on_device(self, layer: int, ids: Any) -> None:
         torch: Any = sys.modules["torch"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,10 +15,22 @@ from ..backends import Backend, Ids, Weights
 from ..backends.cpu import CpuBackend
 from ..client import ExpertClient
 from ..dtypes import FloatArray
+from ..offload import ExpertOffload, OffloadStats
+from ..placement import Placement
 from ..stats import ClientStats
 from ..supervisor import spawn_worker
 from . import tiny_moe_path
-from .decoder import Decoder, generate
+from .decoder import Decoder, ExpertsFn, generate
+from .placed import (
+    WORKER,
+    Choices,
+    Shares,
+    n_hot_experts,
+    place,
+    recorded,
+    shares_of,
+)
+from .victim import Kill, Victim
 
 #: The head of a function, whose docstring the model goes on to write.
 DEFAULT_PROMPT = b'import os\n\n\ndef find_files(folder, pattern):\n    """'
@@ -32,15 +43,6 @@ THREADS = 1
 MAX_LOGIT_DIFF = 1e-3
 
 Step = tuple[int, FloatArray]
-
-
-class Kill(NamedTuple):
-    """SIGKILL to the worker: which process, and during which call."""
-
-    pid: int
-    #: The token, counted from 0, that was being computed.
-    token: int
-    layer: int
 
 
 class Comparison(NamedTuple):
@@ -61,12 +63,24 @@ class Outcome:
     #: The same with the experts in this process.
     in_process_s: float
     comparison: Comparison
-    transport: str
-    #: Of the last worker.
-    worker_pid: int
-    kill: Kill | None
     n_layers: int
-    stats: ClientStats
+    #: None where there was no worker: no expert was cold.
+    transport: str | None
+    #: Of the last worker.
+    worker_pid: int | None
+    #: None unless it was to be killed and a call was on its way in time.
+    kill: Kill | None
+    kill_worker: bool
+    worker_restarts: int
+    #: Why the worker could not give the transport that was wished for.
+    stepped_down: tuple[str, ...]
+    #: Calls of the worker: bytes, rows and times. Those by which an offload gets to know it first
+    #: are not among them.
+    stats: ClientStats | OffloadStats
+    #: Why calls were computed here in the worker's place.
+    fallback_causes: tuple[str, ...]
+    #: None when all experts were the worker's.
+    shares: Shares | None
 
     @property
     def agrees(self) -> bool:
@@ -75,36 +89,123 @@ class Outcome:
         return first_other_token is None and difference <= MAX_LOGIT_DIFF
 
 
+class _Text(NamedTuple):
+    """What is written, whoever computes the experts."""
+
+    prompt: bytes
+    n_tokens: int
+
+    def write(
+        self, experts: ExpertsFn, on_token: Callable[[int], None] = lambda _token: None
+    ) -> tuple[list[Step], float]:
+        """Every step, and how long they took, without `on_token`."""
+        decoder = Decoder(tiny_moe_path(), experts)
+        return _timed(generate(decoder, self.prompt, self.n_tokens, TEMPERATURE, SEED), on_token)
+
+
 def run(
-    prompt: bytes, n_tokens: int, kill_worker: bool, on_token: Callable[[int], None]
+    prompt: bytes,
+    n_tokens: int,
+    kill_worker: bool,
+    on_token: Callable[[int], None],
+    hot_fraction: float | None = None,
 ) -> Outcome:
     """Generate `n_tokens` bytes after `prompt`, each handed to `on_token` as soon as it is drawn.
 
-    `kill_worker`: SIGKILL to the worker halfway, with a call on its way. The text is then computed
-    once more with the experts in this process; every step's logits are kept for that, 1 KiB each.
+    `kill_worker`: SIGKILL to the worker halfway, with a call on its way. `hot_fraction`: the most
+    used experts of each layer stay in this process, so many of all; by default the worker has
+    every expert. The text is computed once more with all experts in this process; every step's
+    logits are kept for that, 1 KiB each. SettingError: `hot_fraction` is not in 0..1.
     """
-    model = tiny_moe_path()
-    backend = CpuBackend(checkpoint.load(model).layers, THREADS)
-    with spawn_worker(model, threads=THREADS, fallback=backend) as client:
-        n_layers = len(client.layers)
-        # Not in the last layers: of a single token, too, calls are left that need another worker.
-        kill_at = n_tokens // 2 * n_layers + (n_layers - 1) // 2 if kill_worker else None
-        experts = _RemoteExperts(client, kill_at)
-        steps, elapsed_s = _timed(_steps(Decoder(model, experts), prompt, n_tokens), on_token)
+    text = _Text(prompt, n_tokens)
+    backend = CpuBackend(checkpoint.load(tiny_moe_path()).layers, THREADS)
+    n_layers = len(backend.layers)
+    # Not in the last layers: of a single token, too, calls are left that need another worker.
+    kill_at = n_tokens // 2 * n_layers + (n_layers - 1) // 2 if kill_worker else None
+    if hot_fraction is None:
+        return _run_remote(text, backend, kill_at, on_token)
+    return _run_placed(text, backend, kill_at, on_token, hot_fraction)
+
+
+def _run_remote(
+    text: _Text, backend: CpuBackend, kill_at: int | None, on_token: Callable[[int], None]
+) -> Outcome:
+    """All experts are the worker's."""
+    choices: Choices = []
+    with spawn_worker(tiny_moe_path(), threads=THREADS, fallback=backend) as client:
+        victim = Victim(client, len(client.layers), choices, kill_at)
+        steps, elapsed_s = text.write(recorded(_through(victim), choices), on_token)
         stats, transport, worker_pid = client.stats(), client.transport, client.worker_pid
-    local = Decoder(model, _in_process(backend))
-    expected, in_process_s = _timed(_steps(local, prompt, n_tokens), lambda _token: None)
+    expected, in_process_s = text.write(_in_process(backend))
     return Outcome(
         generated=bytes(token for token, _ in steps),
         elapsed_s=elapsed_s,
         in_process_s=in_process_s,
         comparison=compare(steps, expected),
+        n_layers=len(backend.layers),
         transport=transport,
         worker_pid=worker_pid,
-        kill=experts.kill,
-        n_layers=n_layers,
+        kill=victim.kill,
+        kill_worker=kill_at is not None,
+        worker_restarts=stats.worker_restarts,
+        stepped_down=tuple(stats.stepped_down),
         stats=stats,
+        fallback_causes=tuple(stats.fallbacks),
+        shares=None,
     )
+
+
+def _run_placed(
+    text: _Text,
+    backend: CpuBackend,
+    kill_at: int | None,
+    on_token: Callable[[int], None],
+    hot_fraction: float,
+) -> Outcome:
+    """Hot experts stay here: those that a first run, all in this process, used most."""
+    first_choices: Choices = []
+    choices: Choices = []
+    n_hot, _ = n_hot_experts(hot_fraction)
+    expected, in_process_s = text.write(recorded(_in_process(backend), first_choices))
+    placement = place(backend.layers, first_choices, n_hot)
+    with contextlib.ExitStack() as stack:
+        client = victim = None
+        cold = placement.experts_of(WORKER)
+        if cold:
+            client = stack.enter_context(
+                spawn_worker(tiny_moe_path(), experts=cold, threads=THREADS)
+            )
+            victim = Victim(client, len(backend.layers), choices, kill_at)
+        offload = _make_offload(victim, placement, backend)
+        steps, elapsed_s = text.write(recorded(offload.forward, choices), on_token)
+        stats = offload.stats()
+        service = None if client is None else client.stats()
+        return Outcome(
+            generated=bytes(token for token, _ in steps),
+            elapsed_s=elapsed_s,
+            in_process_s=in_process_s,
+            comparison=compare(steps, expected),
+            n_layers=len(backend.layers),
+            transport=None if client is None else client.transport,
+            worker_pid=None if client is None else client.worker_pid,
+            kill=None if victim is None else victim.kill,
+            kill_worker=kill_at is not None,
+            worker_restarts=0 if service is None else service.worker_restarts,
+            stepped_down=() if service is None else tuple(service.stepped_down),
+            stats=stats,
+            fallback_causes=tuple(stats.fallback_slots),
+            shares=shares_of(hot_fraction, placement, choices, stats),
+        )
+
+
+def _make_offload(client: Any, placement: Placement, fallback: Backend) -> ExpertOffload:
+    """`client`: None where no expert is cold; a Victim stands for a client."""
+    hot = {number: layer.hot for number, layer in placement.layers.items() if layer.hot}
+    local = None
+    if hot:
+        local = CpuBackend(checkpoint.load(tiny_moe_path(), experts=hot).layers, THREADS)
+    workers = {} if client is None else {WORKER: client}
+    return ExpertOffload(workers, placement, local=local, fallback=fallback)
 
 
 def compare(steps: Sequence[Step], expected: Sequence[Step]) -> Comparison:
@@ -123,50 +224,21 @@ def compare(steps: Sequence[Step], expected: Sequence[Step]) -> Comparison:
     return Comparison(float(np.max(differences)), None)
 
 
-class _RemoteExperts:
-    """Every call goes to the worker, which is killed during the one numbered `kill_at`."""
-
-    def __init__(self, client: ExpertClient, kill_at: int | None) -> None:
-        self._client = client
-        self._kill_at = kill_at
-        self._n_calls = 0
-        self.kill: Kill | None = None
-
-    def __call__(
-        self, layer: int, hidden_states: FloatArray, topk_ids: Ids, topk_weights: Weights
-    ) -> FloatArray:
-        is_fatal = self._n_calls == self._kill_at
-        self._n_calls += 1
-        # It answers one row sooner than a signal arrives. More rows take their time, and might
-        # not all fit into a transport that nobody reads.
-        if is_fatal and len(hidden_states) == 1:
-            _stop(self._client.worker_pid)
-        future = self._client.submit(layer, hidden_states, topk_ids, topk_weights)
-        if is_fatal:
-            token = (self._n_calls - 1) // len(self._client.layers)
-            self.kill = Kill(self._client.worker_pid, token, layer)
-            os.kill(self.kill.pid, signal.SIGKILL)
-        result: FloatArray = future.result()
+def _through(client: ExpertClient | Victim) -> ExpertsFn:
+    def compute(layer: int, hidden_states: FloatArray, ids: Ids, weights: Weights) -> FloatArray:
+        result: FloatArray = client.submit(layer, hidden_states, ids, weights).result()
         return result
 
-
-def _stop(pid: int) -> None:
-    """Stop a child process, and return when it does not run any more."""
-    os.kill(pid, signal.SIGSTOP)
-    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    return compute
 
 
-def _in_process(backend: Backend) -> Callable[[int, FloatArray, Ids, Weights], FloatArray]:
+def _in_process(backend: Backend) -> ExpertsFn:
     def compute(layer: int, hidden_states: FloatArray, ids: Ids, weights: Weights) -> FloatArray:
         out = np.empty_like(hidden_states)
         backend.ffn(layer, hidden_states, ids, weights, out)
         return out
 
     return compute
-
-
-def _steps(decoder: Decoder, prompt: bytes, n_tokens: int) -> Iterator[Step]:
-    return generate(decoder, prompt, n_tokens, TEMPERATURE, SEED)
 
 
 def _timed(steps: Iterator[Step], on_token: Callable[[int], None]) -> tuple[list[Step], float]:

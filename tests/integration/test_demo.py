@@ -24,11 +24,12 @@ from moeshm.cli.demo import demo
 from moeshm.demo import tiny_moe_path
 from moeshm.demo.decoder import Decoder, generate
 from moeshm.demo.run import DEFAULT_PROMPT, SEED, TEMPERATURE
-from moeshm.errors import WorkerDied
+from moeshm.errors import SettingError, WorkerDied
 
 KEYS = [
     *("text", "tokens", "tokens_per_s", "calls", "rows", "bytes_out", "bytes_in"),
     *("max_abs_logit_diff", "fallback_calls", "worker_restarts"),
+    *("hot_fraction", "hot_share", "cold_share"),
 ]
 N_LAYERS = 4
 
@@ -86,6 +87,7 @@ def test_json_is_one_object_with_the_documented_keys() -> None:
     assert printed["tokens_per_s"] > 0
     assert printed["max_abs_logit_diff"] <= 1e-3
     assert (printed["fallback_calls"], printed["worker_restarts"]) == (0, 0)
+    assert {printed[name] for name in ("hot_fraction", "hot_share", "cold_share")} == {None}
 
 
 @pytest.mark.usefixtures("_transport")
@@ -199,6 +201,113 @@ def test_rounded_activations_are_named_as_the_reason(monkeypatch: pytest.MonkeyP
     result = run("--json", "--tokens", "4")
     assert result.exit_code == 1
     assert "MOESHM_WIRE_DTYPE=auto" in result.stderr
+
+
+# --- --hot --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_transport")
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9])
+def test_hot_experts_stay_here_and_the_text_is_the_same(fraction: float) -> None:
+    printed = run_json("--tokens", "30", "--hot", str(fraction))
+    assert printed["text"] == text_without_a_worker(DEFAULT_PROMPT, 30)
+    assert printed["max_abs_logit_diff"] <= 1e-3
+    assert (printed["fallback_calls"], printed["worker_restarts"]) == (0, 0)
+    assert printed["hot_fraction"] == fraction
+    assert printed["hot_share"] + printed["cold_share"] == pytest.approx(1)
+    rows = (len(DEFAULT_PROMPT) + 29) * N_LAYERS
+    if fraction == 0:
+        assert (printed["hot_share"], printed["rows"]) == (0, rows)
+        return
+    # The most used are hot, so they have more than their part of the work; and some rows stay.
+    assert printed["hot_share"] > fraction
+    assert 0 < printed["rows"] < rows
+
+
+def test_where_all_experts_are_hot_there_is_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moeshm.demo.run.spawn_worker", None)
+    result = run("--tokens", "10", "--hot", "1")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(
+        (DEFAULT_PROMPT.decode() + text_without_a_worker(DEFAULT_PROMPT, 10)) + "\n"
+    )
+    rows = (len(DEFAULT_PROMPT) + 9) * N_LAYERS
+    for row in (
+        "hot experts +16 of 16 in each layer",
+        "hot share +100.0% of .* here, 0.0% by the worker ",
+        rf"hot rows +{rows} of {rows} were not sent",
+        rf"worker +none, as no expert is cold; this is process {os.getpid()}",
+        "fallback calls +0 ",
+    ):
+        assert re.search(rf"^ {row}", result.stdout, re.MULTILINE), row
+    assert not re.search(r"^ (transport|calls|bytes|µs)", result.stdout, re.MULTILINE)
+    printed = run_json("--tokens", "10", "--hot", "1")
+    assert (printed["hot_share"], printed["cold_share"], printed["calls"]) == (1, 0, 0)
+
+
+def test_the_table_shows_the_shares() -> None:
+    result = run("--tokens", "20", "--hot", "0.5")
+    assert result.exit_code == 0, result.output
+    found = re.search(r"^ hot rows +(\d+) of (\d+) were not sent", result.stdout, re.MULTILINE)
+    assert found
+    kept, total = map(int, found.groups())
+    assert total == (len(DEFAULT_PROMPT) + 19) * N_LAYERS
+    for row in (
+        "hot experts +8 of 16 in each layer, those that a first run in this process used most",
+        r"hot share +\d+\.\d% of \(token, expert\) pairs computed by hot experts here, \d+\.\d% by",
+        "transport +shared",
+        rf"rows +{total - kept} ",
+    ):
+        assert re.search(rf"^ {row}", result.stdout, re.MULTILINE), row
+
+
+@pytest.mark.usefixtures("_transport")
+def test_the_fallback_takes_the_cold_part_of_a_killed_worker() -> None:
+    printed = run_json("--tokens", "30", "--hot", "0.5", "--kill-worker")
+    assert printed["text"] == text_without_a_worker(DEFAULT_PROMPT, 30)
+    assert printed["fallback_calls"] > 0
+    assert 0 < printed["cold_share"] < 1 - printed["hot_share"]
+    result = run("--tokens", "30", "--hot", "0.5", "--kill-worker")
+    assert result.exit_code == 0, result.output
+    for row in (
+        r"hot share +.*, \d+\.\d% by the worker, \d+\.\d% by the fallback",
+        r"fallback calls +\d+: the worker died",
+        r"worker restarts +\d+: SIGKILL to process \d+ during token 1[5-9],",
+    ):
+        assert re.search(rf"^ {row}", result.stdout, re.MULTILINE), row
+
+
+def test_a_worker_that_is_never_called_cannot_be_killed_with_a_call_on_its_way() -> None:
+    """One token chooses four experts of each layer, and fifteen are hot."""
+    result = run("--tokens", "1", "--prompt", "x", "--hot", "0.94", "--kill-worker")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^ calls +0,", result.stdout, re.MULTILINE)
+    assert re.search("worker restarts +0: no SIGKILL, as no call was on its way", result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hot", "1", "--kill-worker"], "keeps all 16 experts of a layer here"),
+        (["--hot", "0.97", "--kill-worker"], "--hot 0.97 keeps all 16 experts"),
+        (["--hot", "1.5"], "1.5 is not in the range 0<=x<=1"),
+    ],
+)
+def test_what_cannot_be_hot_is_named(arguments: list[str], message: str) -> None:
+    result = run("--tokens", "1", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_fraction_that_is_no_number_is_named() -> None:
+    result = run("--tokens", "1", "--hot", "nan")
+    assert isinstance(result.exception, SettingError)
+    assert "it must lie in 0..1" in str(result.exception)
+    assert result.stdout == ""
+
+
+# --- what is measured ---------------------------------------------------------------------
 
 
 def test_to_start_a_worker_anew_is_no_part_of_packing(monkeypatch: pytest.MonkeyPatch) -> None:

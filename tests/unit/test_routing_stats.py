@@ -84,6 +84,41 @@ def test_decay() -> None:
         stats.decay(1.5)
 
 
+def test_what_came_since_is_a_difference() -> None:
+    stats = RoutingStats({0: 2, 3: 2})
+    stats.observe(0, np.array([0, 1], np.int32))
+    earlier = RoutingStats({0: 2})
+    earlier.merge(stats)
+    stats.observe(0, np.array([1], np.int32))
+    stats.observe(3, np.array([0], np.int32))
+    since = stats.since(earlier)
+    assert [counted(since, layer) for layer in since.layers] == [[0, 1], [1, 0]]
+    assert counted(stats, 0) == [1, 2]
+    assert stats.since(stats).total() == 0
+
+
+@pytest.mark.parametrize("sizes", [{0: 2}, {0: 3}, {0: 2, 1: 1}])
+def test_where_a_count_fell_or_is_gone_all_of_it_is_new(sizes: dict[int, int]) -> None:
+    earlier = RoutingStats(sizes)
+    earlier.observe(0, np.array([0, 0], np.int32))
+    stats = RoutingStats({0: 2})
+    stats.observe(0, np.array([0, 1, 1, 1], np.int32))
+    assert counted(stats.since(earlier), 0) == [1, 3]
+
+
+@pytest.mark.parametrize("name", ["stats.csv", "stats.npz"])
+def test_a_file_may_be_read_while_it_is_saved(tmp_path: Path, name: str) -> None:
+    """A link to the old file keeps its content: it was not written into."""
+    path, link = tmp_path / name, tmp_path / f"old-{name}"
+    RoutingStats({0: 3}).save(path)
+    link.hardlink_to(path)
+    stats = RoutingStats({0: 3})
+    stats.observe(0, np.array([1], np.int32))
+    stats.save(path)
+    assert RoutingStats.load(link).total() == 0
+    assert RoutingStats.load(path).total() == 1
+
+
 @pytest.mark.parametrize("name", ["stats.csv", "stats.npz"])
 def test_a_file_gives_the_counts_back(tmp_path: Path, name: str) -> None:
     stats = RoutingStats({2: 5, 10: 3})
