@@ -11,18 +11,24 @@ import msgspec
 
 from .errors import SettingError
 
+MODES = ("auto", "batched", "stream")
 TRANSPORTS = ("auto", "stream", "shared")
 WIRE_DTYPES = ("auto", "f32", "f16", "bf16")
+MAX_BATCH_CAPACITY = 4096
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """One field per variable: `spin_us` is MOESHM_SPIN_US, and so on."""
 
+    #: How a layer's tokens are cut into messages: as few as fit, slices of 4, or as measured.
+    mode: str = "auto"
     #: How activations travel: over the socket, through shared rings, or what fits best.
     transport: str = "auto"
     #: Number format of activations on the way; `auto` sends them as the caller holds them.
     wire_dtype: str = "auto"
+    #: Relative rounding error of activations that `auto` may add on the way.
+    tolerance: float = 0.0
     #: Most tokens in one call; longer calls are cut. The worker may advertise less.
     batch_capacity: int = 1024
     #: Longest busy wait before sleeping, in microseconds. It adapts below this; 0 never spins.
@@ -48,25 +54,29 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return cls(**values)
 
     def __post_init__(self) -> None:
-        _check_choice("MOESHM_TRANSPORT", self.transport, TRANSPORTS)
-        _check_choice("MOESHM_WIRE_DTYPE", self.wire_dtype, WIRE_DTYPES)
-        _check_choice("MOESHM_LOG_LEVEL", self.log_level, LOG_LEVELS)
-        _check_range("MOESHM_BATCH_CAPACITY", self.batch_capacity, 1, 4096)
-        _check_range("MOESHM_SPIN_US", self.spin_us, 0, 1e6)
-        _check_range("MOESHM_TIMEOUT_S", self.timeout_s, 1e-3, 1e6)
-        _check_range("MOESHM_CONNECT_TIMEOUT_S", self.connect_timeout_s, 1e-3, 3600)
+        check_choice("MOESHM_MODE", self.mode, MODES)
+        check_choice("MOESHM_TRANSPORT", self.transport, TRANSPORTS)
+        check_choice("MOESHM_WIRE_DTYPE", self.wire_dtype, WIRE_DTYPES)
+        check_choice("MOESHM_LOG_LEVEL", self.log_level, LOG_LEVELS)
+        check_range("MOESHM_TOLERANCE", self.tolerance, 0, 1)
+        check_range("MOESHM_BATCH_CAPACITY", self.batch_capacity, 1, MAX_BATCH_CAPACITY)
+        check_range("MOESHM_SPIN_US", self.spin_us, 0, 1e6)
+        check_range("MOESHM_TIMEOUT_S", self.timeout_s, 1e-3, 1e6)
+        check_range("MOESHM_CONNECT_TIMEOUT_S", self.connect_timeout_s, 1e-3, 3600)
 
 
 #: Read by the build and by the tests, not at run time.
 _NOT_OURS = frozenset({"MOESHM_SANITIZE", "MOESHM_TEST_RUN"})
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """SettingError unless it is one of the choices."""
     if value not in choices:
         raise SettingError(f"{name}={value!r}; choose {', '.join(choices)}")
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """SettingError unless it lies between the two, both allowed."""
     if not low <= value <= high:
         raise SettingError(f"{name}={value!r}; it must lie in {low:g}..{high:g}")
 

@@ -24,9 +24,13 @@ def test_nothing_set_gives_the_defaults() -> None:
 @pytest.mark.parametrize(
     ("variable", "text", "field", "value"),
     [
+        ("MOESHM_MODE", "Batched", "mode", "batched"),
+        ("MOESHM_MODE", "stream", "mode", "stream"),
         ("MOESHM_TRANSPORT", "stream", "transport", "stream"),
         ("MOESHM_TRANSPORT", " Shared ", "transport", "shared"),
         ("MOESHM_WIRE_DTYPE", "BF16", "wire_dtype", "bf16"),
+        ("MOESHM_TOLERANCE", "1", "tolerance", 1.0),
+        ("MOESHM_TOLERANCE", "4e-3", "tolerance", 0.004),
         ("MOESHM_BATCH_CAPACITY", "1", "batch_capacity", 1),
         ("MOESHM_BATCH_CAPACITY", "4096", "batch_capacity", 4096),
         ("MOESHM_SPIN_US", "0", "spin_us", 0.0),
@@ -48,10 +52,14 @@ def test_a_variable_sets_its_field(
 @pytest.mark.parametrize(
     ("variable", "text", "allowed"),
     [
+        ("MOESHM_MODE", "fast", "choose auto, batched, stream"),
         ("MOESHM_TRANSPORT", "tcp", "choose auto, stream, shared"),
         ("MOESHM_TRANSPORT", "", "choose auto"),
         ("MOESHM_WIRE_DTYPE", "f64", "choose auto, f32, f16, bf16"),
         ("MOESHM_LOG_LEVEL", "loud", "choose debug, info, warning, error"),
+        ("MOESHM_TOLERANCE", "-0.1", r"it must lie in 0\.\.1"),
+        ("MOESHM_TOLERANCE", "1.1", r"it must lie in 0\.\.1"),
+        ("MOESHM_TOLERANCE", "nan", r"it must lie in 0\.\.1"),
         ("MOESHM_BATCH_CAPACITY", "0", r"it must lie in 1\.\.4096"),
         ("MOESHM_BATCH_CAPACITY", "4097", r"it must lie in 1\.\.4096"),
         ("MOESHM_BATCH_CAPACITY", "-1", r"it must lie in 1\.\.4096"),

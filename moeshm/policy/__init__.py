@@ -1,0 +1,19 @@
+"""How the cold part of a forward travels: transport, wire dtype and slices, by measured costs."""
+
+from __future__ import annotations
+
+from .chooser import Chooser
+from .model import LocalCost
+from .rules import Choice, Path, Policy, Shape, Times, Verdict, Work
+
+__all__ = [
+    "Choice",
+    "Chooser",
+    "LocalCost",
+    "Path",
+    "Policy",
+    "Shape",
+    "Times",
+    "Verdict",
+    "Work",
+]
