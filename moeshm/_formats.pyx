@@ -11,11 +11,11 @@ cdef extern from "_formats.h" nogil:
     void moeshm_widen_bf16(const void *source, void *target, size_t count)
     void moeshm_narrow_f16(const void *source, void *target, size_t count)
     void moeshm_narrow_bf16(const void *source, void *target, size_t count)
+    void moeshm_f16_to_bf16(const void *source, void *target, size_t count)
+    void moeshm_bf16_to_f16(const void *source, void *target, size_t count)
     void moeshm_add_f32(const void *source, void *target, size_t count)
     void moeshm_add_f16(const void *source, void *target, size_t count)
     void moeshm_add_bf16(const void *source, void *target, size_t count)
-
-ctypedef void (*Loop)(const void *source, void *target, size_t count) noexcept nogil
 
 # Fewer bytes than this are done before another thread would have taken the interpreter.
 cdef Py_ssize_t NOGIL_BYTES = 64 << 10
@@ -30,19 +30,23 @@ cdef void copy_16(const void *source, void *target, size_t count) noexcept nogil
 
 
 cdef Loop find_conversion(int source, int target) noexcept:
-    if source == cnp.NPY_FLOAT32 and target == cnp.NPY_FLOAT32:
-        return copy_f32
+    if not (is_format(source) and is_format(target)):
+        return NULL
     if source == target:
+        if source == cnp.NPY_FLOAT32:
+            return copy_f32
         return copy_16
-    if target == cnp.NPY_FLOAT32 and source == cnp.NPY_FLOAT16:
-        return moeshm_widen_f16
     if target == cnp.NPY_FLOAT32:
+        if source == cnp.NPY_FLOAT16:
+            return moeshm_widen_f16
         return moeshm_widen_bf16
-    if source == cnp.NPY_FLOAT32 and target == cnp.NPY_FLOAT16:
-        return moeshm_narrow_f16
     if source == cnp.NPY_FLOAT32:
+        if target == cnp.NPY_FLOAT16:
+            return moeshm_narrow_f16
         return moeshm_narrow_bf16
-    return NULL
+    if source == cnp.NPY_FLOAT16:
+        return moeshm_f16_to_bf16
+    return moeshm_bf16_to_f16
 
 
 cdef Loop find_addition(int source) noexcept:
@@ -62,13 +66,11 @@ cdef bint is_format(int kind) noexcept:
 def convert(cnp.ndarray source not None, cnp.ndarray target not None):
     """Fill `target` with the values of `source`, of the same shape.
 
-    Both C-contiguous float32, float16 or bfloat16 as uint16; one of them float32, or both alike.
-    Rounds to nearest, ties to even; NaN stays NaN. TypeError, ValueError.
+    Both C-contiguous float32, float16 or bfloat16 as uint16. Rounds to nearest, ties to even; NaN
+    stays NaN. TypeError, ValueError.
     """
     cdef int source_kind = cnp.PyArray_TYPE(source), target_kind = cnp.PyArray_TYPE(target)
-    cdef Loop loop = NULL
-    if is_format(source_kind) and is_format(target_kind):
-        loop = find_conversion(source_kind, target_kind)
+    cdef Loop loop = find_conversion(source_kind, target_kind)
     if loop is NULL or not (cnp.PyArray_ISCARRAY_RO(source) and cnp.PyArray_ISCARRAY(target)):
         raise TypeError(f"from {source.dtype} to {target.dtype}; pass contiguous float formats")
     if not cnp.PyArray_SAMESHAPE(source, target):

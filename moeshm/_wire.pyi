@@ -15,9 +15,13 @@ def write_call(
     topk_weights: Array,
     dtype: int,
     deadline_ns: int,
+    view: int = 0,
+    rows: npt.NDArray[np.int64] | None = None,
 ) -> int: ...
 def read_plain_call(
-    record: Record, shapes: dict[int, tuple[int, int, int]], max_tokens: int
+    record: Record,
+    shapes: dict[int, tuple[int, int, int, npt.NDArray[np.int32] | None]],
+    max_tokens: int,
 ) -> tuple[int, int, Array, npt.NDArray[np.int32], npt.NDArray[np.float32], int, int] | None: ...
 def fill_reply(
     reply: Reservation,

@@ -12,6 +12,7 @@ from libc.string cimport memcpy, memset
 import numpy as np
 
 from ._atomics cimport moeshm_copy
+from ._formats cimport Loop, checked_rows, find_conversion
 from ._inputs cimport scan
 from ._mapping cimport Mapping
 from ._ring cimport Record, Reservation, RingProducer
@@ -40,7 +41,9 @@ cdef packed struct CallHeader:
     uint8_t id_space
     uint8_t dtype
     uint8_t reply_dtype
-    uint8_t zeros[27]
+    uint8_t zeros[3]
+    uint32_t view
+    uint8_t more_zeros[20]
 
 
 cdef packed struct ReplyHeader:
@@ -55,6 +58,7 @@ cdef packed struct ReplyHeader:
 
 
 # float32, float16, and bfloat16 as uint16: by their codes on the wire.
+cdef int[3] _TYPES = [cnp.NPY_FLOAT32, cnp.NPY_FLOAT16, cnp.NPY_UINT16]
 cdef object _STORAGE = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.uint16))
 
 
@@ -64,19 +68,32 @@ cdef inline uint64_t rows_offset(uint64_t slots) noexcept:
 
 def write_call(RingProducer ring not None, uint64_t call_id, uint32_t layer,
                cnp.ndarray hidden_states not None, cnp.ndarray topk_ids not None,
-               cnp.ndarray topk_weights not None, uint8_t dtype, int64_t deadline_ns):
-    """Write a call of local ids into the ring, from contiguous arrays of checked shapes.
+               cnp.ndarray topk_weights not None, uint8_t dtype, int64_t deadline_ns,
+               uint32_t view=0, cnp.ndarray rows=None):
+    """Write a call of local ids into the ring, from contiguous arrays of checked shapes: of the
+    tokens in `rows` (int64, None for all), their activations converted to `dtype` on the way.
 
     RingFull: no room now. Other errors as `RingProducer.write`.
     """
     cdef CallHeader *header
     cdef char *at
     cdef unsigned slot
-    cdef uint64_t n_tokens = cnp.PyArray_DIM(hidden_states, 0)
-    cdef uint64_t slots = n_tokens * <uint64_t>cnp.PyArray_DIM(topk_ids, 1)
-    cdef uint64_t offset = rows_offset(slots), n_bytes = cnp.PyArray_NBYTES(hidden_states)
+    cdef Py_ssize_t n_tokens = cnp.PyArray_DIM(hidden_states, 0)
+    cdef Py_ssize_t n_rows = n_tokens if rows is None else cnp.PyArray_DIM(rows, 0)
+    cdef uint64_t hidden_size = cnp.PyArray_DIM(hidden_states, 1)
+    cdef uint64_t top_k = cnp.PyArray_DIM(topk_ids, 1), slots = n_rows * top_k
+    cdef uint64_t offset = rows_offset(slots)
+    cdef uint64_t wire_bytes = hidden_size * (2 if dtype else 4), n_bytes = n_rows * wire_bytes
+    cdef int kind = cnp.PyArray_TYPE(hidden_states), wire = _TYPES[dtype]
+    cdef Loop convert = find_conversion(kind, wire)
+    cdef int64_t *index = NULL
     cdef char *source = <char *>cnp.PyArray_DATA(hidden_states)
+    cdef uint64_t row_bytes = hidden_size * cnp.PyArray_ITEMSIZE(hidden_states)
     cdef Mapping _alive = ring.mapping      # also after a close() by another thread
+    if convert is NULL:
+        raise TypeError(f"rows of {hidden_states.dtype} cannot travel as format {dtype}")
+    if rows is not None:
+        index = checked_rows(rows, n_rows, n_tokens)
     at = ring._begin(offset + n_bytes, CALL, 0, 0.0, &slot, NULL)
     header = <CallHeader *>at
     memset(header, 0, sizeof(CallHeader))
@@ -85,29 +102,59 @@ def write_call(RingProducer ring not None, uint64_t call_id, uint32_t layer,
     header.layer = layer
     header.call_id = call_id
     header.deadline_ns = deadline_ns
-    header.n_tokens = n_tokens
-    header.hidden_size = cnp.PyArray_DIM(hidden_states, 1)
-    header.top_k = cnp.PyArray_DIM(topk_ids, 1)
+    header.n_tokens = n_rows
+    header.hidden_size = hidden_size
+    header.top_k = top_k
     header.dtype = header.reply_dtype = dtype
-    memcpy(at + HEADER_BYTES, cnp.PyArray_DATA(topk_ids), slots * 4)
-    memcpy(at + HEADER_BYTES + slots * 4, cnp.PyArray_DATA(topk_weights), slots * 4)
+    header.view = view
+    gather(at + HEADER_BYTES, <char *>cnp.PyArray_DATA(topk_ids), index, n_rows, top_k * 4)
+    gather(at + HEADER_BYTES + slots * 4, <char *>cnp.PyArray_DATA(topk_weights), index, n_rows,
+           top_k * 4)
     memset(at + HEADER_BYTES + slots * 8, 0, offset - HEADER_BYTES - slots * 8)
-    if n_bytes >= NOGIL_BYTES:
-        with nogil:
-            moeshm_copy(at + offset, source, n_bytes)
-        ring._check_usable()
+    if n_bytes < NOGIL_BYTES:
+        pack(at + offset, wire_bytes, source, row_bytes, index, n_rows, hidden_size, convert,
+             kind == wire)
     else:
-        memcpy(at + offset, source, n_bytes)
+        with nogil:
+            pack(at + offset, wire_bytes, source, row_bytes, index, n_rows, hidden_size, convert,
+                 kind == wire)
+        ring._check_usable()
     ring._finish(slot)
     return offset + n_bytes
+
+
+cdef void gather(char *into, const char *source, const int64_t *index, Py_ssize_t n_rows,
+                 uint64_t row_bytes) noexcept nogil:
+    cdef Py_ssize_t row
+    if index is NULL:
+        memcpy(into, source, n_rows * row_bytes)
+        return
+    for row in range(n_rows):
+        memcpy(into + row * row_bytes, source + index[row] * row_bytes, row_bytes)
+
+
+cdef void pack(char *into, uint64_t wire_bytes, const char *source, uint64_t row_bytes,
+               const int64_t *index, Py_ssize_t n_rows, uint64_t hidden_size, Loop convert,
+               bint is_plain) noexcept nogil:
+    """Activations; those that need neither gathering nor converting in one copy, which knows what
+    is best for its size."""
+    cdef Py_ssize_t row
+    if index is not NULL:
+        for row in range(n_rows):
+            convert(source + index[row] * row_bytes, into + row * wire_bytes, hidden_size)
+    elif is_plain:
+        moeshm_copy(into, source, n_rows * row_bytes)
+    else:
+        convert(source, into, n_rows * hidden_size)
 
 
 def read_plain_call(Record record not None, dict shapes not None, uint64_t max_tokens):
     """`(call_id, layer, hidden_states, topk_ids, topk_weights, dtype code, deadline_ns)` of a call
     that is right in everything and has local ids; None for any other.
 
-    `shapes`: by layer, `(hidden_size, top_k, number of local experts)`. `topk_ids` is a copy whose
-    ids are in range; the other two are views of the record.
+    `shapes`: by `view << 32 | layer`, `(hidden_size, top_k, number of local experts, table)`, the
+    table being None or int32, local id to slot. `topk_ids` is a copy whose ids are in range, and
+    slots; the other two are views of the record.
     """
     cdef CallHeader header
     cdef uint64_t slots, offset, hidden_size, top_k
@@ -119,10 +166,10 @@ def read_plain_call(Record record not None, dict shapes not None, uint64_t max_t
     if (header.version != VERSION or header.header_bytes != HEADER_BYTES or header.id_space
             or header.dtype > 2 or header.reply_dtype > 2):
         return None
-    shape = shapes.get(header.layer)
+    shape = shapes.get(<uint64_t>header.view << 32 | header.layer)
     if shape is None:
         return None
-    hidden_size, top_k, limit = shape
+    hidden_size, top_k, limit, table = shape
     if (header.hidden_size != hidden_size or not 1 <= header.top_k <= top_k
             or not 1 <= header.n_tokens <= max_tokens):
         return None
@@ -139,6 +186,9 @@ def read_plain_call(Record record not None, dict shapes not None, uint64_t max_t
     scan(ids, limit, &wrong)
     if wrong != -1:
         return None
+    if table is not None:
+        to_slots(<int32_t *>cnp.PyArray_DATA(ids), slots,
+                 <int32_t *>cnp.PyArray_DATA(<cnp.ndarray?>table))
     return (
         header.call_id,
         header.layer,
@@ -148,6 +198,13 @@ def read_plain_call(Record record not None, dict shapes not None, uint64_t max_t
         header.reply_dtype,
         header.deadline_ns,
     )
+
+
+cdef inline void to_slots(int32_t *ids, uint64_t count, const int32_t *table) noexcept:
+    cdef uint64_t index
+    for index in range(count):
+        if ids[index] >= 0:
+            ids[index] = table[ids[index]]
 
 
 def fill_reply(Reservation reply not None, uint64_t call_id, uint32_t n_tokens,

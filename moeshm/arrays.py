@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from . import protocol
 from ._inputs import count_empty_rows
-from .dtypes import Array, DType, dtype_of
+from .dtypes import Array, DType, FloatArray, dtype_of, narrow
 from .errors import InvalidCall
 from .layers import LayerInfo
 
@@ -97,6 +97,12 @@ def make_output(inputs: Inputs, out: Any) -> tuple[Any, Array]:
             f"out is {found}; pass a writable, contiguous {like.dtype} {list(like.shape)}"
         )
     return out, array
+
+
+def as_output(total: FloatArray, inputs: Inputs) -> Any:
+    """A sum in float32, contiguous and the caller's own, as what its caller gets for `inputs`."""
+    array = narrow(total, inputs.dtype)
+    return _as_tensor(array, inputs.dtype) if inputs.is_torch else array
 
 
 def as_array(values: Any) -> Array:

@@ -30,6 +30,7 @@ class CallFuture:
     """
 
     __slots__ = (
+        "_adding",
         "_bytes_in",
         "_bytes_out",
         "_compute_ns",
@@ -46,6 +47,7 @@ class CallFuture:
         "_received",
         "_start_ns",
         "_timeout_s",
+        "_total",
         "_unpack_ns",
         "_waited_ns",
         "deadline",
@@ -86,6 +88,8 @@ class CallFuture:
         self._on_received = on_received
         self._link: Link | None = None
         self._received: Array | None = None
+        #: What the only message's rows are added to.
+        self._total: FloatArray | None = None
         self._error: CallError | None = None
         self._n_open = self._n_parts = 0
         self._bytes_out = self._bytes_in = 0
@@ -93,34 +97,25 @@ class CallFuture:
         self._compute_ns = self._unpack_ns = self._waited_ns = 0
         self._is_finished = False
         self._finishing = threading.Lock()
+        self._adding = threading.Lock()
 
     def expect(self, link: Link, n_parts: int, rows: npt.NDArray[np.int64] | None) -> None:
         """What will be on its way: so many parts, which together are these rows, or all."""
         self._link = link
-        self._n_open = n_parts
+        self._n_open = self._n_parts = n_parts
         self.rows = rows
-        inputs = self.inputs
-        n_rows = len(inputs.hidden_states) if rows is None else len(rows)
-        if rows is None and self.wire is inputs.dtype:
-            array = self._array()
-            # A part's result must not replace what other parts, or the fallback, still read.
-            if n_parts == 1 or not np.may_share_memory(array, inputs.hidden_states):
-                self._received = array
-                return
-        self._received = np.empty((n_rows, inputs.hidden_states.shape[1]), self.wire.numpy)
 
     def sent(self, start_ns: int, pack_ns: int, n_parts: int, bytes_out: int) -> None:
         """All parts are on their way, since `start_ns` (of time.perf_counter); with none, it is
         done."""
         self._start_ns, self._pack_ns = start_ns, pack_ns
-        self._n_parts, self._bytes_out = n_parts, bytes_out
+        self._bytes_out = bytes_out
         if n_parts == 0:
             self.is_done = True
 
     def part(self, rows: slice) -> Receiver:
         """Who receives these of the rows that were sent."""
-        assert self._received is not None
-        return _Part(self, self._received[rows])
+        return _Part(self, self._buffer()[rows])
 
     def done(self) -> bool:
         """True when `result` need not wait for the worker. Receives nothing by itself."""
@@ -148,40 +143,73 @@ class CallFuture:
     def add_to(self, total: FloatArray) -> None:
         """Instead of `result`: add it to `total`, float32 [n_tokens, hidden_size].
 
-        Spares the result of a part that is one of several. Waits and raises as `result`; after an
-        error, `total` is as it was. Once only, by one thread.
+        Spares the array of a result that is one of several, and one message's rows every copy: they
+        are added where they lie. Waits and raises as `result`; after an error, `total` is as it
+        was. Once only, by one thread.
         """
         if not self.is_done:
+            if self._n_parts == 1:
+                self._total = total
             self._wait(None)
         if self._error is not None:
             add_rows(total, None, arrays.as_array(self.result()))
         elif self._n_parts:
-            assert self._received is not None
-            start_ns = time.perf_counter_ns()
-            add_rows(total, self.rows, self._received)
-            self._unpack_ns += time.perf_counter_ns() - start_ns
+            if self._received is not None:
+                start_ns = time.perf_counter_ns()
+                add_rows(total, self.rows, self._received)
+                self._unpack_ns += time.perf_counter_ns() - start_ns
             self._report()
 
     def fail(self, error: CallError) -> None:
         """As `Receiver.fail`."""
-        if not self.is_done:
-            self._error = error
-            self.is_done = True
+        with self._adding:
+            if not self.is_done:
+                self._error = error
+                self.is_done = True
 
     def take(self, reply: Reply, record: Message, into: Array | None = None) -> None:
         """One part's reply, or the only one; the first error of several stays."""
-        if into is None:
-            into = self._received
-        assert into is not None
         start_ns = time.perf_counter_ns()
         self._error = self._error or reply.error
-        reply.copy_rows(record, into, self.wire)
+        if into is not None:
+            reply.copy_rows(record, into, self.wire)
+        elif self._total is None or reply.error is not None:
+            reply.copy_rows(record, self._buffer(), self.wire)
+        else:
+            self._add(reply, record, self._total)
         self._bytes_in += len(record)
         self._compute_ns += reply.compute_ns
         self._unpack_ns += time.perf_counter_ns() - start_ns
         self._n_open -= 1
         if self._n_open == 0:
             self.is_done = True
+
+    def _add(self, reply: Reply, record: Message, total: FloatArray) -> None:
+        """Add the rows where they lie, unless the call has failed: then nothing may change."""
+        rows = reply.rows(record, (self._n_rows, total.shape[1]), self.wire)
+        with self._adding:
+            if not self.is_done:
+                add_rows(total, self.rows, rows)
+                self.is_done = True
+
+    @property
+    def _n_rows(self) -> int:
+        """That are sent."""
+        return len(self.inputs.hidden_states) if self.rows is None else len(self.rows)
+
+    def _buffer(self) -> Array:
+        """Where replies go: the result itself, if they are all of it."""
+        if self._received is None:
+            inputs = self.inputs
+            if self.rows is None and self.wire is inputs.dtype:
+                array = self._array()
+                # A part's result must not replace what other parts, or the fallback, still read.
+                if self._n_parts == 1 or not np.may_share_memory(array, inputs.hidden_states):
+                    self._received = array
+                    return array
+            shape = (self._n_rows, inputs.hidden_states.shape[1])
+            self._received = np.empty(shape, self.wire.numpy)
+        return self._received
 
     def _array(self) -> Array:
         """Where the result goes."""

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 
 from . import arrays, session, settings, windows
 from .arrays import Inputs
 from .backends import Backend
 from .call import CallFuture
-from .dtypes import Array, DType, narrow, widen
+from .dtypes import Array, DType
 from .errors import (
     ClientClosed,
     DeadlineExceeded,
     ForkedProcess,
     InvalidCall,
     RingFull,
-    SessionError,
     SettingError,
     WorkerDied,
 )
+from .fallback import Fallback
+from .held import HOLD_TIMEOUT_S, ClientViews, HeldView
 from .layers import LayerInfo
 from .link import Link
 from .protocol import MAX_TOKENS
@@ -65,7 +66,6 @@ class ExpertClient:
     ) -> None:
         self._open_session = open_session
         self._on_close = on_close
-        self._fallback = fallback
         self._pid = os.getpid()
         self._wire = None if wire_dtype == "auto" else DType.parse(wire_dtype)
         self._timeout_s = settings.current().timeout_s
@@ -75,10 +75,15 @@ class ExpertClient:
         self._closed = threading.Event()
         self._link = self._connect(is_first=True)
         welcome = self._link.session.welcome
-        #: What the worker holds, by layer number.
+        #: What the worker held for this client when it was opened, by layer number.
         self.layers: Mapping[int, LayerInfo] = welcome.layers
+        #: The same, as the view that calls are of when they name none.
+        self.view = HeldView(welcome.layers)
+        self._views = ClientViews(self.view, self._link)
+        self._fallback: Fallback | None = None
         try:
-            _check_fallback(fallback, self.layers)
+            if fallback is not None:
+                self._fallback = Fallback(fallback, self.layers, self._counter)
         except BaseException:
             self.close()
             raise
@@ -113,38 +118,43 @@ class ExpertClient:
         out: Any = None,
         timeout_s: float | None = None,
         global_ids: bool = False,
+        view: HeldView | None = None,
     ) -> Any:
         """`submit(…).result()`, in less time when no other thread waits for this worker."""
         start_ns = time.perf_counter_ns()
         timeout_s = self._check_timeout(timeout_s)
-        inputs = self._check(layer, hidden_states, topk_ids, topk_weights, global_ids)
-        if not self._is_plain(inputs):
+        view = view or self.view
+        link = self._link
+        number = link.views.of(view)
+        inputs = self._check(view, layer, hidden_states, topk_ids, topk_weights, global_ids)
+        if not self._is_plain(inputs, link):
             made = None if out is None else arrays.make_output(inputs, out)
-            return self._submit(layer, inputs, made, timeout_s, start_ns).result()
+            return self._submit(view, layer, inputs, made, timeout_s, start_ns).result()
         output, array = made = arrays.make_output(inputs, out)
         try:
-            answer = self._link.call(
+            answer = link.call(
                 layer,
                 inputs.hidden_states,
                 inputs.topk_ids,
                 inputs.topk_weights,
                 inputs.dtype,
+                number,
                 array,
                 timeout_s,
             )
         except (WorkerDied, DeadlineExceeded) as error:
             if self._fallback is None:
                 raise
-            self._fall_back(layer, inputs, array, error)
+            self._fallback.compute(view, layer, inputs, array, error)
             return output
         if answer is None:
-            return self._submit(layer, inputs, made, timeout_s, start_ns).result()
+            return self._submit(view, layer, inputs, made, timeout_s, start_ns).result()
         self._counter.answered(answer, len(array), start_ns)
         if answer.error is None:
             return output
         if self._fallback is None or not isinstance(answer.error, DeadlineExceeded):
             raise answer.error
-        self._fall_back(layer, inputs, array, answer.error)
+        self._fallback.compute(view, layer, inputs, array, answer.error)
         return output
 
     def submit(
@@ -157,6 +167,7 @@ class ExpertClient:
         out: Any = None,
         timeout_s: float | None = None,
         global_ids: bool = False,
+        view: HeldView | None = None,
         wire_dtype: DType | None = None,
         slice_tokens: int | None = None,
     ) -> CallFuture:
@@ -167,7 +178,8 @@ class ExpertClient:
         empty slot; local ids (rows of `layers[layer].experts`), or the model's with
         `global_ids`. `topk_weights`: [n_tokens, top_k]. `out`: like hidden_states, to write the
         result into; by default a new one. `timeout_s`: until the deadline, by default
-        MOESHM_TIMEOUT_S. `wire_dtype`: how rows travel, by default as the client was told.
+        MOESHM_TIMEOUT_S. `view`: what `hold` gave, whose layers and local ids these are, instead
+        of the client's `layers`. `wire_dtype`: how rows travel, by default as the client was told.
         `slice_tokens`: a message for each so many tokens, by default as few as the worker takes;
         while it computes one, the next is on its way.
 
@@ -178,9 +190,50 @@ class ExpertClient:
         timeout_s = self._check_timeout(timeout_s)
         if slice_tokens is not None and slice_tokens < 1:
             raise InvalidCall(f"slice_tokens={slice_tokens}; it must be at least 1")
-        inputs = self._check(layer, hidden_states, topk_ids, topk_weights, global_ids)
+        view = view or self.view
+        self._link.views.of(view)
+        inputs = self._check(view, layer, hidden_states, topk_ids, topk_weights, global_ids)
         made = None if out is None else arrays.make_output(inputs, out)
-        return self._submit(layer, inputs, made, timeout_s, start_ns, wire_dtype, slice_tokens)
+        return self._submit(
+            view, layer, inputs, made, timeout_s, start_ns, wire_dtype, slice_tokens
+        )
+
+    def hold(
+        self, experts: Mapping[int, Sequence[int]], *, timeout_s: float | None = None
+    ) -> HeldView:
+        """Let the worker hold these experts, by layer the model's ids in local order; a view for
+        `submit` and `compute`, once it has loaded those that it lacked.
+
+        Calls of other threads go on meanwhile, and calls of other views always. A client that
+        connects anew has its views held again. `timeout_s`: by default 600.
+
+        InvalidCall: the worker, or the fallback, cannot hold them. WorkerFailed: loading failed.
+        DeadlineExceeded: it takes longer. WorkerDied, ForkedProcess, ClientClosed. Nothing is held
+        then.
+        """
+        self._check_process()
+        timeout_s = HOLD_TIMEOUT_S if timeout_s is None else self._check_timeout(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        wanted = {int(layer): tuple(map(int, ids)) for layer, ids in experts.items()}
+        if self._fallback is not None:
+            self._fallback.check(wanted)
+        while True:
+            link = self._live_link(deadline)
+            number, layers = link.views.hold(wanted, max(0.0, deadline - time.monotonic()))
+            view = HeldView(layers)
+            # Another thread may have connected anew: what the old session holds is in vain.
+            if self._views.add(view, number, link, lambda: self._link):
+                return view
+
+    def release(self, view: HeldView) -> None:
+        """Let the worker drop the experts that no other view lists; the view, which may be the
+        client's own, cannot be called any more. Results of earlier calls still come.
+
+        InvalidCall: it was released before, or is another client's.
+        """
+        self._check_process()
+        self._views.discard(view)
+        self._link.views.release(view)
 
     def stats(self) -> ClientStats:
         """Counts and times since the client was opened."""
@@ -212,18 +265,27 @@ class ExpertClient:
     # --- sending ------------------------------------------------------------------------
 
     def _check(
-        self, layer: int, hidden_states: Any, topk_ids: Any, topk_weights: Any, global_ids: bool
+        self,
+        view: HeldView,
+        layer: int,
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        global_ids: bool,
     ) -> Inputs:
+        self._check_process()
+        info = view.layers.get(layer)
+        if info is None:
+            raise InvalidCall(
+                f"layer {layer} is not on this worker; it holds {sorted(view.layers)}"
+            )
+        return arrays.check(layer, info, hidden_states, topk_ids, topk_weights, global_ids)
+
+    def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise ForkedProcess(
                 f"this client belongs to process {self._pid}; connect anew in {os.getpid()}"
             )
-        info = self.layers.get(layer)
-        if info is None:
-            raise InvalidCall(
-                f"layer {layer} is not on this worker; it holds {sorted(self.layers)}"
-            )
-        return arrays.check(layer, info, hidden_states, topk_ids, topk_weights, global_ids)
 
     def _check_timeout(self, timeout_s: float | None) -> float:
         if timeout_s is None:
@@ -232,9 +294,8 @@ class ExpertClient:
             raise InvalidCall(f"timeout_s={timeout_s}; it must lie in 0..{MAX_TIMEOUT_S:g}")
         return timeout_s
 
-    def _is_plain(self, inputs: Inputs) -> bool:
+    def _is_plain(self, inputs: Inputs, link: Link) -> bool:
         """Goes as it is, in one message, to a worker that is there."""
-        link = self._link
         return (
             not inputs.n_empty
             and (self._wire is None or self._wire is inputs.dtype)
@@ -244,6 +305,7 @@ class ExpertClient:
 
     def _submit(
         self,
+        view: HeldView,
         layer: int,
         inputs: Inputs,
         output: tuple[Any, Array] | None,
@@ -259,18 +321,18 @@ class ExpertClient:
             wire or self._wire or inputs.dtype,
             time.monotonic() + timeout_s,
             timeout_s,
-            None if self._fallback is None else self._fall_back,
+            None if self._fallback is None else functools.partial(self._fallback.compute, view),
             self._counter.received,
         )
         try:
-            self._send(future, slice_tokens or MAX_TOKENS, start_ns)
+            self._send(future, view, slice_tokens or MAX_TOKENS, start_ns)
         except WorkerDied as error:
             if self._fallback is None:
                 raise
             future.fail(error)
         return future
 
-    def _send(self, future: CallFuture, slice_tokens: int, start_ns: int) -> None:
+    def _send(self, future: CallFuture, view: HeldView, slice_tokens: int, start_ns: int) -> None:
         """Cut the call as wished and as the worker allows, and send the parts."""
         inputs = future.inputs
         n_tokens = len(inputs.topk_ids)
@@ -284,13 +346,16 @@ class ExpertClient:
             link = self._live_link(future.deadline)
             # To start a worker anew is no part of packing.
             start_ns += time.perf_counter_ns() - lost_ns
+        number = link.views.of(view)
         rows = None
         if inputs.n_empty:
             rows = np.flatnonzero((inputs.topk_ids >= 0).any(axis=1)).astype(np.int64, copy=False)
         parts = windows.cut(n_tokens, rows, slice_tokens, link.max_tokens)
         future.expect(link, len(parts), rows)
         try:
-            n_bytes = sum(self._send_part(link, future, part, len(parts) == 1) for part in parts)
+            n_bytes = sum(
+                self._send_part(link, number, future, part, len(parts) == 1) for part in parts
+            )
         except RingFull as error:
             late = DeadlineExceeded(f"the worker took no call before the deadline: {error}")
             future.fail(late)
@@ -302,19 +367,24 @@ class ExpertClient:
         future.sent(start_ns, pack_ns, len(parts), n_bytes)
         self._counter.sent(len(parts), n_tokens - inputs.n_empty, n_bytes, pack_ns)
 
-    def _send_part(self, link: Link, future: CallFuture, part: slice, is_whole: bool) -> int:
-        inputs, wire = future.inputs, future.wire
-        index = part if future.rows is None else future.rows[part]
-        hidden = inputs.hidden_states[index]
-        if wire is not inputs.dtype:
-            hidden = narrow(widen(hidden), wire)
+    def _send_part(
+        self, link: Link, view: int, future: CallFuture, part: slice, is_whole: bool
+    ) -> int:
+        inputs, rows = future.inputs, future.rows
+        hidden, ids, weights = inputs.hidden_states, inputs.topk_ids, inputs.topk_weights
+        if rows is not None:
+            rows = rows[part]
+        elif not is_whole:
+            hidden, ids, weights = hidden[part], ids[part], weights[part]
         return link.send(
             future if is_whole else future.part(part),
             future.layer,
             hidden,
-            inputs.topk_ids[index],
-            inputs.topk_weights[index],
-            wire,
+            ids,
+            weights,
+            future.wire,
+            view,
+            rows,
         )
 
     # --- the session ----------------------------------------------------------------------
@@ -338,43 +408,24 @@ class ExpertClient:
         return found
 
     def _reconnect(self) -> Link:
-        self._link = found = self._connect(is_first=False)
-        return found
+        link = self._connect(is_first=False)
+        try:
+            self._views.restore(link, self._use)
+        except BaseException as error:
+            link.close(WorkerDied(f"the new session is of no use: {error}"))
+            raise
+        return link
+
+    def _use(self, link: Link) -> None:
+        self._link = link
 
     def _connect(self, is_first: bool) -> Link:
         opened = self._open_session()
         welcome = opened.session.welcome
-        if not is_first and welcome.layers != self.layers:
-            opened.session.close()
-            raise SessionError("the worker holds other layers than before; open a new client")
         if welcome.stepped_down:
             _log.warning("activations travel over %s: %s", welcome.transport, welcome.stepped_down)
         self._counter.connected(is_first, opened.is_new_process, welcome.stepped_down)
         return Link(opened.session, self._capacity)
-
-    def _fall_back(
-        self, layer: int, inputs: Inputs, array: Array, error: WorkerDied | DeadlineExceeded
-    ) -> None:
-        """Compute in this process what the worker did not; counted, and logged once a cause."""
-        assert self._fallback is not None
-        cause = "deadline" if isinstance(error, DeadlineExceeded) else "worker_died"
-        if self._counter.fell_back(cause):
-            _log.warning("the fallback computes calls of this process: %s", error)
-        self._fallback.ffn(layer, inputs.hidden_states, inputs.topk_ids, inputs.topk_weights, array)
-
-
-def _check_fallback(fallback: Backend | None, layers: Mapping[int, LayerInfo]) -> None:
-    """A fallback must hold what the worker holds, in the same local order."""
-    if fallback is None:
-        return
-    for number, info in layers.items():
-        held = fallback.layers.get(number)
-        # Only the stored format of the weights may differ.
-        if held is None or msgspec.structs.replace(held, weight_dtype=info.weight_dtype) != info:
-            raise SettingError(
-                f"the fallback does not hold the same experts of layer {number} as the worker; "
-                "load it from the same checkpoint with the same experts"
-            )
 
 
 def connect(
@@ -398,14 +449,18 @@ def connect(
     argument is not allowed.
     """
     chosen = choose(transport, wire_dtype, timeout_s)
+    # Of the first session only: by the next, the worker may begin with a newer view.
+    expected = [placement]
 
     def open_session() -> Opened:
-        return Opened(
-            session.connect(
-                address, chosen.transport, chosen.batch_capacity, chosen.timeout_s, placement
-            ),
-            False,
+        opened = session.connect(
+            address,
+            chosen.transport,
+            chosen.batch_capacity,
+            chosen.timeout_s,
+            expected.pop() if expected else "",
         )
+        return Opened(opened, False)
 
     return ExpertClient(open_session, lambda: None, chosen.wire_dtype, fallback)
 

@@ -19,7 +19,10 @@ from pathlib import Path
 from . import process, protocol, session
 from .backends import Backend
 from .errors import AddressInUse, MoeshmError
+from .holdings import Holdings, Load
 from .session import ControlSocket
+from .signals import signals_as_bytes
+from .views import SessionViews
 from .worker import SessionServer, Turns
 
 _log = logging.getLogger(__name__)
@@ -38,12 +41,15 @@ _MEMORY_SHARE = 1 / 16
 class Daemon:
     """Serves a backend at `unix:PATH` until SIGTERM or SIGINT, or until `lifeline` ends.
 
-    `lifeline`: a pidfd of whoever started the worker; -1 for none. AddressInUse: a live worker
-    listens there. SettingError: `listen`.
+    `lifeline`: a pidfd of whoever started the worker; -1 for none. `load`: reads the experts that
+    clients ask for beyond the backend's; None for none. AddressInUse: a live worker listens there.
+    SettingError: `listen`.
     """
 
-    def __init__(self, backend: Backend, listen: str, lifeline: int = -1) -> None:
-        self._backend = backend
+    def __init__(
+        self, backend: Backend, listen: str, lifeline: int = -1, load: Load | None = None
+    ) -> None:
+        self._holdings = Holdings(backend, load)
         self._path = Path(session.parse_address(listen))
         self._lifeline = lifeline
         self._turns = Turns()
@@ -55,7 +61,7 @@ class Daemon:
     def run(self) -> None:
         """Serve; returns once everything that was begun is finished."""
         try:
-            with _signals_as_bytes() as signals, selectors.DefaultSelector() as selector:
+            with signals_as_bytes() as signals, selectors.DefaultSelector() as selector:
                 selector.register(self._listener, selectors.EVENT_READ)
                 selector.register(signals, selectors.EVENT_READ)
                 if self._lifeline >= 0:
@@ -112,28 +118,34 @@ class Daemon:
 
     def _serve_client(self, control: ControlSocket) -> tuple[int, str]:
         """Until the session ends; how serious that is, and how it ended."""
-        try:
-            opened = session.accept(
-                control,
-                self._backend.layers,
-                self._backend.name,
-                self._max_tokens,
-                HANDSHAKE_TIMEOUT_S,
-            )
-        except (MoeshmError, OSError) as error:
-            return logging.WARNING, f"got no session: {error}"
-        with opened:
-            welcome = opened.welcome
-            _log.info(
-                "process %d: session over %s, up to %d tokens a call%s",
-                control.peer_pid,
-                welcome.transport,
-                welcome.max_tokens,
-                f" ({welcome.stepped_down})" if welcome.stepped_down else "",
-            )
-            server = SessionServer(opened, self._backend, self._turns, self._draining)
-            why = server.serve()
-        return logging.INFO, f"session ended after {server.calls} calls, {server.rows} rows: {why}"
+        with SessionViews(self._holdings) as views:
+            try:
+                opened = session.accept(
+                    control,
+                    views.layers,
+                    views.backend.name,
+                    self._max_tokens,
+                    HANDSHAKE_TIMEOUT_S,
+                )
+            except (MoeshmError, OSError) as error:
+                return logging.WARNING, f"got no session: {error}"
+            with opened:
+                return logging.INFO, self._serve_session(control, opened, views)
+
+    def _serve_session(
+        self, control: ControlSocket, opened: session.Session, views: SessionViews
+    ) -> str:
+        welcome = opened.welcome
+        _log.info(
+            "process %d: session over %s, up to %d tokens a call%s",
+            control.peer_pid,
+            welcome.transport,
+            welcome.max_tokens,
+            f" ({welcome.stepped_down})" if welcome.stepped_down else "",
+        )
+        server = SessionServer(opened, views, self._turns, self._draining)
+        why = server.serve()
+        return f"session ended after {server.calls} calls, {server.rows} rows: {why}"
 
     def _stop_listening(self) -> None:
         with contextlib.suppress(OSError):
@@ -209,24 +221,6 @@ def _remove_stale(path: Path) -> None:
     raise AddressInUse(
         errno.EADDRINUSE, f"a live process listens at {path}; stop it, or choose another path"
     )
-
-
-@contextlib.contextmanager
-def _signals_as_bytes() -> Iterator[socket.socket]:
-    """A socket that receives the number of each SIGTERM and SIGINT, so that select() sees them."""
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.signal(number, lambda *_: None) for number in numbers}
-    previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    try:
-        yield reader
-    finally:
-        signal.set_wakeup_fd(previous_fd)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        reader.close()
-        writer.close()
 
 
 def notify_systemd(state: str) -> None:

@@ -79,6 +79,11 @@ class LayerInfo(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
+def without_experts(info: LayerInfo) -> LayerInfo:
+    """What the layer is, whichever of its experts are held."""
+    return msgspec.structs.replace(info, experts=())
+
+
 def parse_ranges(text: str) -> tuple[int, ...]:
     """`"0-3,7"` as `(0, 1, 2, 3, 7)`; ValueError names the part that does not parse."""
     numbers: list[int] = []

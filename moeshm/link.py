@@ -10,9 +10,12 @@ import itertools
 import os
 import threading
 import time
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from . import protocol
 from .dtypes import Array, DType
@@ -26,6 +29,7 @@ from .errors import (
     RingFull,
     WorkerDied,
 )
+from .held import SessionNumbers
 from .protocol import Message, Reply
 from .session import Session
 
@@ -48,8 +52,12 @@ def another(error: CallError) -> CallError:
     return type(error)(str(error))
 
 
-#: The arguments of `Transport.write_call` and `protocol.pack_call`.
-Packable: TypeAlias = tuple[int, int, Array, Array, Array, DType, int]
+#: Of a call's tokens, rising.
+Rows: TypeAlias = npt.NDArray[np.int64]
+#: The arguments of `Transport.write_call` and `protocol.pack_rows`.
+Packable: TypeAlias = tuple[int, int, Array, Array, Array, DType, int, int, Rows | None]
+
+_Record = TypeVar("_Record")
 
 
 class Receiver(Protocol):
@@ -95,6 +103,8 @@ class Link:
         self._transport = session.transport
         self._pending: dict[int, Receiver] = {}
         self._ids = itertools.count(1)
+        #: The views that calls may name.
+        self.views = SessionNumbers(self)
         self._sending = threading.Lock()
         self._state = threading.Lock()
         self._changed = threading.Condition(self._state)
@@ -113,8 +123,11 @@ class Link:
         topk_ids: Array,
         topk_weights: Array,
         dtype: DType,
+        view: int,
+        rows: Rows | None,
     ) -> int:
-        """Send a call of local ids, whose reply will go to `receiver`; how many bytes it took.
+        """Send these rows of a call of a view's local ids, or all, in this format; their reply
+        will go to `receiver`. How many bytes it took.
 
         RingFull: no room before the receiver's deadline; nothing was sent. WorkerDied: the session
         is over; the receiver was told, too.
@@ -128,17 +141,30 @@ class Link:
             topk_weights,
             dtype,
             int(receiver.deadline * 1e9),
+            view,
+            rows,
         )
+        return self._post(call_id, receiver, self._write, call)
+
+    def _post(
+        self,
+        call_id: int | None,
+        receiver: Receiver,
+        write: Callable[[_Record, float], int],
+        record: _Record,
+    ) -> int:
         if not self._sending.acquire(timeout=max(0.0, receiver.deadline - time.monotonic())):
             raise RingFull("other threads' calls waited for room until this one's deadline")
         try:
             if self.loss is not None:
                 raise another(self.loss)
-            self._pending[call_id] = receiver
+            if call_id is not None:
+                self._pending[call_id] = receiver
             try:
-                return self._write(call, receiver.deadline)
+                return write(record, receiver.deadline)
             except RingFull:
-                self._pending.pop(call_id, None)
+                if call_id is not None:
+                    self._pending.pop(call_id, None)
                 raise
             except MoeshmError as error:
                 raise self.lose(error) from error
@@ -152,10 +178,11 @@ class Link:
         topk_ids: Array,
         topk_weights: Array,
         dtype: DType,
+        view: int,
         into: Array,
         timeout_s: float,
     ) -> Answer | None:
-        """Send a call of local ids and receive its reply at once, its rows into `into`.
+        """Send a call of a view's local ids and receive its reply at once, its rows into `into`.
 
         None when another thread sends or receives, or there is no room: then nothing was sent.
         Spares a thread that would wait at once the future and the bookkeeping, half of a small
@@ -183,6 +210,8 @@ class Link:
                         topk_weights,
                         dtype,
                         int(deadline * 1e9),
+                        view,
+                        None,
                     )
                 except RingFull as error:
                     if time.monotonic() < deadline:
@@ -209,6 +238,23 @@ class Link:
             raise self.lose(error) from error
         finally:
             self._stop_receiving()
+
+    def order(self, call_id: int | None, receiver: Receiver, packed: bytes) -> None:
+        """Send an order, whose reply will go to `receiver`; None for one without. Errors as
+        `send`."""
+        self._post(call_id, receiver, self._write_order, packed)
+
+    def new_id(self) -> int:
+        """For the next call or order."""
+        return next(self._ids)
+
+    def forget(self, call_id: int) -> None:
+        """Its reply may still come, and is then nobody's."""
+        with self._state:
+            if call_id in self._pending:
+                self._pending[call_id] = _Nobody()
+
+    # --- receiving --------------------------------------------------------------------------
 
     def wait(self, call: Awaited, deadline: float) -> bool:
         """Receive, or let another thread receive, until the call is done; False at the deadline.
@@ -267,14 +313,22 @@ class Link:
         except RingFull:
             if time.monotonic() > deadline:
                 raise
+        parts = protocol.pack_rows(*call)
+        self._write_parts(parts, protocol.CALL, deadline)
+        n_rows, hidden_size = parts[-1].shape
+        return protocol.call_bytes(n_rows, call[3].shape[1], hidden_size, call[5])
+
+    def _write_order(self, order: bytes, deadline: float) -> int:
+        self._write_parts((order,), protocol.ORDER, deadline)
+        return len(order)
+
+    def _write_parts(self, parts: Sequence[Any], kind: int, deadline: float) -> None:
         # The worker may wait for room for a reply: without taking replies in, both would wait.
-        parts = protocol.pack_call(*call)
         while True:
             self._drain()
             try:
-                self._transport.write(parts, protocol.CALL, 0, _FULL_PAUSE_S)
-                n_tokens, top_k = call[3].shape
-                return protocol.call_bytes(n_tokens, top_k, call[2].shape[1], call[5])
+                self._transport.write(parts, kind, 0, _FULL_PAUSE_S)
+                return
             except RingFull:
                 if time.monotonic() > deadline:
                     raise

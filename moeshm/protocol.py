@@ -4,14 +4,14 @@ Handshake messages are msgpack, tagged by type, cut into packets of a SOCK_SEQPA
 and replies are little-endian: a header of 64 bytes, then arrays, and travel over any transport.
 
 A call is `header, topk_ids, topk_weights, padding to 64, hidden_states`; a reply `header, rows`,
-or `header, text` for an error. docs/protocol.md draws both.
+or `header, text` for an error. docs/protocol.md draws both. `orders.py` has the third record.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ._inputs import inspect_ids
 from ._ring import Record, Reservation
 from ._wire import fill_reply, read_plain_call, take_plain_reply
-from .dtypes import Array, DType
+from .dtypes import Array, DType, narrow, widen
 from .errors import CallError, DeadlineExceeded, InvalidCall, ProtocolError, WorkerFailed
 from .layers import LayerInfo, fingerprint_of
 
@@ -84,18 +84,25 @@ class Goodbye(msgspec.Struct, tag="goodbye", frozen=True):
     reason: str
 
 
+_Decoded = TypeVar("_Decoded")
 ControlMessage = Hello | Welcome | Refusal | Goodbye
 _decoder: msgspec.msgpack.Decoder[ControlMessage] = msgspec.msgpack.Decoder(ControlMessage)
+_layers_decoder = msgspec.msgpack.Decoder(dict[int, LayerInfo])
 encode_control = msgspec.msgpack.Encoder().encode
 
 
 def decode_control(data: bytes) -> ControlMessage:
     """A handshake message; ProtocolError when it is none."""
+    return decode(_decoder, data, "handshake message")
+
+
+def decode(decoder: msgspec.msgpack.Decoder[_Decoded], data: bytes, what: str) -> _Decoded:
+    """What the peer's msgpack says; ProtocolError when it is not what the decoder reads."""
     try:
-        return _decoder.decode(data)
+        return decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         # Quoted, as it may quote the peer: a log line must stay one.
-        raise ProtocolError(f"no handshake message ({str(error)!r}): {data[:32]!r}") from None
+        raise ProtocolError(f"no {what} ({str(error)!r}): {data[:32]!r}") from None
 
 
 def check_hello(hello: ControlMessage) -> Hello:
@@ -136,7 +143,12 @@ def check_welcome(welcome: Welcome, n_fds: int) -> Welcome:
         raise ProtocolError(f"transport {welcome.transport!r} came with {n_fds} fds")
     if not 1 <= welcome.max_tokens <= MAX_TOKENS or not 0 <= welcome.epoch < 1 << 64:
         raise ProtocolError(f"max_tokens={welcome.max_tokens}, epoch={welcome.epoch}")
-    for number, info in welcome.layers.items():
+    _check_layers(welcome.layers)
+    return welcome
+
+
+def _check_layers(layers: Mapping[int, LayerInfo]) -> None:
+    for number, info in layers.items():
         if not (
             0 <= number < 1 << 32
             and info.hidden_size < 1 << 32
@@ -144,21 +156,20 @@ def check_welcome(welcome: Welcome, n_fds: int) -> Welcome:
             and info.num_experts <= MAX_EXPERTS
         ):
             raise ProtocolError(f"layer {number} of the worker fits no call: {info.summary()}")
-    return welcome
 
 
 # --- calls --------------------------------------------------------------------------------
 
 #: Types of the records that carry them.
-CALL, REPLY = 1, 2
+CALL, REPLY, ORDER = 1, 2, 3
 HEADER_BYTES = 64
 # version, header bytes, layer, call id, deadline, tokens, hidden size, top k, id space, dtype,
-# reply dtype
-_CALL = struct.Struct("<HHIQqIIHBBB27x")
+# reply dtype, view
+_CALL = struct.Struct("<HHIQqIIHBBB3xI20x")
 # version, status, tokens, call id, time in the backend, hidden size, dtype
 _REPLY = struct.Struct("<HHIQQIB35x")
 _LOCAL, _GLOBAL = 0, 1
-_OK, _INVALID, _FAILED, _EXPIRED = range(4)
+_OK, _INVALID, _FAILED, _EXPIRED, _HELD = range(5)
 _DTYPES = {int(dtype): dtype for dtype in DType}
 _PADDING = bytes(HEADER_BYTES)
 _INT32 = np.dtype(np.int32)
@@ -189,11 +200,16 @@ class Message(Protocol):
 
 #: What a header holds after its version and length, as it came.
 CallFields = tuple[int, ...]
+#: Local id to the backend's slot, int32, and -1 in one place more: where the id -1 looks.
+SlotTable = npt.NDArray[np.int32]
+#: hidden_size, top_k, number of local experts, and their slots unless those are the local ids.
+PlainShape = tuple[int, int, int, SlotTable | None]
+_NO_TABLES: Mapping[int, SlotTable] = {}
 
 
 class Call(msgspec.Struct, frozen=True, gc=False):
     """A checked call. `hidden_states` and `topk_weights` are views of the record, whose values
-    the client can still change; `topk_ids` are the worker's own, local and in range."""
+    the client can still change; `topk_ids` are the worker's own, and slots of its backend."""
 
     call_id: int
     layer: int
@@ -207,7 +223,7 @@ class Call(msgspec.Struct, frozen=True, gc=False):
 
 
 class Reply(msgspec.Struct, frozen=True, gc=False):
-    """A reply's header; `error` is None when the rows follow at HEADER_BYTES."""
+    """A reply's header; when `error` and `layers` are None the rows follow at HEADER_BYTES."""
 
     call_id: int
     n_tokens: int
@@ -215,18 +231,28 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
     dtype: DType
     compute_ns: int
     error: CallError | None
+    #: Of the view that is held now, without their experts: the answer to an order, not a call.
+    layers: Mapping[int, LayerInfo] | None = None
 
     def copy_rows(self, record: Message, into: Array, dtype: DType) -> None:
         """Copy the rows, if there are any, out of the record; ProtocolError when they are not of
         `into`'s shape and `dtype`."""
-        if self.error is not None:
-            return
-        if (self.n_tokens, self.hidden_size) != into.shape or self.dtype is not dtype:
+        if self.error is None:
+            self._check(into.shape, dtype)
+            record.copy_to(into, HEADER_BYTES)
+
+    def rows(self, record: Message, shape: tuple[int, int], dtype: DType) -> Array:
+        """A view of the rows in the record, which the peer can still change; ProtocolError when
+        they are not of this shape and dtype."""
+        self._check(shape, dtype)
+        return record.array(dtype.numpy, shape, HEADER_BYTES)
+
+    def _check(self, shape: tuple[int, ...], dtype: DType) -> None:
+        if (self.n_tokens, self.hidden_size) != shape or self.dtype is not dtype:
             raise ProtocolError(
                 f"call {self.call_id} was answered by {self.dtype} "
-                f"[{self.n_tokens}, {self.hidden_size}] instead of {dtype} {list(into.shape)}"
+                f"[{self.n_tokens}, {self.hidden_size}] instead of {dtype} {list(shape)}"
             )
-        record.copy_to(into, HEADER_BYTES)
 
 
 def call_bytes(n_tokens: int, top_k: int, hidden_size: int, dtype: DType) -> int:
@@ -251,18 +277,43 @@ def pack_call(
     topk_weights: Array,
     dtype: DType,
     deadline_ns: int = 0,
+    view: int = 0,
     are_global: bool = False,
-) -> tuple[bytes | Array, ...]:
+) -> tuple[bytes, Array, Array, bytes, Array]:
     """The parts of a call, from contiguous arrays of checked shapes; the answer's dtype is that
-    of `hidden_states`. `deadline_ns`: of CLOCK_MONOTONIC, 0 for none."""
+    of `hidden_states`. `deadline_ns`: of CLOCK_MONOTONIC, 0 for none. `view`: what local ids
+    mean; 0 for the welcome's layers."""
     n_tokens, hidden_size = hidden_states.shape
     top_k = topk_ids.shape[1]
     header = _CALL.pack(
         CALL_VERSION, HEADER_BYTES, layer, call_id, deadline_ns, n_tokens, hidden_size,
-        top_k, are_global, dtype, dtype,
+        top_k, are_global, dtype, dtype, view,
     )  # fmt: skip
     n_padding = -n_tokens * top_k * 8 % 64
     return header, topk_ids, topk_weights, _PADDING[:n_padding], hidden_states
+
+
+def pack_rows(
+    call_id: int,
+    layer: int,
+    hidden_states: Array,
+    topk_ids: Array,
+    topk_weights: Array,
+    dtype: DType,
+    deadline_ns: int,
+    view: int,
+    rows: npt.NDArray[np.int64] | None,
+) -> tuple[bytes, Array, Array, bytes, Array]:
+    """As `pack_call`, of these rows (None for all), converted to `dtype`: what a transport does
+    that cannot gather in place."""
+    if rows is not None:
+        hidden_states = hidden_states[rows]
+        topk_ids, topk_weights = topk_ids[rows], topk_weights[rows]
+    if hidden_states.dtype != dtype.numpy:
+        hidden_states = narrow(widen(hidden_states), dtype)
+    return pack_call(
+        call_id, layer, hidden_states, topk_ids, topk_weights, dtype, deadline_ns, view
+    )
 
 
 def read_call_header(record: Message) -> tuple[int, CallFields]:
@@ -279,9 +330,12 @@ def read_call_header(record: Message) -> tuple[int, CallFields]:
     return call_id, (layer, call_id, *fields)
 
 
-def read_plain(
-    record: Message, shapes: dict[int, tuple[int, int, int]], max_tokens: int
-) -> Call | None:
+def view_of(fields: CallFields) -> int:
+    """The number of the view that the call's local ids, and its layers, are of."""
+    return fields[-1]
+
+
+def read_plain(record: Message, shapes: dict[int, PlainShape], max_tokens: int) -> Call | None:
     """A call that came in a ring, has local ids and is right in everything, at once; None for
     any other, which `read_call_header` and `parse_call` then judge. `shapes`: as `plain_shapes`."""
     if type(record) is not Record:
@@ -293,20 +347,31 @@ def read_plain(
     return Call(call_id, layer, hidden_states, ids, weights, _DTYPES[reply], deadline_ns)
 
 
-def plain_shapes(layers: Mapping[int, LayerInfo]) -> dict[int, tuple[int, int, int]]:
-    """What `read_plain` needs of the layers: hidden_size, top_k and local experts."""
-    return {n: (info.hidden_size, info.top_k, len(info.experts)) for n, info in layers.items()}
+def plain_shapes(
+    layers: Mapping[int, LayerInfo], tables: Mapping[int, SlotTable] = _NO_TABLES, view: int = 0
+) -> dict[int, PlainShape]:
+    """What `read_plain` needs of a view's layers, by `view << 32 | layer`: hidden_size, top_k,
+    local experts, and the table of slots, if there is one."""
+    return {
+        view << 32 | n: (info.hidden_size, info.top_k, len(info.experts), tables.get(n))
+        for n, info in layers.items()
+    }
 
 
 def parse_call(
-    record: Message, fields: CallFields, layers: Mapping[int, LayerInfo], max_tokens: int
+    record: Message,
+    fields: CallFields,
+    layers: Mapping[int, LayerInfo],
+    max_tokens: int,
+    tables: Mapping[int, SlotTable] = _NO_TABLES,
 ) -> Call:
-    """Check a call and read its arrays.
+    """Check a call and read its arrays. `layers`, `tables`: of the call's view; a layer without a
+    table has its experts in the slots of their local ids.
 
     InvalidCall: it contradicts the layer, with the value and what is allowed. ProtocolError: its
     length contradicts its header.
     """
-    layer, call_id, deadline_ns, n_tokens, hidden_size, top_k, id_space, dtype, reply = fields
+    layer, call_id, deadline_ns, n_tokens, hidden_size, top_k, id_space, dtype, reply, _ = fields
     info = layers.get(layer)
     if info is None:
         raise InvalidCall(f"layer {layer} is not on this worker; it holds {_listed(layers)}")
@@ -333,11 +398,12 @@ def parse_call(
     # Copied before they are checked: the client could change them in between.
     ids = record.array(_INT32, slots, HEADER_BYTES).copy()
     local_ids, _ = check_ids(ids, layer, info, id_space == _GLOBAL)
+    table = tables.get(layer)
     return Call(
         call_id,
         layer,
         record.array(wire.numpy, (n_tokens, hidden_size), rows_offset),
-        local_ids,
+        local_ids if table is None else table[local_ids],
         record.array(_FLOAT32, slots, HEADER_BYTES + n_tokens * top_k * 4),
         _DTYPES[reply],
         deadline_ns,
@@ -399,6 +465,11 @@ def pack_error(call_id: int, error: CallError) -> tuple[bytes, bytes]:
     return _REPLY.pack(CALL_VERSION, status, 0, call_id, 0, 0, 0), text
 
 
+def pack_held(call_id: int, layers: Mapping[int, LayerInfo]) -> tuple[bytes, bytes]:
+    """The parts of a reply that says that a view of these layers, without experts, is held."""
+    return _REPLY.pack(CALL_VERSION, _HELD, 0, call_id, 0, 0, 0), encode_control(dict(layers))
+
+
 def take_plain(record: Message, call_id: int, into: Array, dtype: DType) -> int:
     """Copy the rows of the reply to `call_id` into `into`, if it came in a ring and is just that;
     the worker's time in ns, or -1 for any other, which `parse_reply` then judges."""
@@ -412,17 +483,20 @@ def parse_reply(record: Message) -> Reply:
     if record.type != REPLY or len(record) < HEADER_BYTES:
         raise ProtocolError(f"record type {record.type} of {len(record)} bytes is no reply")
     version, status, n_tokens, call_id, compute_ns, hidden_size, dtype = _REPLY.unpack_from(record)
-    if version != CALL_VERSION or dtype not in _DTYPES or status > _EXPIRED:
+    if version != CALL_VERSION or dtype not in _DTYPES or status > _HELD:
         raise ProtocolError(f"reply version {version}, status {status}, dtype {dtype}: unknown")
     wire = _DTYPES[dtype]
-    error = None
-    if status != _OK:
+    error = layers = None
+    if status == _HELD:
+        layers = decode(_layers_decoder, bytes(memoryview(record)[HEADER_BYTES:]), "layers")
+        _check_layers(layers)
+    elif status != _OK:
         error = _error_of(status, bytes(memoryview(record)[HEADER_BYTES:]))
     elif len(record) != reply_bytes(n_tokens, hidden_size, wire):
         raise ProtocolError(
             f"a reply of {n_tokens} tokens of {hidden_size} x {wire} holds {len(record)} bytes"
         )
-    return Reply(call_id, n_tokens, hidden_size, wire, compute_ns, error)
+    return Reply(call_id, n_tokens, hidden_size, wire, compute_ns, error, layers)
 
 
 def _error_of(status: int, text: bytes) -> CallError:

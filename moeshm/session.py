@@ -25,6 +25,7 @@ from .dtypes import DType
 from .errors import (
     ConnectError,
     HandshakeRefused,
+    InvalidCall,
     MoeshmError,
     ProtocolError,
     SegmentError,
@@ -32,6 +33,7 @@ from .errors import (
     SettingError,
 )
 from .layers import LayerInfo
+from .orders import MAX_ANSWER_BYTES, MAX_ORDER_BYTES
 from .protocol import ControlMessage, Goodbye, Hello, Refusal, Welcome
 from .transport import Transport
 from .transport.shared import SharedTransport
@@ -176,6 +178,18 @@ class Session:
         if self.control.peer_pidfd >= 0:
             poll.register(self.control.peer_pidfd, select.POLLIN)
         return bool(poll.poll(0))
+
+    def check_layers(self, layers: Mapping[int, LayerInfo]) -> None:
+        """InvalidCall unless the longest call of each, as welcomed, fits; on the worker's side."""
+        most = self.welcome.max_tokens
+        capacities = self.transport.receive_capacity, self.transport.send_capacity
+        for number, info in layers.items():
+            fitting = _fitting_tokens({number: info}, *capacities)
+            if fitting < most:
+                raise InvalidCall(
+                    f"layer {number} is wider than those of the welcome: of {most} tokens in a "
+                    f"call {fitting} fit; open a session anew"
+                )
 
     def close(self) -> None:
         """Close both; again does nothing."""
@@ -358,9 +372,11 @@ def _call_sizes(info: LayerInfo, max_tokens: int) -> tuple[int, int]:
 
 
 def _ring_sizes(layers: Mapping[int, LayerInfo], max_tokens: int) -> tuple[int, int]:
-    """Capacities for calls and for replies: what the largest call of any layer takes."""
+    """Capacities for calls and for replies: what the largest call of any layer takes, or an
+    order."""
     sizes = [_call_sizes(info, max_tokens) for info in layers.values()]
     calls, replies = (max(each) for each in zip(*sizes, strict=True))
+    calls, replies = max(calls, MAX_ORDER_BYTES), max(replies, MAX_ANSWER_BYTES)
     return min(calls, MAX_RING_BYTES), min(replies, MAX_RING_BYTES)
 
 

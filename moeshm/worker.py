@@ -7,11 +7,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping
 from types import TracebackType
 
-from . import protocol
-from .backends import Backend
+from . import orders, protocol
 from .dtypes import Array
 from .errors import (
     CallError,
@@ -26,14 +24,18 @@ from .errors import (
     RingFull,
     WorkerFailed,
 )
-from .layers import LayerInfo
+from .layers import without_experts
+from .orders import Hold
 from .protocol import Call, Goodbye, Message, Outgoing
 from .session import Session
+from .views import SessionViews
 
 _log = logging.getLogger(__name__)
 
 #: How often an idle session looks whether the worker shuts down.
 _IDLE_SLICE_S = 0.1
+#: The same while experts are loaded for it: how late it may hear that they are there.
+_LOADING_SLICE_S = 0.005
 #: After a call that took longer, a look whether anybody still waits for the next ones.
 _LONG_CALL_NS = 1_000_000
 #: A client that leaves its replies unread for so long, and past the deadline of the call whose
@@ -93,14 +95,15 @@ class SessionServer:
     """Answers the calls of one session until it ends; `serve` runs in a thread of its own."""
 
     def __init__(
-        self, session: Session, backend: Backend, turns: Turns, draining: threading.Event
+        self, session: Session, views: SessionViews, turns: Turns, draining: threading.Event
     ) -> None:
         self._session = session
         self._transport = session.transport
         self._max_tokens = session.welcome.max_tokens
-        self._backend = backend
-        self._layers: Mapping[int, LayerInfo] = backend.layers
-        self._shapes = protocol.plain_shapes(backend.layers)
+        self._backend = views.backend
+        self._views = views
+        self._shapes = views.shapes
+        self._orders = views.queue
         self._turns = turns
         self._draining = draining
         self._compute_ns = 0
@@ -130,6 +133,7 @@ class SessionServer:
 
     def _take_calls(self) -> str:
         drain_until = math.inf
+        slice_s = _IDLE_SLICE_S
         while True:
             # Looked at first, so that what was sent before is answered.
             is_draining = self._draining.is_set()
@@ -138,12 +142,15 @@ class SessionServer:
             if time.monotonic() > drain_until:
                 return "the worker shuts down"
             try:
-                record = self._transport.acquire(0.0 if is_draining else _IDLE_SLICE_S)
+                record = self._transport.acquire(0.0 if is_draining else slice_s)
             except RingEmpty:
                 if is_draining:
                     return "the worker shuts down"
+                slice_s = self._answer_orders()
                 continue
             self._answer(record)
+            if self._orders:
+                slice_s = self._answer_orders()
             if self._compute_ns > _LONG_CALL_NS and self._session.peer_is_gone():
                 return "the client is gone; what it had sent is not computed"
 
@@ -152,8 +159,7 @@ class SessionServer:
             # Not kept here: its arrays are views of the record.
             call_id, error = self._try(record)
             if error is not None:
-                parts = protocol.pack_error(call_id, error)
-                self._transport.write(parts, protocol.REPLY, 0, REPLY_TIMEOUT_S)
+                self._say(protocol.pack_error(call_id, error))
         finally:
             try:
                 record.release()
@@ -167,15 +173,45 @@ class SessionServer:
         call = protocol.read_plain(record, self._shapes, self._max_tokens)
         if call is not None:
             call_id = call.call_id
+        elif record.type == protocol.ORDER:
+            return self._obey(record)
         else:
             call_id, fields = protocol.read_call_header(record)
         try:
             if call is None:
-                call = protocol.parse_call(record, fields, self._layers, self._max_tokens)
+                view = self._views.of(fields)
+                call = protocol.parse_call(
+                    record, fields, view.layers, self._max_tokens, view.tables
+                )
             self._compute(call)
         except CallError as error:
             return call_id, type(error)(str(error))
         return call_id, None
+
+    def _obey(self, record: Message) -> tuple[int, CallError | None]:
+        """Begin what is ordered; the order's call id, and why it cannot be."""
+        order = orders.parse_order(record)
+        if not isinstance(order, Hold):
+            self._views.release(order)
+            return 0, None
+        try:
+            self._views.hold(order)
+        except CallError as error:
+            return order.call_id, type(error)(str(error))
+        return order.call_id, None
+
+    def _answer_orders(self) -> float:
+        """Answer the orders that are carried out; how long to wait until the next look."""
+        for call_id, outcome in self._views.answers(self._session.check_layers):
+            if isinstance(outcome, CallError):
+                self._say(protocol.pack_error(call_id, outcome))
+            else:
+                layers = {n: without_experts(info) for n, info in outcome.items()}
+                self._say(protocol.pack_held(call_id, layers))
+        return _LOADING_SLICE_S if self._orders else _IDLE_SLICE_S
+
+    def _say(self, parts: tuple[bytes, bytes]) -> None:
+        self._transport.write(parts, protocol.REPLY, 0, REPLY_TIMEOUT_S)
 
     def _compute(self, call: Call) -> None:
         """Compute the call into a reply in place, and send it."""

@@ -5,13 +5,16 @@ Every backend is a `Backend`; the serve loop, the fallback and the tests know no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from ..layers import LayerInfo
+
+if TYPE_CHECKING:
+    from ..checkpoint.layer import ExpertLayer
 
 Ids = npt.NDArray[np.int32]
 Weights = npt.NDArray[np.float32]
@@ -41,4 +44,25 @@ class Backend(Protocol):
         float32. Every element of `out` is written; a row without an expert becomes zeros. The
         arrays may be shared memory: none of them may be referred to afterwards.
         """
+        ...
+
+
+@runtime_checkable
+class GrowingBackend(Backend, Protocol):
+    """A backend whose experts come and go while it computes.
+
+    Each is in a slot of its layer, and `ffn` takes slots for local ids. What it was made with,
+    `layers`, is in the slots of its local ids; `add` and `remove` leave `layers` as it is. One
+    thread may add or remove while others compute, which do not use the slots concerned.
+    """
+
+    def add(self, layer: int, experts: ExpertLayer) -> list[int]:
+        """Take in these experts, of a layer that is known or new; the slot of each.
+
+        Where it fails, as for want of memory, nothing has changed.
+        """
+        ...
+
+    def remove(self, layer: int, slots: Sequence[int]) -> None:
+        """Forget the experts in these slots, and free their memory."""
         ...

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -38,8 +40,9 @@ class CpuBackend:
     by default on as many as there are usable CPUs.
 
     Weights stay where they are, memory-mapped, in the stored dtype; a block at a time is
-    widened to float32 in the cache (`cpu_matmul`). Only a model that is small as a whole is
-    widened once, here. `ffn` may be called by several threads at a time.
+    widened to float32 in the cache (`cpu_matmul`). Only layers that are small together, with all
+    the model's experts, held or not, are widened once, here. `ffn` may be called by several
+    threads at a time, also while another adds or removes experts: it is a `GrowingBackend`.
 
     Threads take whole experts; so that they do not fight over the BLAS's own, set
     OPENBLAS_NUM_THREADS=1 before NumPy is imported when `threads` is more than one. Every run
@@ -55,13 +58,13 @@ class CpuBackend:
             threads = len(os.sched_getaffinity(0))
         if threads < 1:
             raise ValueError(f"threads={threads}; it must be at least 1")
+        self._layers: dict[int, _Layer] = {}
         is_small = sum(map(_bytes_as_float32, layers.values())) <= SMALL_MODEL_BYTES
-        prepare = _SmallLayer if is_small else _Layer
-        self._layers = {
-            number: prepare(layer.info, map(layer.expert, range(len(layer))))
-            for number, layer in layers.items()
-        }
+        for number, layer in layers.items():
+            self._layers[number] = (_SmallLayer if is_small else _Layer)(layer.info)
+            self._layers[number].add(layer)
         self.layers: Mapping[int, LayerInfo] = {n: layer.info for n, layer in layers.items()}
+        self._changing = threading.Lock()
         self._team = _Team(threads)
 
     def ffn(
@@ -90,6 +93,27 @@ class CpuBackend:
                 result = self._sum(held, x[part], topk_ids[part], topk_weights[part])
                 narrow(result, dtype, out=out[part])
 
+    def add(self, layer: int, experts: ExpertLayer) -> list[int]:
+        """As `GrowingBackend.add`."""
+        with self._changing:
+            held = self._layers.get(layer)
+            if held is None:
+                # However many layers come, no more is widened than a small model has.
+                n_bytes = sum(
+                    _bytes_as_float32(each)
+                    for each in self._layers.values()
+                    if isinstance(each, _SmallLayer)
+                ) + _bytes_as_float32(experts)
+                held = (_SmallLayer if n_bytes <= SMALL_MODEL_BYTES else _Layer)(experts.info)
+            slots = held.add(experts)
+            self._layers[layer] = held
+            return slots
+
+    def remove(self, layer: int, slots: Sequence[int]) -> None:
+        """As `GrowingBackend.remove`."""
+        with self._changing:
+            self._layers[layer].remove(slots)
+
     def _sum(self, held: _Layer, x: FloatArray, ids: Ids, weights: Weights) -> FloatArray:
         """The weighted sum of the experts' outputs, float32 [n_tokens, hidden_size]."""
         n_tokens, top_k = ids.shape
@@ -115,25 +139,66 @@ class CpuBackend:
 
 
 class _Layer:
-    """The experts of one layer in their stored formats."""
+    """The experts of one layer in their stored formats, by slot.
 
-    def __init__(self, info: LayerInfo, weights: Iterable[ExpertWeights]) -> None:
+    Read by other threads while one changes it: an entry is complete before its slot is known.
+    """
+
+    def __init__(self, info: LayerInfo) -> None:
         self.info = info
         self.multiply_adds = 3 * info.hidden_size * info.intermediate_size
-        self.experts = [_Expert(info, each) for each in weights]
+        self.experts: dict[int, _Expert] = {}
+
+    def add(self, layer: ExpertLayer) -> list[int]:
+        """Take the experts in; the lowest slots that are free."""
+        weights = [self._prepare(layer.expert(local_id)) for local_id in range(len(layer))]
+        free = (slot for slot in itertools.count() if slot not in self.experts)
+        slots = list(itertools.islice(free, len(weights)))
+        self._fill(slots, weights)
+        self.experts.update(
+            (slot, _Expert(self.info, each)) for slot, each in zip(slots, weights, strict=True)
+        )
+        return slots
+
+    def remove(self, slots: Sequence[int]) -> None:
+        """Forget the experts in these slots."""
+        for slot in slots:
+            del self.experts[slot]
+
+    def _prepare(self, weights: ExpertWeights) -> ExpertWeights:
+        return weights
+
+    def _fill(self, slots: list[int], weights: list[ExpertWeights]) -> None:
+        """Note what else is kept of the experts."""
 
 
 class _SmallLayer(_Layer):
     """The experts of one layer in float32, with a short cut for a single token."""
 
-    def __init__(self, info: LayerInfo, weights: Iterable[ExpertWeights]) -> None:
-        weights = list(map(_widened, weights))
-        super().__init__(info, weights)
-        self._gate_up = [expert.gate_up[0] for expert in self.experts]
-        self._down = [each.down_proj for each in weights]
-        self._gate_bias = _bias_table([each.gate_bias for each in weights])
-        self._up_bias = _bias_table([each.up_bias for each in weights])
-        self._down_bias = _bias_table([each.down_bias for each in weights])
+    def __init__(self, info: LayerInfo) -> None:
+        super().__init__(info)
+        self._gate_up: dict[int, Array] = {}
+        self._down: dict[int, Array] = {}
+        self._gate_bias: FloatArray | None = None
+        self._up_bias: FloatArray | None = None
+        self._down_bias: FloatArray | None = None
+
+    def _prepare(self, weights: ExpertWeights) -> ExpertWeights:
+        return _widened(weights)
+
+    def _fill(self, slots: list[int], weights: list[ExpertWeights]) -> None:
+        self._gate_bias = _bias_table(self._gate_bias, slots, [w.gate_bias for w in weights])
+        self._up_bias = _bias_table(self._up_bias, slots, [w.up_bias for w in weights])
+        self._down_bias = _bias_table(self._down_bias, slots, [w.down_bias for w in weights])
+        for slot, each in zip(slots, weights, strict=True):
+            self._gate_up[slot] = _fused(each.gate_proj, each.up_proj)[0][0]
+            self._down[slot] = each.down_proj
+
+    def remove(self, slots: Sequence[int]) -> None:
+        """As `_Layer.remove`."""
+        super().remove(slots)
+        for slot in slots:
+            del self._gate_up[slot], self._down[slot]
 
     def one_token(self, x: FloatArray, ids: Ids, weights: Weights, result: FloatArray) -> None:
         """Fill one row of the result: a BLAS call for each matrix, everything else at once."""
@@ -296,12 +361,24 @@ def _widened(weights: ExpertWeights) -> ExpertWeights:
     )
 
 
-def _bias_table(biases: Sequence[FloatArray | None]) -> FloatArray | None:
-    """[n_experts, features], or None if no expert has this bias."""
+def _bias_table(
+    table: FloatArray | None, slots: Sequence[int], biases: Sequence[FloatArray | None]
+) -> FloatArray | None:
+    """[n_slots, features] with these rows, or None if no expert has this bias yet.
+
+    A new one: other threads read the old.
+    """
     known = [bias for bias in biases if bias is not None]
-    if not known:
+    if table is None and not known:
         return None
-    return np.stack([np.zeros_like(known[0]) if bias is None else bias for bias in biases])
+    like = known[0] if table is None else table[0]
+    n_slots = max([0 if table is None else len(table), *(slot + 1 for slot in slots)])
+    grown = np.zeros((n_slots, len(like)), np.float32)
+    if table is not None:
+        grown[: len(table)] = table
+    for slot, bias in zip(slots, biases, strict=True):
+        grown[slot] = 0 if bias is None else bias
+    return grown
 
 
 def _add_bias(values: FloatArray, bias: Array | None) -> None:
@@ -310,5 +387,7 @@ def _add_bias(values: FloatArray, bias: Array | None) -> None:
         np.add(values, wide if values.ndim == 1 else wide[:, np.newaxis], out=values)
 
 
-def _bytes_as_float32(layer: ExpertLayer) -> int:
-    return len(layer) * 3 * layer.info.hidden_size * layer.info.intermediate_size * 4
+def _bytes_as_float32(layer: ExpertLayer | _Layer) -> int:
+    """Of all the model's experts of this layer."""
+    info = layer.info
+    return info.num_experts * 3 * info.hidden_size * info.intermediate_size * 4

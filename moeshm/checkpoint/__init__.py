@@ -20,6 +20,7 @@ __all__ = [
     "Checkpoint",
     "ExpertLayer",
     "ExpertWeights",
+    "ModelDirectory",
     "TensorDirectory",
     "load",
     "read_experts_file",
@@ -36,6 +37,45 @@ class Checkpoint:
     config: dict[str, Any]
 
 
+class ModelDirectory:
+    """A Hugging Face model directory, whose headers are read once, however often experts are
+    loaded from it; by one thread at a time.
+
+    CheckpointError: an unknown model type, no MoE layer, a damaged file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        directory = TensorDirectory(path)
+        self.path = directory.path
+        self._config = _read_config(directory.path / "config.json")
+        self._layout = Layout(directory, self._config)
+        if not self._layout.moe_layers:
+            raise CheckpointError(
+                f"{directory.path}: this {self._layout.model_type} has no MoE layers; "
+                "there is nothing for a worker to do"
+            )
+
+    def load(
+        self,
+        layers: Collection[int] | None = None,
+        experts: Mapping[int, Sequence[int]] | None = None,
+    ) -> Checkpoint:
+        """As `load`, which see."""
+        layout = self._layout
+        experts = {} if experts is None else experts
+        if layers is None:
+            layers = experts or layout.moe_layers
+        _check_layers(layout, {*layers, *experts})
+        chosen = {layer: experts.get(layer, range(layout.num_experts)) for layer in sorted(layers)}
+        for layer, ids in chosen.items():
+            _check_ids(layout, layer, ids)
+        return Checkpoint(
+            layers={layer: layout.layer(layer, ids) for layer, ids in chosen.items()},
+            model_type=layout.model_type,
+            config=self._config,
+        )
+
+
 def load(
     path: str | os.PathLike[str],
     layers: Collection[int] | None = None,
@@ -48,26 +88,7 @@ def load(
     Only tensors of these experts are looked at. CheckpointError: an unknown model type, a layer
     that is no MoE layer, an id that the model lacks, a missing or misshapen tensor.
     """
-    directory = TensorDirectory(path)
-    config = _read_config(directory.path / "config.json")
-    layout = Layout(directory, config)
-    experts = {} if experts is None else experts
-    if layers is None:
-        layers = experts or layout.moe_layers
-    if not layout.moe_layers:
-        raise CheckpointError(
-            f"{directory.path}: this {layout.model_type} has no MoE layers; "
-            "there is nothing for a worker to do"
-        )
-    _check_layers(layout, {*layers, *experts})
-    chosen = {layer: experts.get(layer, range(layout.num_experts)) for layer in sorted(layers)}
-    for layer, ids in chosen.items():
-        _check_ids(layout, layer, ids)
-    return Checkpoint(
-        layers={layer: layout.layer(layer, ids) for layer, ids in chosen.items()},
-        model_type=layout.model_type,
-        config=config,
-    )
+    return ModelDirectory(path).load(layers, experts)
 
 
 def read_experts_file(path: str | os.PathLike[str]) -> dict[int, tuple[int, ...]]:

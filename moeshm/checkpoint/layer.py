@@ -63,6 +63,11 @@ class ExpertLayer:
         """The weights of the expert `info.experts[local_id]`."""
         return self._experts[local_id]
 
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of its experts."""
+        return sum(each.nbytes for each in self._experts)
+
     def __len__(self) -> int:
         return len(self._experts)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,7 @@ from ..process import open_pidfd, usable_cpus
 
 if TYPE_CHECKING:
     from ..backends import Backend
+    from ..checkpoint import ExpertLayer, ModelDirectory
 
 _log = logging.getLogger("moeshm")
 #: The worker's own threads take whole experts; a BLAS with threads of its own would fight them.
@@ -74,6 +76,7 @@ def worker(
     if threads > 1 and "numpy" not in sys.modules:
         for variable in _BLAS_THREADS:
             os.environ.setdefault(variable, "1")
+    from ..checkpoint import ModelDirectory
     from ..daemon import Daemon
     from ..logs import configure
     from ..settings import current
@@ -81,8 +84,9 @@ def worker(
     configure("warning" if quiet else current().log_level, json_logs)
     lifeline = -1 if until_exit_of is None else _open_parent(until_exit_of)
     chosen = _choose_experts(experts, placement, name, layers)
-    backend = load_backend(model, device, layers, chosen, threads, show_progress=not quiet)
-    Daemon(backend, listen, lifeline).run()
+    directory = ModelDirectory(model)
+    backend = load_backend(directory, device, layers, chosen, threads, show_progress=not quiet)
+    Daemon(backend, listen, lifeline, functools.partial(load_more, directory)).run()
 
 
 def _open_parent(pid: int) -> int:
@@ -121,7 +125,7 @@ def _choose_experts(
 
 
 def load_backend(
-    model: str,
+    model: ModelDirectory,
     device: str,
     layers: tuple[int, ...] | None,
     experts: Mapping[int, tuple[int, ...]] | None,
@@ -129,21 +133,27 @@ def load_backend(
     show_progress: bool,
 ) -> Backend:
     """Read the experts' weights layer by layer: a bar on a terminal, plain lines elsewhere."""
-    from .. import checkpoint
+    from rich.console import Console
+    from rich.progress import Progress
+
     from ..backends.cpu import CpuBackend
-    from ..checkpoint import ExpertLayer
 
     start = time.monotonic()
-    loaded: Mapping[int, ExpertLayer] = checkpoint.load(model, layers, experts).layers
-    n_experts = sum(map(len, loaded.values()))
-    n_bytes = sum(layer.expert(i).nbytes for layer in loaded.values() for i in range(len(layer)))
-    _touch(loaded, show_progress)
+    loaded = model.load(layers, experts).layers
+    console = Console(stderr=True)
+    if console.is_terminal and show_progress:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("loading", total=len(loaded))
+            for number in _touch(loaded):
+                progress.update(task, advance=1, description=f"layer {number}")
+    else:
+        _touch_and_log(loaded, logging.INFO if show_progress else logging.DEBUG)
     _log.info(
         "%s: %d layers, %d experts, %.1f MiB on %s with %d threads, in %.1f s",
-        model,
+        model.path,
         len(loaded),
-        n_experts,
-        n_bytes / 2**20,
+        sum(map(len, loaded.values())),
+        sum(layer.nbytes for layer in loaded.values()) / 2**20,
         device,
         threads,
         time.monotonic() - start,
@@ -151,19 +161,25 @@ def load_backend(
     return CpuBackend(loaded, threads)
 
 
-def _touch(loaded: Mapping[int, Any], show_progress: bool) -> None:
-    """Bring the mapped weights into the page cache, so that the first calls do not wait for the
-    disk; the kernel may drop them again when memory is short."""
-    from rich.console import Console
-    from rich.progress import Progress
+def load_more(
+    model: ModelDirectory, experts: Mapping[int, Sequence[int]]
+) -> Mapping[int, ExpertLayer]:
+    """What clients ask for while the worker serves; its layers show in the log."""
+    loaded = model.load(experts=experts).layers
+    _touch_and_log(loaded, logging.INFO)
+    return loaded
 
-    console = Console(stderr=True)
-    is_terminal = console.is_terminal and show_progress
-    with Progress(console=console, transient=True, disable=not is_terminal) as progress:
-        task = progress.add_task("loading", total=len(loaded))
-        for done, (number, layer) in enumerate(loaded.items(), 1):
-            for local_id in range(len(layer)):
-                layer.expert(local_id).touch()
-            progress.update(task, advance=1, description=f"layer {number}")
-            if show_progress and not is_terminal:
-                _log.info("layer %d loaded (%d of %d)", number, done, len(loaded))
+
+def _touch_and_log(loaded: Mapping[int, ExpertLayer], level: int) -> None:
+    for done, number in enumerate(_touch(loaded), 1):
+        _log.log(level, "layer %d loaded (%d of %d)", number, done, len(loaded))
+
+
+def _touch(loaded: Mapping[int, ExpertLayer]) -> Iterator[int]:
+    """Bring the mapped weights into the page cache, so that the first calls do not wait for the
+    disk; each layer's number once it is there. The kernel may drop them again when memory is
+    short."""
+    for number, layer in loaded.items():
+        for local_id in range(len(layer)):
+            layer.expert(local_id).touch()
+        yield number

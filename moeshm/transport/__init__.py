@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from ..dtypes import Array, DType
 from ..protocol import Message, Outgoing
 
@@ -44,8 +47,9 @@ class Transport(Protocol):
         dtype: DType,
         deadline_ns: int,
         view: int = 0,
+        rows: npt.NDArray[np.int64] | None = None,
     ) -> int:
-        """Send what `protocol.pack_call` packs, if there is room now; its length."""
+        """Send what `protocol.pack_rows` packs, if there is room now; its length."""
         ...
 
     def reserve(

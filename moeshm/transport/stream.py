@@ -114,16 +114,17 @@ class StreamTransport:
         _check_sendable(length)
         views.insert(0, memoryview(_HEADER.pack(length, type, flags, self._epoch, self._sent)))
         deadline = _deadline(timeout_s)
+        finish_by = self._finish_by if type == protocol.CALL else None
         has_begun = False
         try:
             while views:
                 sent = self._send(views)
                 if sent:
                     has_begun = True
-                    deadline = self._finish_by or time.monotonic() + _STALL_S
+                    deadline = finish_by or time.monotonic() + _STALL_S
                     views = _rest(views, sent)
                 elif not self._wait_for_room(deadline):
-                    if not has_begun or self._finish_by is not None:
+                    if not has_begun or finish_by is not None:
                         raise RingFull(f"no room for {length} bytes within {timeout_s} s")
                     raise PeerDied(f"the other end took nothing for {_STALL_S:g} s; stream closed")
             self._sent += 1
@@ -143,16 +144,17 @@ class StreamTransport:
         dtype: DType,
         deadline_ns: int,
         view: int = 0,
+        rows: npt.NDArray[np.int64] | None = None,
     ) -> int:
         """As `Transport.write_call`."""
-        parts = protocol.pack_call(
-            call_id, layer, hidden_states, topk_ids, topk_weights, dtype, deadline_ns, view
+        parts = protocol.pack_rows(
+            call_id, layer, hidden_states, topk_ids, topk_weights, dtype, deadline_ns, view, rows
         )
         # Also for the link, should it write the call again.
         self._finish_by = deadline_ns / 1e9 if deadline_ns else None
         self.write(parts, protocol.CALL, 0, 0.0)
-        n_tokens, top_k = topk_ids.shape
-        return protocol.call_bytes(n_tokens, top_k, hidden_states.shape[1], dtype)
+        n_rows = len(hidden_states) if rows is None else len(rows)
+        return protocol.call_bytes(n_rows, topk_ids.shape[1], hidden_states.shape[1], dtype)
 
     def reserve(
         self, size: int, type: int, flags: int = 0, timeout_s: float | None = None

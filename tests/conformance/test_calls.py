@@ -18,8 +18,10 @@ import moeshm
 from moeshm import session
 from moeshm.backends import Ids, Weights
 from moeshm.dtypes import DType, dtype_of, narrow, widen
+from moeshm.holdings import Holdings
 from moeshm.layers import LayerInfo
 from moeshm.session import ControlSocket
+from moeshm.views import SessionViews
 from moeshm.worker import SessionServer, Turns
 from tests.wire import PATIENCE_S, dense_info, meanwhile, partial_info
 
@@ -58,12 +60,14 @@ class SumOfIds:
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """Of a worker in a thread, for one session."""
     backend = SumOfIds()
+    holdings = Holdings(backend)
 
     def serve() -> None:
         control = ControlSocket(listener.accept()[0])
-        layers = backend.layers
-        with session.accept(control, layers, backend.name, MAX_TOKENS, PATIENCE_S) as opened:
-            SessionServer(opened, backend, Turns(), threading.Event()).serve()
+        with SessionViews(holdings) as views:
+            layers = views.layers
+            with session.accept(control, layers, backend.name, MAX_TOKENS, PATIENCE_S) as opened:
+                SessionServer(opened, views, Turns(), threading.Event()).serve()
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(tmp_path / "s"))
@@ -184,3 +188,61 @@ def test_tensors_in_a_tensor_out(address: str, dtype: DType) -> None:
             assert torch.equal(out, wanted)
             # Mixed: what the hidden states are decides.
             assert torch.equal(client.compute(DENSE, tensors[0], ids, weights), wanted)
+
+
+@pytest.mark.parametrize("slice_tokens", [1, 3, 4, 100])
+@pytest.mark.parametrize("wire_dtype", DType)
+def test_slices_and_formats_of_one_call(address: str, slice_tokens: int, wire_dtype: DType) -> None:
+    n_tokens = 2 * MAX_TOKENS + 3
+    hidden, ids, weights = inputs(n_tokens)
+    ids[4:8] = -1  # a whole window of 4 that need not be sent
+    is_sent = np.asarray((ids >= 0).any(axis=1))
+    cut = min(slice_tokens, n_tokens)
+    windows = [int(is_sent[start : start + cut].sum()) for start in range(0, n_tokens, cut)]
+    with connect(address) as client:
+        how: dict[str, Any] = {"wire_dtype": wire_dtype, "slice_tokens": slice_tokens}
+        future = client.submit(DENSE, hidden, ids, weights, **how)
+        np.testing.assert_array_equal(future.result(), expected(hidden, ids, weights))
+        times = future.times
+        assert times is not None
+        assert times.messages == sum(-(-rows // MAX_TOKENS) for rows in windows)
+        row_bytes = HIDDEN_SIZE * wire_dtype.itemsize
+        assert times.bytes_in == times.messages * 64 + is_sent.sum() * row_bytes
+        assert times.elapsed_ns >= times.pack_ns > 0
+        stats = client.stats()
+        assert (stats.messages, stats.rows) == (times.messages, is_sent.sum())
+        assert (stats.bytes_in, stats.bytes_out) == (times.bytes_in, times.bytes_out)
+
+
+@pytest.mark.parametrize("dtype", DType)
+def test_a_result_may_be_added_to_a_sum(address: str, dtype: DType) -> None:
+    with connect(address) as client:
+        for n_tokens in (1, 3, 4 * MAX_TOKENS):
+            given = inputs(n_tokens, dtype)
+            total = np.full((n_tokens, HIDDEN_SIZE), 2, np.float32)
+            future = client.submit(DENSE, *given, slice_tokens=4)
+            future.add_to(total)
+            np.testing.assert_array_equal(total, widen(expected(*given)) + 2)
+            assert (future.times is None) == (n_tokens == 1)  # whose only row has no expert
+
+
+def test_a_sum_stays_as_it_was_when_a_part_fails(address: str) -> None:
+    """A worker that refuses one of several messages has computed the others."""
+    hidden, ids, weights = inputs(2 * MAX_TOKENS)
+    ids[:] = 0
+    with connect(address) as client:
+        future = client.submit(DENSE, hidden, ids, weights, slice_tokens=MAX_TOKENS)
+        # As if the second had been answered by an error.
+        future._error = moeshm.errors.WorkerFailed("no")
+        total = np.zeros_like(hidden)
+        with pytest.raises(moeshm.errors.WorkerFailed, match="no"):
+            future.add_to(total)
+        assert not total.any()
+
+
+def test_a_slice_of_nothing_is_refused(address: str) -> None:
+    with (
+        connect(address) as client,
+        pytest.raises(moeshm.errors.InvalidCall, match="slice_tokens=0; it must be at least 1"),
+    ):
+        client.submit(DENSE, *inputs(2), slice_tokens=0)

@@ -15,7 +15,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from moeshm import session
+from moeshm import protocol, session
+from moeshm.dtypes import DType
 from moeshm.errors import (
     Corrupt,
     PeerDied,
@@ -391,6 +392,20 @@ def test_what_was_sent_before_a_death_is_read_first(
                     read()
                 with pytest.raises(GONE):
                     send(opened.transport, itertools.repeat((1, bytes(1000))))
+
+
+def test_a_calls_deadline_is_of_no_other_record() -> None:
+    """What is longer than the socket's buffers leaves as its receiver takes it in."""
+    with connected("stream") as (client, worker):
+        rows = np.zeros((1, 4), np.float32)
+        slots = np.zeros((1, 1))
+        client.write_call(
+            1, 0, rows, slots.astype(np.int32), slots.astype(np.float32), DType.F32, 1
+        )
+        order = pattern(16 * MIB)
+        with meanwhile(lambda: client.write((order,), protocol.ORDER)):
+            take(worker)
+            assert take(worker) == (protocol.ORDER, order)
 
 
 # --- impossible records -------------------------------------------------------------------

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -23,6 +24,7 @@ from tests.crash.arithmetic import (
 from tests.hostile.attacker import (
     CONSUMER_STATE,
     CONSUMER_WORD,
+    ORDER,
     PAGE,
     PRODUCER_STATE,
     PRODUCER_WORD,
@@ -36,10 +38,10 @@ from tests.hostile.conftest import Victim
 pytestmark = pytest.mark.usefixtures("bystander")
 
 GOOD = make_inputs(FREE, 5, n_tokens=2)
-CALL_FORM = "<HHIQqIIHBBB27x"
+CALL_FORM = "<HHIQqIIHBBB3xI20x"
 FIELDS = (
     *("version", "header_bytes", "layer", "call_id", "deadline_ns", "n_tokens", "hidden_size"),
-    *("top_k", "id_space", "dtype", "reply_dtype"),
+    *("top_k", "id_space", "dtype", "reply_dtype", "view"),
 )
 
 
@@ -112,6 +114,8 @@ INVALID = {
     "an id too small": (call([[0, 1], [2, -2]]), "expert id -2"),
     "the largest id": (call([[2**31 - 1, 1], [2, 3]]), "expert id 2147483647"),
     "the smallest id": (call([[-(2**31), 1], [2, 3]], id_space=1), "expert id -2147483648"),
+    "an unknown view": (call(view=1), "view 1 is not held"),
+    "the largest view": (call(view=2**32 - 1), "view 4294967295 is not held"),
     "a deadline long past": (call(deadline_ns=1), "the deadline passed"),
 }
 
@@ -124,6 +128,75 @@ def test_a_call_that_is_not_allowed_is_answered(victim: Victim, transport: str, 
         assert says in attacker.receive()[64:].decode()
         assert_served(attacker)
     assert "after 1 calls" in victim.expect_log("session ended after")
+
+
+# --- orders that lie ----------------------------------------------------------------------
+
+
+def hold(**changed: Any) -> bytes:
+    """A good order to hold, but for what is changed."""
+    fields = {"type": "hold", "call_id": 9, "view": 1, "experts": {FREE: [3, 0, 1, 2]}}
+    return msgspec.msgpack.encode({**fields, **changed})
+
+
+NO_ORDERS = {
+    "nothing": b"",
+    "a call": call(),
+    "no msgpack": b"\xc1" * 64,
+    "nested without end": b"\x91" * 60_000,
+    "half of one": hold()[:-3],
+    "an unknown order": hold(type="drop"),
+    "a view too large": hold(view=2**32),
+    "a view below 0": hold(view=-1),
+    "a layer below 0": hold(experts={-1: [0]}),
+    "no list of experts": hold(experts={0: "all"}),
+    "experts without end": hold(experts={0: [0] * 125_000}) + b"\0",
+}
+
+
+@pytest.mark.parametrize("lie", NO_ORDERS)
+def test_an_order_that_cannot_be_ends_its_session(victim: Victim, transport: str, lie: str) -> None:
+    with attacking(victim.address, transport) as attacker:
+        assert_served(attacker)
+        attacker.send(NO_ORDERS[lie], type=ORDER)
+        assert "the client broke the protocol" in attacker.last_word()
+        victim.expect_log("session ended after 1 calls")
+
+
+REFUSED = {
+    "an unknown layer": (hold(experts={99: [0]}), "expert 0 of layer 99 is not on this worker"),
+    "an unknown expert": (hold(experts={FREE: [4]}), "layer 0 has no expert 4"),
+    "a huge expert": (hold(experts={FREE: [2**64 - 1]}), "has no expert 18446744073709551615"),
+    "a negative expert": (hold(experts={FREE: [-1]}), "layer 0 has no expert -1"),
+    "an expert twice": (hold(experts={FREE: [1, 1]}), "asked for twice"),
+    "no layer": (hold(experts={}), "a view of no layer"),
+    "the welcome's view": (hold(view=0), "view 0 is in use"),
+}
+
+
+@pytest.mark.parametrize("lie", REFUSED)
+def test_an_order_that_is_not_allowed_is_answered(victim: Victim, transport: str, lie: str) -> None:
+    data, says = REFUSED[lie]
+    with attacking(victim.address, transport) as attacker:
+        for _ in range(20):
+            attacker.send(data, type=ORDER)
+            assert says in attacker.receive()[64:].decode()
+        assert_served(attacker)
+    assert "after 1 calls" in victim.expect_log("session ended after")
+
+
+def test_orders_without_end(victim: Victim, transport: str) -> None:
+    """Views are bounded, and those that are released come free; nobody waits for their answers."""
+    with attacking(victim.address, transport) as attacker:
+        for number in range(1, 40):
+            attacker.send(hold(view=number), type=ORDER)
+        says = [attacker.receive()[64:] for _ in range(39)]
+        assert sum(b"is the most" in each for each in says) == 32
+        for number in range(40):
+            attacker.send(msgspec.msgpack.encode({"type": "release", "view": number}), type=ORDER)
+        attacker.send(call())
+        assert b"view 0 is not held in this session; it holds []" in attacker.receive()
+    assert "after 0 calls" in victim.expect_log("session ended after")
 
 
 # --- headers of records, overwritten ------------------------------------------------------
@@ -291,8 +364,11 @@ def test_random_changes(victim: Victim, transport: str) -> None:
                     # Mostly in the header and the ids; the backend takes the first value for a tag.
                     at = rng.choice((rng.randrange(80), rng.randrange(132, len(data))))
                     data[at] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
+                order = bytearray(hold())
+                order[rng.randrange(len(order))] = rng.randrange(256)
                 try:
                     attacker.send(bytes(data))
+                    attacker.send(bytes(order), type=ORDER)
                 except (BrokenPipeError, ConnectionResetError):
                     break
         victim.expect_log("session ended after")

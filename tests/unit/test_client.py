@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import moeshm
-from moeshm import protocol, session, settings
+from moeshm import orders, protocol, session, settings
 from moeshm.call import CallFuture
 from moeshm.client import choose
 from moeshm.dtypes import DType
@@ -28,6 +28,7 @@ from moeshm.errors import (
 )
 from moeshm.session import ControlSocket, Session
 from tests.crash.arithmetic import FREE, WIDE, ArithmeticBackend, assert_exact, make_inputs
+from tests.wire import meanwhile
 
 PATIENCE_S = 20.0
 
@@ -103,6 +104,18 @@ class ScriptedWorker:
         view[protocol.HEADER_BYTES :] = rows.tobytes()
         view.release()
         reply.commit()
+
+    def accept_and_answer(self, answer: Callable[[orders.Hold], tuple[bytes, bytes]]) -> None:
+        """Accept a client, and answer its first order to hold."""
+        self._accept()
+        transport = self.sessions[-1].transport
+        while True:
+            record = transport.acquire(PATIENCE_S)
+            order = orders.parse_order(record)
+            record.release()
+            if isinstance(order, orders.Hold):
+                break
+        transport.write(answer(order), protocol.REPLY, 0, PATIENCE_S)
 
     def close(self) -> None:
         """End every session."""
@@ -318,8 +331,24 @@ def test_an_interrupt_in_the_middle_of_sending_does_not_garble_the_stream(
 # --- opening and closing ------------------------------------------------------------------
 
 
+def _refuse(order: orders.Hold) -> tuple[bytes, bytes]:
+    return protocol.pack_error(order.call_id, InvalidCall("not here"))
+
+
+def _hold_another_model(order: orders.Hold) -> tuple[bytes, bytes]:
+    layers = ArithmeticBackend().layers
+    other = {n: msgspec.structs.replace(layers[n], intermediate_size=5) for n in order.experts}
+    return protocol.pack_held(order.call_id, other)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"), [(_refuse, "not here"), (_hold_another_model, "it is another model")]
+)
 def test_a_worker_that_comes_back_with_other_layers_is_refused(
-    worker: ScriptedWorker, transport: str
+    worker: ScriptedWorker,
+    transport: str,
+    answer: Callable[[orders.Hold], tuple[bytes, bytes]],
+    says: str,
 ) -> None:
     with worker.connect(transport) as client:
         worker.sessions[-1].close()
@@ -328,7 +357,11 @@ def test_a_worker_that_comes_back_with_other_layers_is_refused(
         layers = dict(worker.backend.layers)
         del layers[WIDE]
         worker.backend.layers = layers
-        with worker.accepting(), pytest.raises(WorkerDied, match="holds other layers than before"):
+        says = rf"holds other layers than before, and not those again \({says}\)"
+        with (
+            meanwhile(lambda: worker.accept_and_answer(answer)),
+            pytest.raises(WorkerDied, match=says),
+        ):
             client.compute(*make_inputs(FREE, 1))
 
 

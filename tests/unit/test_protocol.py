@@ -20,6 +20,7 @@ from moeshm.errors import (
     ProtocolError,
     WorkerFailed,
 )
+from moeshm.layers import LayerInfo, without_experts
 from moeshm.protocol import CALL, HEADER_BYTES, REPLY, Call, Outgoing
 from moeshm.transport.stream import StreamMessage
 from tests.wire import call_message, connected, dense_info, message, partial_info
@@ -39,6 +40,15 @@ FIELDS = {
     "id space": (34, "B"),
     "dtype": (35, "B"),
     "reply dtype": (36, "B"),
+    "view": (40, "I"),
+}
+#: View 5 has two of layer 7's experts, in other slots than their local ids.
+VIEWS: dict[int, tuple[dict[int, LayerInfo], dict[int, protocol.SlotTable]]] = {
+    0: (LAYERS, {}),
+    5: (
+        {7: partial_info(HIDDEN_SIZE, 9, (4, 8), TOP_K)},
+        {7: np.array([2, 0, -1], np.int32)},
+    ),
 }
 
 
@@ -55,7 +65,11 @@ def a_call(dtype: DType = DType.F32, **changed: Any) -> StreamMessage:
     return call_message(**{**arguments, **changed})
 
 
-SHAPES = protocol.plain_shapes(LAYERS)
+SHAPES = {
+    key: shape
+    for view, (layers, tables) in VIEWS.items()
+    for key, shape in protocol.plain_shapes(layers, tables, view).items()
+}
 
 
 def parse(record: StreamMessage) -> Call:
@@ -80,7 +94,11 @@ def parse(record: StreamMessage) -> Call:
 def _parse(record: StreamMessage) -> Call:
     assert protocol.read_plain(record, SHAPES, MAX_TOKENS) is None
     _, fields = protocol.read_call_header(record)
-    return protocol.parse_call(record, fields, LAYERS, MAX_TOKENS)
+    view = protocol.view_of(fields)
+    if view not in VIEWS:
+        raise InvalidCall(f"view {view} is not held")
+    layers, tables = VIEWS[view]
+    return protocol.parse_call(record, fields, layers, MAX_TOKENS, tables)
 
 
 def _assert_same(call: Call, other: Call) -> None:
@@ -155,6 +173,24 @@ def test_global_ids_become_local_ones() -> None:
     ids = np.array([[8, 4, -1], [0, 0, 8]], np.int32)
     call = parse(a_call(layer=7, topk_ids=ids, are_global=True))
     np.testing.assert_array_equal(call.topk_ids, [[0, 2, -1], [1, 1, 0]])
+
+
+def test_local_ids_are_of_the_calls_view() -> None:
+    ids = np.array([[0, 1, -1], [1, 1, 0]], np.int32)
+    call = parse(a_call(layer=7, topk_ids=ids, view=5))
+    np.testing.assert_array_equal(call.topk_ids, [[2, 0, -1], [0, 0, 2]])
+    call = parse(a_call(layer=7, topk_ids=ids))
+    np.testing.assert_array_equal(call.topk_ids, ids)
+    with pytest.raises(InvalidCall, match=r"expert id 2; local ids of layer 7 are 0\.\.1"):
+        parse(a_call(layer=7, topk_ids=ids + 1, view=5))
+    with pytest.raises(InvalidCall, match="layer 0 is not on this worker; it holds 7"):
+        parse(a_call(layer=0, topk_ids=ids, view=5))
+
+
+def test_global_ids_become_slots() -> None:
+    ids = np.array([[8, 4, -1], [4, 4, 8]], np.int32)
+    call = parse(a_call(layer=7, topk_ids=ids, view=5, are_global=True))
+    np.testing.assert_array_equal(call.topk_ids, [[0, 2, -1], [2, 2, 0]])
 
 
 def test_a_global_id_that_is_not_held_is_refused() -> None:
@@ -262,12 +298,31 @@ def test_an_error_arrives_as_the_same_class(kind: type[CallError], text: str) ->
     assert said == text or len(said) > 1000
 
 
+def test_what_is_held_arrives_as_it_left() -> None:
+    layers = {n: without_experts(info) for n, info in LAYERS.items()}
+    reply = protocol.parse_reply(message(b"".join(protocol.pack_held(5, layers)), REPLY))
+    assert reply == protocol.Reply(5, 0, 0, DType.F32, 0, None, layers)
+
+
+@pytest.mark.parametrize("text", [b"", b"\xc1", b"\x81\x00\x00", b"\x90"])
+def test_layers_that_are_none_are_refused(text: bytes) -> None:
+    header, _ = protocol.pack_held(5, {})
+    with pytest.raises(ProtocolError, match="no layers"):
+        protocol.parse_reply(message(header + text, REPLY))
+
+
+def test_a_held_layer_that_fits_no_call_is_refused() -> None:
+    layers = {1 << 32: LAYERS[0]}
+    with pytest.raises(ProtocolError, match="layer 4294967296 of the worker fits no call"):
+        protocol.parse_reply(message(b"".join(protocol.pack_held(5, layers)), REPLY))
+
+
 @pytest.mark.parametrize(
     ("offset", "kind", "value", "says"),
     [
         (0, "H", 0, "reply version 0"),
         (0, "H", 2, "reply version 2"),
-        (2, "H", 4, "status 4"),
+        (2, "H", 5, "status 5"),
         (4, "I", 3, "a reply of 3 tokens of 6 x f32 holds 112 bytes"),
         (4, "I", 2**32 - 1, "4294967295 tokens"),
         (24, "I", 5, "2 tokens of 5 x f32"),
@@ -318,7 +373,7 @@ def parse_hostile_reply(record: StreamMessage) -> None:
         reply = protocol.parse_reply(record)
     except ProtocolError:
         return
-    if reply.error is None:
+    if reply.error is None and reply.layers is None:
         size = protocol.reply_bytes(reply.n_tokens, reply.hidden_size, reply.dtype)
         assert size == len(record)
 
@@ -339,7 +394,7 @@ def test_a_mutated_call_is_refused_or_harmless(
 def _lying_calls(draw: st.DrawFn) -> StreamMessage:
     """Mostly plausible headers over anything."""
     header = struct.pack(
-        "<HHIQqIIHBBB27x",
+        "<HHIQqIIHBBB3xI20x",
         draw(st.sampled_from([1, 1, 1, 0, 2])),
         draw(st.sampled_from([64, 64, 64, 0, 128])),
         draw(st.sampled_from([0, 7, 1])),
@@ -351,6 +406,7 @@ def _lying_calls(draw: st.DrawFn) -> StreamMessage:
         draw(st.integers(0, 2)),
         dtype := draw(st.integers(0, 3)),
         draw(st.integers(0, 3)),
+        draw(st.sampled_from([0, 0, 5, 1, 2**32 - 1])),
     )
     body = -(-n_tokens * top_k * 8 // 64) * 64 + n_tokens * HIDDEN_SIZE * (4 if dtype == 0 else 2)
     size = body if draw(st.booleans()) else draw(st.integers(0, 400))

@@ -1,0 +1,62 @@
+"""Orders: the records by which a client changes which experts a worker holds for it.
+
+They travel among the calls, so that there is never a doubt which of them a call came after.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from . import protocol
+from .errors import ProtocolError
+from .protocol import Message
+
+#: Room for an order that lists every expert of the largest models, three bytes each.
+MAX_ORDER_BYTES = 128 << 10
+#: Room for the answer, which describes each layer.
+MAX_ANSWER_BYTES = 64 << 10
+#: Views that one session may have at a time, those that are being loaded included.
+MAX_VIEWS = 8
+
+
+class Hold(msgspec.Struct, tag="hold", frozen=True):
+    """The client asks for a new view; the worker loads what it lacks, and then answers with what
+    the view's layers are, or with an error."""
+
+    call_id: int
+    #: Its number in later calls: one that the session does not use.
+    view: int
+    #: By layer, the model's experts in local order.
+    experts: dict[int, tuple[int, ...]]
+    #: New sessions begin with it, from then on.
+    is_default: bool = True
+
+
+class Release(msgspec.Struct, tag="release", frozen=True):
+    """The client will send no more calls of this view; not answered."""
+
+    view: int
+
+
+Order = Hold | Release
+_decoder: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)
+pack_order = msgspec.msgpack.Encoder().encode
+
+
+def parse_order(record: Message) -> Order:
+    """ProtocolError when it is none, or holds a number that no record can."""
+    if record.type != protocol.ORDER:
+        raise ProtocolError(f"record type {record.type} is no order")
+    if len(record) > MAX_ORDER_BYTES:
+        raise ProtocolError(f"an order of {len(record)} bytes; {MAX_ORDER_BYTES} is the most")
+    # Copied first: the client could change it while it is read.
+    order = protocol.decode(_decoder, bytes(memoryview(record)), "order")
+    numbers = [order.view]
+    if isinstance(order, Hold):
+        numbers += order.experts
+        if not 0 <= order.call_id < 1 << 64:
+            raise ProtocolError(f"an order with call id {order.call_id}")
+    wrong = [number for number in numbers if not 0 <= number < 1 << 32]
+    if wrong:
+        raise ProtocolError(f"an order with view or layer {wrong[0]}; both are u32")
+    return order

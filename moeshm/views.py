@@ -1,0 +1,159 @@
+"""The views of one session: held at the client's order, loaded meanwhile, released."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+
+from . import protocol
+from .backends import Backend
+from .errors import CallError, CheckpointError, InvalidCall, WorkerFailed
+from .holdings import Holdings, View
+from .layers import LayerInfo
+from .orders import MAX_VIEWS, Hold, Release
+from .protocol import CallFields, PlainShape
+
+_log = logging.getLogger(__name__)
+
+
+#: Raises InvalidCall for layers that the session cannot carry.
+Check = Callable[[Mapping[int, LayerInfo]], None]
+
+
+class _Load:
+    """One order to hold, and what came of it."""
+
+    def __init__(self, order: Hold) -> None:
+        self.order = order
+        self.view: View | None = None
+        self.error: CallError | None = None
+        self.is_done = False
+        #: The client released it before it was there.
+        self.is_unwanted = False
+
+
+class SessionViews:
+    """What the view numbers of one session mean; 0 is the view that it began with.
+
+    The session's thread calls it; experts are loaded in another, one order after the other. Use
+    it as a context, whose end releases every view.
+    """
+
+    def __init__(self, holdings: Holdings) -> None:
+        self._holdings = holdings
+        self.backend: Backend = holdings.backend
+        first = holdings.lease()
+        #: As of the beginning, for the welcome.
+        self.layers: Mapping[int, LayerInfo] = first.layers
+        self._views = {0: first}
+        #: For `protocol.read_plain`; of all the views.
+        self.shapes: dict[int, PlainShape] = protocol.plain_shapes(first.layers, first.tables)
+        #: Orders that are not answered; the first one is being carried out.
+        self.queue: collections.deque[_Load] = collections.deque()
+        self._lock = threading.Lock()
+        self._is_over = False
+
+    def of(self, fields: CallFields) -> View:
+        """The view of a call; InvalidCall names the ones there are."""
+        number = protocol.view_of(fields)
+        view = self._views.get(number)
+        if view is None:
+            raise InvalidCall(
+                f"view {number} is not held in this session; it holds {sorted(self._views)}: call "
+                "once the order to hold it is answered"
+            )
+        return view
+
+    def hold(self, order: Hold) -> None:
+        """Begin, or queue it; `answers` tells of the end. InvalidCall: it cannot be."""
+        taken = {*self._views, *(load.order.view for load in self.queue)}
+        if order.view in taken:
+            raise InvalidCall(f"view {order.view} is in use; number the new one otherwise")
+        if len(taken) >= MAX_VIEWS:
+            raise InvalidCall(f"{len(taken)} views; release one first, {MAX_VIEWS} is the most")
+        self.queue.append(_Load(order))
+        if len(self.queue) == 1:
+            self._begin(self.queue[0])
+
+    def release(self, order: Release) -> None:
+        """Let go of a view, or of one that is still being loaded; of any other, nothing."""
+        for load in self.queue:
+            # A client may lose patience.
+            load.is_unwanted |= load.order.view == order.view
+        view = self._views.pop(order.view, None)
+        if view is not None:
+            for layer in view.layers:
+                del self.shapes[order.view << 32 | layer]
+            self._holdings.release(view)
+
+    def answers(self, check: Check) -> Iterator[tuple[int, Mapping[int, LayerInfo] | CallError]]:
+        """The call ids of the orders that are carried out by now, each with the layers that are
+        held, or why they are not."""
+        while self.queue and self.queue[0].is_done:
+            load = self.queue.popleft()
+            try:
+                outcome: Mapping[int, LayerInfo] | CallError = self._finish(load, check)
+            except CallError as error:
+                outcome = error
+            if self.queue:
+                self._begin(self.queue[0])
+            yield load.order.call_id, outcome
+
+    def _begin(self, load: _Load) -> None:
+        thread = threading.Thread(
+            target=self._run, args=(load,), name="moeshm-loading", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads, or no memory for one's stack
+            load.error = WorkerFailed(f"no thread to load experts with: {error}")
+            load.is_done = True
+
+    def _run(self, load: _Load) -> None:
+        try:
+            view = self._holdings.hold(load.order.experts, load.order.is_default)
+        except CallError as error:
+            load.error = type(error)(str(error))
+        except CheckpointError as error:
+            load.error = InvalidCall(str(error))
+        except MemoryError as error:
+            load.error = WorkerFailed(f"no memory for more experts ({error}); hold fewer")
+        except Exception as error:  # whatever it is, the client must hear of it
+            _log.exception("experts could not be loaded")
+            load.error = WorkerFailed(f"{type(error).__name__}: {error}")
+        else:
+            with self._lock:
+                if not self._is_over:
+                    load.view = view
+            if load.view is None:
+                self._holdings.release(view)
+        load.is_done = True
+
+    def _finish(self, load: _Load, check: Check) -> Mapping[int, LayerInfo]:
+        """Let calls use the view; CallError when they may not."""
+        number, view = load.order.view, load.view
+        if view is None:
+            assert load.error is not None
+            raise load.error
+        try:
+            if load.is_unwanted:
+                raise InvalidCall(f"view {number} was released before it was loaded")
+            check(view.layers)
+        except CallError:
+            self._holdings.release(view)
+            raise
+        self._views[number] = view
+        self.shapes.update(protocol.plain_shapes(view.layers, view.tables, number))
+        return view.layers
+
+    def __enter__(self) -> SessionViews:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._is_over = True
+        loaded = [load.view for load in self.queue if load.view is not None]
+        for view in (*loaded, *self._views.values()):
+            self._holdings.release(view)
