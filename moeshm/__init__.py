@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .call import CallFuture
     from .client import ExpertClient, connect
     from .layers import Activation, LayerInfo
+    from .offload import ExpertOffload, OffloadStats
+    from .placement import Placement
+    from .policy import Policy
+    from .routing_stats import RoutingStats
     from .stats import ClientStats
     from .supervisor import spawn_worker
 
@@ -25,9 +29,14 @@ __all__ = [
     "CallFuture",
     "ClientStats",
     "ExpertClient",
+    "ExpertOffload",
     "LayerInfo",
+    "OffloadStats",
+    "Placement",
+    "Policy",
     "RingConsumer",
     "RingProducer",
+    "RoutingStats",
     "__version__",
     "connect",
     "errors",
@@ -39,9 +48,14 @@ _HOMES = {
     "CallFuture": "call",
     "ClientStats": "stats",
     "ExpertClient": "client",
+    "ExpertOffload": "offload",
     "LayerInfo": "layers",
+    "OffloadStats": "offload",
+    "Placement": "placement",
+    "Policy": "policy",
     "RingConsumer": "_ring",
     "RingProducer": "_ring",
+    "RoutingStats": "routing_stats",
     "connect": "client",
     "spawn_worker": "supervisor",
 }

@@ -5,6 +5,7 @@ small call, every attribute and every reduction having its price.
 cimport cython
 cimport numpy as cnp
 from libc.stdint cimport int32_t, int64_t
+from libc.stdlib cimport calloc, free
 
 cnp.import_array()
 
@@ -100,3 +101,48 @@ def count_ids(cnp.ndarray ids not None, cnp.ndarray counts not None):
         if found >= 0:
             count[found] += 1
     return None
+
+
+def route(cnp.ndarray ids not None, cnp.ndarray table not None):
+    """Look every id up: `(found, n_rows, n_slots, n_experts)`.
+
+    `ids` [n_tokens, top_k] int32, C-contiguous, each in -1..len(table)-2; `table` int32, whose last
+    entry is what -1 becomes. Of `found`, which is like `ids`: rows with any id that is not
+    negative, such ids, and how many of them differ. IndexError: an id that the table lacks.
+    """
+    if not is_plain(ids, cnp.NPY_INT32):
+        raise TypeError("ids must be a C-contiguous int32 array of two dimensions")
+    if (cnp.PyArray_TYPE(table) != cnp.NPY_INT32 or cnp.PyArray_NDIM(table) != 1
+            or not cnp.PyArray_ISCARRAY_RO(table) or cnp.PyArray_DIM(table, 0) < 1):
+        raise TypeError("table must be a C-contiguous int32 array of one dimension")
+    cdef Py_ssize_t last = cnp.PyArray_DIM(table, 0) - 1
+    cdef Py_ssize_t rows = cnp.PyArray_DIM(ids, 0), columns = cnp.PyArray_DIM(ids, 1)
+    cdef Py_ssize_t _row, column, n_rows = 0, n_slots = 0, n_experts = 0, before
+    cdef cnp.ndarray found = cnp.PyArray_EMPTY(2, cnp.PyArray_DIMS(ids), cnp.NPY_INT32, 0)
+    cdef int32_t *at = <int32_t *>cnp.PyArray_DATA(ids)
+    cdef int32_t *into = <int32_t *>cnp.PyArray_DATA(found)
+    cdef int32_t *values = <int32_t *>cnp.PyArray_DATA(table)
+    cdef int32_t expert, value
+    cdef char *is_used = <char *>calloc(last + 1, 1)
+    if is_used is NULL:
+        raise MemoryError()
+    try:
+        for _row in range(rows):
+            before = n_slots
+            for column in range(columns):
+                expert = at[column]
+                if expert < -1 or expert >= last:
+                    raise IndexError(f"expert id {expert}; the table has 0..{last - 1}")
+                value = values[last if expert < 0 else expert]
+                into[column] = value
+                if value >= 0:
+                    n_slots += 1
+                    if expert >= 0 and not is_used[expert]:
+                        is_used[expert] = 1
+                        n_experts += 1
+            n_rows += n_slots > before
+            at += columns
+            into += columns
+    finally:
+        free(is_used)
+    return found, n_rows, n_slots, n_experts

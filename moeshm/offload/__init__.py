@@ -1,7 +1,8 @@
 """One model's experts in many places: hot ones in the engine, cold ones on workers, each once.
 
-`forward` sends the cold part first, computes the hot part meanwhile, and adds up. What a lost
-worker leaves goes to another that holds the experts, or to the fallback.
+`forward` sends the cold part first, computes the hot part meanwhile, and adds up. The policy says
+how the rows travel; what a lost worker leaves goes to another that holds the experts, or to the
+fallback.
 """
 
 from __future__ import annotations
@@ -9,81 +10,79 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
 
-import msgspec
 import numpy as np
 
-from .. import arrays
-from ..backends import Backend
-from ..client import ExpertClient
-from ..dtypes import Array, FloatArray, dtype_of, narrow, widen
+from .. import arrays, settings
+from .._inputs import route
+from ..backends import Backend, Ids
+from ..call import CallFuture
+from ..dtypes import FloatArray
 from ..errors import InvalidCall
 from ..placement import Placement
+from ..policy import LocalCost, Policy, Work
 from ..routing_stats import RoutingStats
-from . import dispatch
+from . import calibration, remote
+from .change import PlacementChange, Plans
 from .cold import ColdPart, Loss
+from .counts import OffloadCounter, OffloadStats
+from .explanation import Explanation
 from .layer import LocalExperts, OffloadedLayer
+from .plan import Plan
+from .remote import Remote, WorkerLike
 
-__all__ = ["ExpertOffload", "LocalExperts", "OffloadStats"]
+__all__ = ["ExpertOffload", "Explanation", "LocalExperts", "OffloadStats", "PlacementChange"]
 
 _log = logging.getLogger(__name__)
-
-#: A lost worker is left alone for so long, then twice as long after each further failure.
-FIRST_PAUSE_S = 1.0
-LONGEST_PAUSE_S = 60.0
-
-
-class OffloadStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Since the offload was made. A slot is one (token, expert) pair."""
-
-    forwards: int
-    hot_slots: int
-    #: By worker, the slots that it computed.
-    cold_slots: dict[str, int]
-    #: By worker, how often it was lost with slots on their way.
-    losses: dict[str, int]
-    #: Slots that the fallback computed, by the cause: "worker_died", "deadline", "worker_down".
-    fallback_slots: dict[str, int]
 
 
 class ExpertOffload:
     """Routes every (token, expert) pair of a layer to where the placement has the expert.
 
-    `workers`: a client for each name of the placement; they stay the caller's to close. `local`:
-    computes the hot experts, a function or a backend that holds them. `fallback`: a backend that
-    holds every cold expert, for what no worker computes. Several threads may call `forward` if
-    `local` and `fallback` allow it.
+    `workers`: for each name of the placement the worker's address, a client, or several clients
+    of it over different transports. What an address opens is closed by `close`; clients stay the
+    caller's. `local`: computes the hot experts, a function or a backend that holds them.
+    `policy`: how rows travel, by default as the MOESHM_* variables say. `fallback`: a backend
+    that holds every cold expert, for what no worker computes. Several threads may call `forward`
+    if `local` and `fallback` allow it.
 
-    PlacementError: a client is missing, or does not hold what the placement gives its worker, or
-    there are hot experts and no `local`, or `local` or `fallback` lack an expert.
+    PlacementError: a worker is missing, or does not hold what the placement gives it, or there
+    are hot experts and no `local`, or `local` or `fallback` lack an expert. SettingError: the
+    policy wants a transport that no client of a worker has. As `connect`, for addresses.
     """
 
     def __init__(
         self,
-        workers: Mapping[str, ExpertClient],
+        workers: Mapping[str, WorkerLike],
         placement: Placement,
         *,
         local: LocalExperts | Backend | None = None,
+        policy: Policy | None = None,
         fallback: Backend | None = None,
     ) -> None:
-        dispatch.check_clients(placement, workers)
-        self.placement = placement
+        #: How rows travel, as far as it was said.
+        self.policy = policy or Policy.from_settings(settings.current())
+        self._remotes, self._opened = remote.reach(workers, placement, self.policy)
+        try:
+            plan = Plan.first(placement, self._remotes, local, fallback)
+            calibration.calibrate(self._remotes.values())
+        except BaseException:
+            self._close_clients()
+            raise
+        self._counter = OffloadCounter()
+        self._plans = Plans(plan, self._remotes, self._counter.applied)
         #: What the router chose since, by the model's ids.
         self.routing = RoutingStats({n: each.num_experts for n, each in placement.layers.items()})
-        self._workers = dict(workers)
-        self._layers = {
-            number: OffloadedLayer(number, placement, workers, local, fallback)
-            for number in placement.layers
-        }
-        self._health = {name: _Health() for name in placement.workers}
-        self._lock = threading.Lock()
-        self._forwards = self._hot_slots = 0
-        self._cold_slots: Counter[str] = Counter()
-        self._losses: Counter[str] = Counter()
-        self._fallback_slots: Counter[str] = Counter()
+        self._local_cost = LocalCost()
+        self._learning = threading.Lock()
+
+    @property
+    def placement(self) -> Placement:
+        """Where the experts are now."""
+        return self._plans.current.placement
 
     def forward(
         self,
@@ -99,108 +98,109 @@ class ExpertOffload:
         Arguments as for `ExpertClient.submit`, with the model's (global) ids. WorkerDied,
         DeadlineExceeded: all workers of an expert are lost, and there is no fallback. InvalidCall.
         """
-        placed = self._layers.get(layer)
-        if placed is None:
-            raise InvalidCall(
-                f"layer {layer} is not in the placement, which has {sorted(self._layers)}"
-            )
-        inputs = placed.check(hidden_states, topk_ids, topk_weights)
-        self.routing.observe(layer, inputs.topk_ids)
-        output, array = arrays.make_output(inputs, None)
-        total = _Sum()
+        with self._plans.in_use() as plan:
+            placed = _find(plan, layer)
+            inputs = placed.check(hidden_states, topk_ids, topk_weights)
+            self.routing.observe(layer, inputs.topk_ids)
+            hot_ids, _, n_hot, n_experts = route(inputs.topk_ids, placed.dispatch.hot)
+            local_ns = self._expected_ns(placed, n_hot, n_experts)
+            cold = ColdPart(placed, plan.views, self._remotes, inputs, timeout_s, local_ns, self)
+            cold.send(inputs.topk_ids)
+            if n_hot:
+                total = self._compute_hot(placed, inputs, hot_ids, n_hot, n_experts)
+            else:
+                total = np.zeros(inputs.hidden_states.shape, np.float32)
+            cold.collect(total)
+        self._counter.finished(n_hot)
+        return arrays.as_output(total, inputs)
 
-        down = {name for name, health in self._health.items() if health.is_down()}
-        cold = ColdPart(placed, self._workers, inputs, timeout_s, frozenset(down), self)
-        cold.send(inputs.topk_ids)
-        hot_ids = placed.dispatch.hot[inputs.topk_ids]
-        n_hot = int(np.count_nonzero(hot_ids >= 0))
-        if n_hot:
-            total.add(placed.compute_hot(inputs, hot_ids))
-        cold.collect(total)
-        total.store(array)
-        with self._lock:
-            self._forwards += 1
-            self._hot_slots += n_hot
-        return output
+    def apply(self, placement: Placement) -> PlacementChange:
+        """Move experts as another placement says, while forwards go on; returns at once.
+
+        Workers load what they lack; when all of them have it, the next forward goes by the new
+        placement, and they drop what it does not give them. Each forward goes by one of the two,
+        so results stay exact. What a client that was passed in was opened with stays with its
+        worker, too.
+
+        PlacementError: `placement` has other layers, or an unknown worker, or a new hot or cold
+        expert that `local` or `fallback` lacks, or another is being applied. What fails later,
+        `PlacementChange.result` says.
+        """
+        return self._plans.change_to(placement)
+
+    def explain(self, layer: int) -> list[Explanation]:
+        """For each worker, and each size of work that it was given, what the policy thinks of
+        every way to send it. InvalidCall: no such layer."""
+        placed = _find(self._plans.current, layer)
+        return [
+            explanation
+            for worker, shape in placed.shapes.items()
+            for explanation in self._remotes[worker].explain(shape)
+        ]
 
     def stats(self) -> OffloadStats:
-        """Counts since it was made."""
-        with self._lock:
-            return OffloadStats(
-                forwards=self._forwards,
-                hot_slots=self._hot_slots,
-                cold_slots=dict(self._cold_slots),
-                losses=dict(self._losses),
-                fallback_slots=dict(self._fallback_slots),
-            )
+        """Counts and times since it was made."""
+        return self._counter.snapshot()
+
+    def close(self) -> None:
+        """Close the clients that it opened; again does nothing."""
+        self._close_clients()
+        self._plans.close()
+
+    def __enter__(self) -> ExpertOffload:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _close_clients(self) -> None:
+        for client in self._opened:
+            client.close()
+
+    def _compute_hot(
+        self, placed: OffloadedLayer, inputs: arrays.Inputs, ids: Ids, n_slots: int, n_experts: int
+    ) -> FloatArray:
+        start_ns = time.perf_counter_ns()
+        total = placed.compute_hot(inputs, ids)
+        elapsed_ns = time.perf_counter_ns() - start_ns
+        with self._learning:
+            self._local_cost.observe(placed.local_shape, n_slots, n_experts, elapsed_ns)
+        return total
+
+    def _expected_ns(self, placed: OffloadedLayer, n_slots: int, n_experts: int) -> float:
+        """Of the hot part."""
+        if not n_slots:
+            return 0.0
+        with self._learning:
+            return self._local_cost.predict(placed.local_shape, n_slots, n_experts)
 
     # --- as cold.Reports --------------------------------------------------------------------
 
-    def succeeded(self, worker: str, n_slots: int) -> None:
-        """A worker computed so many slots."""
-        self._health[worker].recover()
-        with self._lock:
-            self._cold_slots[worker] += n_slots
+    def succeeded(self, remote: Remote, work: Work, future: CallFuture) -> None:
+        """A worker computed its part."""
+        remote.health.recover()
+        assert future.times is not None
+        self._counter.succeeded(remote.name, int(work.rows), int(work.slots), future.times)
 
-    def failed(self, worker: str, error: Loss) -> None:
+    def failed(self, remote: Remote, error: Loss) -> None:
         """A worker was lost with slots on their way."""
-        pause_s = self._health[worker].fail()
-        with self._lock:
-            self._losses[worker] += 1
-            is_first = self._losses[worker] == 1
-        if is_first:
-            _log.warning("worker %r is left alone for %g s: %s", worker, pause_s, error)
+        pause_s = remote.health.fail()
+        if self._counter.lost(remote.name):
+            _log.warning("worker %r is left alone for %g s: %s", remote.name, pause_s, error)
 
     def fell_back(self, cause: str, n_slots: int) -> None:
         """The fallback computed so many slots."""
-        with self._lock:
-            is_first = cause not in self._fallback_slots
-            self._fallback_slots[cause] += n_slots
-        if is_first:
+        if self._counter.fell_back(cause, n_slots):
             _log.warning("the fallback computes experts in this process: %s", cause)
 
 
-class _Health:
-    """Whether a worker is worth asking."""
-
-    def __init__(self) -> None:
-        self._pause_s = 0.0
-        self._until = 0.0
-
-    def is_down(self) -> bool:
-        return time.monotonic() < self._until
-
-    def recover(self) -> None:
-        self._pause_s = self._until = 0.0
-
-    def fail(self) -> float:
-        if self.is_down():  # another thread counted this outage
-            return self._pause_s
-        self._pause_s = min(LONGEST_PAUSE_S, 2 * self._pause_s or FIRST_PAUSE_S)
-        self._until = time.monotonic() + self._pause_s
-        return self._pause_s
-
-
-class _Sum:
-    """Adds parts in float32, in the order in which they come."""
-
-    def __init__(self) -> None:
-        self._total: FloatArray | None = None
-
-    def add(self, part: Array) -> None:
-        """Add a part of any dtype."""
-        if self._total is None:
-            self._total = widen(part)
-            self._is_own = self._total is not part
-        elif self._is_own:
-            np.add(self._total, widen(part), out=self._total)
-        else:
-            self._total = self._total + widen(part)
-            self._is_own = True
-
-    def store(self, array: Array) -> None:
-        """Write the sum; zeros if there was no part."""
-        if self._total is None:
-            array[...] = 0
-        else:
-            narrow(self._total, dtype_of(array), out=array)
+def _find(plan: Plan, layer: int) -> OffloadedLayer:
+    placed = plan.layers.get(layer)
+    if placed is None:
+        raise InvalidCall(f"layer {layer} is not in the placement, which has {sorted(plan.layers)}")
+    return placed

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from .._inputs import route
 from ..arrays import Inputs
 from ..backends import Ids
 from ..call import CallFuture
-from ..client import ExpertClient
-from ..dtypes import Array
+from ..dtypes import FloatArray
 from ..errors import DeadlineExceeded, WorkerDied
+from ..policy import Choice, Work
+from .dispatch import Table
 from .layer import OffloadedLayer
+from .plan import Views
+from .remote import Remote, times_of
 
 Loss = WorkerDied | DeadlineExceeded
 
@@ -21,15 +26,24 @@ Loss = WorkerDied | DeadlineExceeded
 class Reports(Protocol):
     """Who keeps the counts."""
 
-    def succeeded(self, worker: str, n_slots: int) -> None: ...
-    def failed(self, worker: str, error: Loss) -> None: ...
+    def succeeded(self, remote: Remote, work: Work, future: CallFuture) -> None: ...
+    def failed(self, remote: Remote, error: Loss) -> None: ...
     def fell_back(self, cause: str, n_slots: int) -> None: ...
 
 
-class Sum(Protocol):
-    """What the parts are added to."""
+class _Sent(NamedTuple):
+    remote: Remote
+    #: The global ids of which the table's are with this worker.
+    ids: Ids
+    table: Table
+    work: Work
+    choice: Choice
+    start_ns: int
+    outcome: CallFuture | Loss
 
-    def add(self, part: Array) -> None: ...
+    def carried(self) -> Ids:
+        """The global ids that this worker was asked for."""
+        return np.where(self.table[self.ids] >= 0, self.ids, np.int32(-1))
 
 
 class ColdPart:
@@ -37,89 +51,117 @@ class ColdPart:
 
     A slot is sent again only after the call that carried it ended with an error, and the result of
     such a call is never added: so each counts once. `down`: workers that are not asked if anybody
-    else can compute their slots.
+    else can compute their slots. `local_ns`: what the engine is expected to do meanwhile.
     """
 
     def __init__(
         self,
         layer: OffloadedLayer,
-        clients: dict[str, ExpertClient],
+        views: Views,
+        remotes: Mapping[str, Remote],
         inputs: Inputs,
         timeout_s: float | None,
-        down: frozenset[str],
+        local_ns: float,
         reports: Reports,
     ) -> None:
         self._layer = layer
-        self._clients = clients
+        self._views = views
+        self._remotes = remotes
         self._inputs = inputs
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._down = down
+        self._local_ns = local_ns
+        self._down = frozenset(n for n, remote in remotes.items() if remote.health.is_down())
         self._reports = reports
         self._losses: dict[str, Loss] = {}
-        self._sent: list[tuple[str, Ids, CallFuture | Loss]] = []
+        self._sent: list[_Sent] = []
+        self._lost: list[_Sent] = []
         self._orphans: Ids | None = None
 
     def send(self, ids: Ids) -> None:
         """Send these global ids to the workers that have them; hot ones stay here."""
         # Whoever is asked when no time is left could not answer, and would be blamed for it.
         is_late = self._losses and self._left_s() == 0
-        left_out = frozenset(self._clients) if is_late else self._down | frozenset(self._losses)
+        left_out = self._down | frozenset(self._losses)
+        if is_late:
+            left_out = frozenset(self._remotes)
         routes = self._layer.dispatch.routes(left_out)
-        orphans = routes.orphans[ids]
-        if (orphans >= 0).any():
-            if self._layer.fallback is None and self._down and not is_late:
-                # Better a worker that may be gone than none.
-                self._down = frozenset()
-                self.send(ids)
-                return
-            self._orphans = orphans
+        if routes.has_orphans:
+            orphans, _, n_orphans, _ = route(ids, routes.orphans)
+            if n_orphans:
+                if self._layer.fallback is None and self._down and not is_late:
+                    # Better a worker that may be gone than none.
+                    self._down = frozenset()
+                    self.send(ids)
+                    return
+                self._orphans = orphans
         for worker, table in routes.by_worker.items():
-            local_ids = table[ids]
-            is_sent = local_ids >= 0
-            if is_sent.any():
-                carried = np.where(is_sent, ids, np.int32(-1))
-                self._sent.append((worker, carried, self._submit(worker, local_ids)))
+            self._send_to(self._remotes[worker], ids, table)
 
-    def collect(self, total: Sum) -> None:
+    def collect(self, total: FloatArray) -> None:
         """Add every result; WorkerDied, DeadlineExceeded: some slots nobody can compute."""
         while self._sent or self._orphans is not None:
             self._fall_back(total)
-            left = np.full_like(self._inputs.topk_ids, -1)
             sent, self._sent = self._sent, []
-            for worker, ids, future in sent:
-                try:
-                    if isinstance(future, Loss):
-                        raise future
-                    part = future.result()
-                except (WorkerDied, DeadlineExceeded) as error:
-                    self._losses[worker] = error
-                    self._reports.failed(worker, error)
-                    np.maximum(left, ids, out=left)
-                else:
-                    total.add(part)
-                    self._reports.succeeded(worker, int(np.count_nonzero(ids >= 0)))
-            if (left >= 0).any():
+            lost = [each for each in sent if not self._took(each, total)]
+            if lost:
+                self._lost += lost
+                left = np.full_like(self._inputs.topk_ids, -1)
+                for each in lost:
+                    np.maximum(left, each.carried(), out=left)
                 self.send(left)
+        now_ns = time.perf_counter_ns()
+        for each in self._lost:
+            # All that it took until the slots were computed elsewhere.
+            shape = self._layer.shapes[each.remote.name]
+            each.remote.chooser.lost(shape, each.work, each.choice, now_ns - each.start_ns)
 
-    def _submit(self, worker: str, local_ids: Ids) -> CallFuture | Loss:
-        inputs = self._inputs
+    def _send_to(self, remote: Remote, ids: Ids, table: Table) -> None:
+        local_ids, rows, slots, experts = route(ids, table)
+        if not slots:
+            return
+        inputs, layer = self._inputs, self._layer
+        work = Work(len(ids), rows, slots, experts, ids.shape[1], inputs.dtype, self._local_ns)
+        choice = remote.chooser.choose(layer.shapes[remote.name], work)
+        start_ns = time.perf_counter_ns()
         left_s = self._left_s()
+        outcome: CallFuture | Loss
         try:
-            return self._clients[worker].submit(
-                self._layer.number,
+            outcome = remote.clients[choice.transport].submit(
+                layer.number,
                 inputs.hidden_states,
                 local_ids,
                 inputs.topk_weights,
                 timeout_s=None if left_s is None else max(1e-3, left_s),
+                wire_dtype=choice.wire_dtype,
+                slice_tokens=choice.slice_tokens,
+                view=self._views[remote.name][choice.transport],
             )
         except (WorkerDied, DeadlineExceeded) as error:
-            return error
+            outcome = error
+        self._sent.append(_Sent(remote, ids, table, work, choice, start_ns, outcome))
+
+    def _took(self, sent: _Sent, total: FloatArray) -> bool:
+        """Add a call's result; False when it was lost."""
+        remote = sent.remote
+        try:
+            if isinstance(sent.outcome, Loss):
+                raise sent.outcome
+            sent.outcome.add_to(total)
+        except (WorkerDied, DeadlineExceeded) as error:
+            self._losses[remote.name] = error
+            self._reports.failed(remote, error)
+            return False
+        shape = self._layer.shapes[remote.name]
+        remote.saw(shape, sent.work)
+        remote.chooser.observe(shape, sent.work, sent.choice, times_of(sent.outcome))
+        self._reports.succeeded(remote, sent.work, sent.outcome)
+        return True
 
     def _left_s(self) -> float | None:
         """Seconds to the deadline of the forward, 0 once it is past; None without one."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
-    def _fall_back(self, total: Sum) -> None:
+    def _fall_back(self, total: FloatArray) -> None:
         """Compute here what no worker takes."""
         ids, self._orphans = self._orphans, None
         if ids is None:
@@ -128,7 +170,7 @@ class ColdPart:
         if self._layer.fallback is None:
             assert loss is not None
             raise loss
-        total.add(self._layer.compute_fallback(self._inputs, ids))
+        total += self._layer.compute_fallback(self._inputs, ids)
         cause = "worker_down"
         if loss is not None:
             cause = "deadline" if isinstance(loss, DeadlineExceeded) else "worker_died"

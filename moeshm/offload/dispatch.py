@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..backends import Backend
-from ..client import ExpertClient
 from ..layers import LayerInfo
 from ..placement import Placement, PlacementError
 
@@ -24,6 +23,7 @@ class Routes(NamedTuple):
     by_worker: dict[str, Table]
     #: Global ids that no worker takes, as themselves; -1 for all others.
     orphans: Table
+    has_orphans: bool
 
 
 class LayerDispatch:
@@ -66,7 +66,8 @@ class LayerDispatch:
         nowhere = [
             expert for expert, name in enumerate(owner) if name is None and self.hot[expert] < 0
         ]
-        return Routes(by_worker, table_of(self.num_experts, nowhere, nowhere))
+        orphans = table_of(self.num_experts, nowhere, nowhere)
+        return Routes(by_worker, orphans, bool(nowhere))
 
 
 def table_of(num_experts: int, ids: Sequence[int], values: Sequence[int]) -> Table:
@@ -81,25 +82,21 @@ def local_table(info: LayerInfo) -> Table:
     return table_of(info.num_experts, info.experts, range(len(info.experts)))
 
 
-def check_clients(placement: Placement, clients: Mapping[str, ExpertClient]) -> None:
-    """PlacementError unless each worker holds just what the placement gives it."""
-    for name in placement.workers:
-        wanted = placement.experts_of(name)
-        if wanted and name not in clients:
-            raise PlacementError(f"no client for the worker {name!r} of the placement; pass one")
-        for number, experts in wanted.items():
-            info = clients[name].layers.get(number)
-            if info is None or info.experts != experts:
-                held = "nothing" if info is None else f"{len(info.experts)} experts"
-                raise PlacementError(
-                    f"worker {name!r} holds {held} of layer {number}, and the placement gives it "
-                    f"{len(experts)}, or the same in another order; start it with --placement"
-                )
-            if info.num_experts != placement.layers[number].num_experts:
-                raise PlacementError(
-                    f"layer {number} has {info.num_experts} experts at worker {name!r} and "
-                    f"{placement.layers[number].num_experts} in the placement"
-                )
+def check_layers(placement: Placement, worker: str, layers: Mapping[int, LayerInfo]) -> None:
+    """PlacementError unless a worker holds just what the placement gives it."""
+    for number, experts in placement.experts_of(worker).items():
+        info = layers.get(number)
+        if info is None or info.experts != experts:
+            held = "nothing" if info is None else f"{len(info.experts)} experts"
+            raise PlacementError(
+                f"worker {worker!r} holds {held} of layer {number}, and the placement gives it "
+                f"{len(experts)}, or the same in another order; start it with --placement"
+            )
+        if info.num_experts != placement.layers[number].num_experts:
+            raise PlacementError(
+                f"layer {number} has {info.num_experts} experts at worker {worker!r} and "
+                f"{placement.layers[number].num_experts} in the placement"
+            )
 
 
 def check_backend(what: str, backend: Backend, number: int, needed: Sequence[int]) -> Table:

@@ -10,10 +10,11 @@ import numpy as np
 from .. import arrays
 from ..arrays import Inputs
 from ..backends import Backend, Ids, Weights
-from ..client import ExpertClient
-from ..dtypes import Array, FloatArray
+from ..dtypes import Array, FloatArray, widen
+from ..errors import InvalidCall
 from ..layers import LayerInfo
 from ..placement import Placement, PlacementError
+from ..policy import Shape
 from . import dispatch
 from .dispatch import LayerDispatch, Table
 
@@ -23,13 +24,17 @@ LocalExperts = Callable[[int, Array, Ids, Weights], Array]
 
 
 class OffloadedLayer:
-    """One layer: its tables, and what computes its experts in this process."""
+    """One layer: its tables, and what computes its experts in this process.
+
+    `held`: by worker, what it holds. PlacementError: there are hot experts and no `local`, or
+    `local` or `fallback` lack an expert.
+    """
 
     def __init__(
         self,
         number: int,
         placement: Placement,
-        workers: Mapping[str, ExpertClient],
+        held: Mapping[str, Mapping[int, LayerInfo]],
         local: LocalExperts | Backend | None,
         fallback: Backend | None,
     ) -> None:
@@ -52,7 +57,17 @@ class OffloadedLayer:
         cold = sorted(set(range(self.dispatch.num_experts)).difference(hot))
         if fallback is not None and cold:
             self._fallback_table = dispatch.check_backend("fallback", fallback, number, cold)
-        self._info = self._find_info(placement, workers)
+        #: By worker, what the layer costs there depends on.
+        self.shapes = {
+            worker: shape_of(layers[number]) for worker, layers in held.items() if number in layers
+        }
+        self._info = self._find_info(held)
+        #: As `shapes`, of the hot part.
+        self.local_shape = Shape(
+            self._info.hidden_size if self._info else 0,
+            self._info.intermediate_size if self._info else 0,
+            len(hot),
+        )
 
     def check(self, hidden_states: Any, topk_ids: Any, topk_weights: Any) -> Inputs:
         """The inputs with global ids; InvalidCall."""
@@ -60,19 +75,30 @@ class OffloadedLayer:
         if info is None:
             shape = np.shape(hidden_states)
             hidden_size = int(shape[-1]) if shape else 1
-            info = _whole(self.dispatch.num_experts, hidden_size, self.dispatch.num_experts)
+            info = _whole(self.dispatch.num_experts, hidden_size, 1, self.dispatch.num_experts)
         return arrays.check(self.number, info, hidden_states, topk_ids, topk_weights, False)
 
-    def compute_hot(self, inputs: Inputs, ids: Ids) -> Array:
-        """The hot experts' part, of any dtype."""
-        if self._local is not None:
-            return np.asarray(
-                self._local(self.number, inputs.hidden_states, ids, inputs.topk_weights)
-            )
-        assert self._local_backend is not None
-        return self._run(self._local_backend, self._local_table, inputs, ids)
+    def compute_hot(self, inputs: Inputs, ids: Ids) -> FloatArray:
+        """The hot experts' part, in an array that is the caller's.
 
-    def compute_fallback(self, inputs: Inputs, ids: Ids) -> Array:
+        InvalidCall: `local` gave another shape.
+        """
+        if self._local_backend is not None:
+            return self._run(self._local_backend, self._local_table, inputs, ids)
+        assert self._local is not None
+        result = np.asarray(
+            self._local(self.number, inputs.hidden_states, ids, inputs.topk_weights)
+        )
+        if result.shape != inputs.hidden_states.shape:
+            raise InvalidCall(
+                f"`local` gave {list(result.shape)} for layer {self.number}; it must return "
+                f"{list(inputs.hidden_states.shape)}, like hidden_states"
+            )
+        total = widen(result)
+        # What it returned may be its own buffer, or the engine's.
+        return total.copy() if total is result else total
+
+    def compute_fallback(self, inputs: Inputs, ids: Ids) -> FloatArray:
         """The part of these global ids, computed by the fallback."""
         assert self.fallback is not None
         return self._run(self.fallback, self._fallback_table, inputs, ids)
@@ -82,23 +108,28 @@ class OffloadedLayer:
         backend.ffn(self.number, inputs.hidden_states, table[ids], inputs.topk_weights, result)
         return result
 
-    def _find_info(
-        self, placement: Placement, workers: Mapping[str, ExpertClient]
-    ) -> LayerInfo | None:
+    def _find_info(self, held: Mapping[str, Mapping[int, LayerInfo]]) -> LayerInfo | None:
         """The sizes of the layer, from whoever knows it."""
-        known = [workers[name].layers for name in placement.workers if name in workers]
+        known = list(held.values())
         known += [each.layers for each in (self._local_backend, self.fallback) if each is not None]
         for layers in known:
             info = layers.get(self.number)
             if info is not None:
-                return _whole(info.num_experts, info.hidden_size, info.top_k)
+                return _whole(
+                    info.num_experts, info.hidden_size, info.intermediate_size, info.top_k
+                )
         return None
 
 
-def _whole(num_experts: int, hidden_size: int, top_k: int) -> LayerInfo:
+def shape_of(info: LayerInfo) -> Shape:
+    """What the cost of a layer depends on, where so much of it is held."""
+    return Shape(info.hidden_size, info.intermediate_size, len(info.experts))
+
+
+def _whole(num_experts: int, hidden_size: int, intermediate_size: int, top_k: int) -> LayerInfo:
     return LayerInfo(
         hidden_size=hidden_size,
-        intermediate_size=1,
+        intermediate_size=intermediate_size,
         num_experts=num_experts,
         top_k=top_k,
         experts=tuple(range(num_experts)),

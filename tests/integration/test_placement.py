@@ -2,75 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
 import moeshm
 from moeshm.backends.cpu import CpuBackend
-from moeshm.backends.reference import reference_ffn
-from moeshm.checkpoint import load
 from moeshm.cli import cli
-from moeshm.demo import tiny_moe_path
 from moeshm.errors import HandshakeRefused, WorkerDied
 from moeshm.offload import ExpertOffload
-from moeshm.placement import LayerPlacement, Placement
-from tests.crash.processes import NotifySocket, Process, running
 
-MODEL = str(tiny_moe_path())
-LAYERS, EXPERTS = 4, 16
-CHECKPOINT = load(tiny_moe_path())
-#: Hot 0-3; 4-11 on both workers; 12-15 on the second alone.
-PLACEMENT = Placement(
-    ["a", "b"],
-    {
-        layer: LayerPlacement(
-            EXPERTS,
-            tuple(range(4)),
-            {"a": tuple(range(4, 12)), "b": tuple(range(4, 16))},
-        )
-        for layer in range(LAYERS)
-    },
-)
-
-
-@contextlib.contextmanager
-def placed_worker(folder: Path, name: str) -> Iterator[tuple[Process, str]]:
-    """A worker of that name in the placement, ready, and its address."""
-    folder = folder / name
-    folder.mkdir()
-    PLACEMENT.save(folder / "placement.json")
-    address = f"unix:{folder / 'w.sock'}"
-    options = ["--model", MODEL, "--listen", address, "--threads", "1", "--quiet"]
-    placed = ["--placement", str(folder / "placement.json"), "--name", name]
-    notify = NotifySocket(folder / "notify")
-    try:
-        with running(
-            ["-m", "moeshm", "worker", *options, *placed], environment=notify.environment
-        ) as process:
-            assert notify.receive(process) == "READY=1"
-            yield process, address
-    finally:
-        notify.close()
-
-
-def draw_call(seed: int, n_tokens: int = 9) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    ids = rng.random((n_tokens, EXPERTS)).argsort(axis=1)[:, :4].astype(np.int32)
-    x = rng.standard_normal((n_tokens, 128), np.float32)
-    return x, ids, rng.random(ids.shape, np.float32)
-
-
-def assert_exact(offload: ExpertOffload, layer: int, seed: int) -> None:
-    call = draw_call(seed)
-    found = offload.forward(layer, *call, timeout_s=30)
-    np.testing.assert_allclose(
-        found, reference_ffn(CHECKPOINT.layers[layer], *call), rtol=1e-4, atol=1e-5
-    )
+from .placed import CHECKPOINT, LAYERS, MODEL, PLACEMENT, assert_exact, draw_call, placed_worker
 
 
 def test_sums_are_exact_before_and_after_a_worker_is_killed(tmp_path: Path) -> None:
@@ -83,13 +26,13 @@ def test_sums_are_exact_before_and_after_a_worker_is_killed(tmp_path: Path) -> N
     ):
         offload = ExpertOffload({"a": a, "b": b}, PLACEMENT, local=backend)
         for layer in range(LAYERS):
-            assert_exact(offload, layer, seed=layer)
+            assert_exact(offload, layer, draw_call(layer))
         before = offload.stats()
         assert before.hot_slots > 0
         assert set(before.cold_slots) == {"a", "b"}
         first.kill()
         for layer in range(LAYERS):
-            assert_exact(offload, layer, seed=10 + layer)
+            assert_exact(offload, layer, draw_call(10 + layer))
         after = offload.stats()
         assert after.losses == {"a": 1}
         assert after.cold_slots["a"] == before.cold_slots["a"]
@@ -109,7 +52,7 @@ def test_experts_of_a_lost_worker_without_a_replica_need_a_fallback(tmp_path: Pa
         alone = ExpertOffload(clients, PLACEMENT, local=backend)
         covered = ExpertOffload(clients, PLACEMENT, local=backend, fallback=backend)
         second.kill()
-        assert_exact(covered, 0, seed=1)
+        assert_exact(covered, 0, draw_call(1))
         assert sum(covered.stats().fallback_slots.values()) > 0
         with pytest.raises(WorkerDied):
             alone.forward(0, *draw_call(1), timeout_s=30)

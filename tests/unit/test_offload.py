@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 
 from moeshm.backends.reference import ReferenceBackend, reference_ffn
 from moeshm.checkpoint import ExpertLayer
+from moeshm.dtypes import DType, widen
 from moeshm.errors import DeadlineExceeded, InvalidCall, WorkerDied
+from moeshm.held import HeldView
 from moeshm.layers import LayerInfo
 from moeshm.offload import ExpertOffload
 from moeshm.placement import LayerPlacement, Placement, PlacementError
+from moeshm.stats import CallTimes
 from tests.checkpoints import random_layer
 
 HIDDEN, EXPERTS, TOP_K = 8, 7, 3
@@ -39,30 +42,64 @@ def share(experts: tuple[int, ...]) -> ExpertLayer:
 class Answer:
     """A result that is there, or the error that came instead."""
 
+    times = CallTimes(1, 100, 100, 1000, 1000, 1000, 1000, 4000)
+
     def __init__(self, outcome: Any, after_s: float = 0.0) -> None:
         self._outcome = outcome
         self._at = time.monotonic() + after_s
 
-    def result(self) -> Any:
+    def add_to(self, total: Any) -> None:
         while time.monotonic() < self._at:
             pass
         if isinstance(self._outcome, Exception):
             raise self._outcome
-        return self._outcome
+        total += widen(self._outcome)
 
 
 class FakeClient:
     """Computes at once; `fate` says for each call whether and how the worker is lost."""
 
+    transport = "shared"
+    max_tokens = 64
+    buffer_bytes = 1 << 20
+
     def __init__(self, experts: tuple[int, ...], fate: list[str] | None = None) -> None:
-        self._backend = ReferenceBackend({0: share(experts)})
-        self.layers: Mapping[int, LayerInfo] = self._backend.layers
-        self.fate = fate or []
+        self._backends: dict[HeldView, ReferenceBackend] = {}
+        self.view = self._add(experts)
+        self.layers = self.view.layers
+        #: What happens to the calls after the calibration.
+        self.fate: list[str] | None = None
+        self._fate = fate or []
         self.calls = 0
         #: Answers at the deadline, with an error.
         self.late = False
 
-    def submit(self, layer: int, x: Any, ids: Any, weights: Any, timeout_s: Any = None) -> Answer:
+    def calibrated(self) -> None:
+        self.fate, self.calls = self._fate, 0
+
+    def _add(self, experts: tuple[int, ...]) -> HeldView:
+        backend = ReferenceBackend({0: share(experts)})
+        view = HeldView(backend.layers)
+        self._backends[view] = backend
+        return view
+
+    def hold(self, experts: Mapping[int, tuple[int, ...]]) -> HeldView:
+        if self.fate and self.fate[0] != "lives":
+            raise WorkerDied("gone while it loaded")
+        return self._add(experts[0])
+
+    def release(self, view: HeldView) -> None:
+        del self._backends[view]
+
+    @property
+    def held(self) -> list[tuple[int, ...]]:
+        return [view.experts[0] for view in self._backends]
+
+    def submit(
+        self, layer: int, x: Any, ids: Any, weights: Any, timeout_s: Any = None, **how: Any
+    ) -> Answer:
+        assert how["wire_dtype"] in DType
+        assert how["slice_tokens"] >= 1
         self.calls += 1
         if self.late:
             return Answer(DeadlineExceeded("late"), after_s=timeout_s)
@@ -74,7 +111,7 @@ class FakeClient:
         if fate == "hangs":
             return Answer(DeadlineExceeded("late"))
         out = np.empty_like(x)
-        self._backend.ffn(layer, x, ids, weights, out)
+        self._backends[how.get("view", self.view)].ffn(layer, x, ids, weights, out)
         return Answer(out)
 
 
@@ -86,7 +123,10 @@ def make(
         for name in placement.workers
         if placement.experts_of(name)
     }
-    return ExpertOffload(clients, placement, **options), clients
+    offload = ExpertOffload(clients, placement, **options)
+    for client in clients.values():
+        client.calibrated()
+    return offload, clients
 
 
 def draw_call(seed: int, n_tokens: int) -> tuple[Any, Any, Any]:
@@ -104,8 +144,9 @@ def assert_exact(offload: ExpertOffload, call: tuple[Any, Any, Any]) -> None:
 
 
 @st.composite
-def placements(draw: st.DrawFn) -> Placement:
-    workers = [f"w{i}" for i in range(draw(st.integers(1, 3)))]
+def placements(draw: st.DrawFn, workers: list[str] | None = None) -> Placement:
+    if workers is None:
+        workers = [f"w{i}" for i in range(draw(st.integers(1, 3)))]
     hot: list[int] = []
     cold: dict[str, list[int]] = {name: [] for name in workers}
     for expert in range(EXPERTS):
@@ -136,6 +177,35 @@ def test_any_placement_and_any_losses_give_the_exact_sum(
     computed = [stats.hot_slots, *stats.cold_slots.values(), *stats.fallback_slots.values()]
     assert sum(computed) == slots
     assert stats.forwards == 3
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(placements(["a", "b"]), min_size=2, max_size=5), st.data(), st.integers(0, 2**32))
+def test_any_placements_one_after_the_other_give_exact_sums(
+    chosen: list[Placement], data: st.DataObject, seed: int
+) -> None:
+    backend = ReferenceBackend({0: WHOLE})
+    everywhere = LayerPlacement(EXPERTS, (), {name: tuple(range(EXPERTS)) for name in "ab"})
+    first = Placement(["a", "b"], {0: everywhere})
+    offload, clients = make(first, local=backend, fallback=backend)
+    for number, placement in enumerate(chosen):
+        before = offload.placement
+        is_lost = data.draw(st.booleans(), label="a worker is lost while it loads")
+        clients["a"].fate = ["dies"] if is_lost else []
+        change = offload.apply(placement)
+        if is_lost and placement.experts_of("a"):
+            with pytest.raises(WorkerDied, match="while it loaded"):
+                change.result(timeout_s=10)
+            assert offload.placement == before
+        else:
+            change.result(timeout_s=10)
+            assert offload.placement == placement
+        clients["a"].fate = []
+        assert_exact(offload, draw_call(seed + number, 6))
+        # What a lent client was opened with stays; of all others, only what is in use.
+        for name, client in clients.items():
+            now = offload.placement.experts_of(name).get(0)
+            assert client.held[1:] == ([now] if now and offload.placement != first else [])
 
 
 def test_a_replica_takes_over_what_a_lost_worker_had() -> None:
