@@ -1,5 +1,6 @@
 """Benchmarks of moeshm against its floors and its peers; one module per question asked.
 
-`ring` and `call` ask the questions, `harness` answers how a run is made and summarised,
-`contenders` and the two C programs are what is measured. docs/benchmarks.md describes them.
+`ring`, `call`, `replay` and `policy` ask the questions, `harness` answers how a run is made and
+summarised, `contenders` and the two C programs are what is measured. docs/benchmarks.md describes
+them.
 """

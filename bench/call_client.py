@@ -10,17 +10,12 @@ durations are the CPU time used and the time waited.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -28,12 +23,11 @@ import numpy as np
 
 import moeshm
 from moeshm.dtypes import Array, DType
-from moeshm.errors import ConnectError
 
 from .harness import CellSamples
 from .null_worker import HIDDEN_SIZE, LAYER, NUM_EXPERTS, TOP_K
+from .processes import pin, worker_process
 
-_START_LIMIT_S = 30.0
 _MOST_CALLS = 20_000
 _LEAST_CALLS = 10
 
@@ -43,8 +37,8 @@ def main(words: Sequence[str]) -> None:
     transport, dtype, seed, client_cpu, server_cpu, seconds, messages, *cells = words
     random = np.random.default_rng(int(seed))
     with (
-        null_worker() as (worker_pid, address),
-        _connect(address, transport) as client,
+        worker_process("null_worker") as (worker_pid, address),
+        moeshm.connect(address, transport=transport) as client,
     ):
         # Not before: a process that may use one CPU only has reason never to spin.
         pin(os.getpid(), int(client_cpu))
@@ -59,25 +53,6 @@ def main(words: Sequence[str]) -> None:
                 call = functools.partial(client.compute, LAYER, *inputs)
                 durations = time_calls(call, float(seconds), int(messages))
             print(msgspec.json.encode(CellSamples(cell, 1, durations)).decode(), flush=True)
-
-
-def _connect(address: str, transport: str) -> moeshm.ExpertClient:
-    """A client of the worker, which may still be starting."""
-    give_up = time.monotonic() + _START_LIMIT_S
-    while True:
-        try:
-            return moeshm.connect(address, transport=transport, timeout_s=_START_LIMIT_S)
-        except ConnectError:
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(0.02)
-
-
-def pin(pid: int, cpu: int) -> None:
-    """Let every thread of a process run on one CPU only; threads started later inherit it."""
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(ProcessLookupError):
-            os.sched_setaffinity(int(task.name), {cpu})
 
 
 def make_inputs(n_tokens: int, dtype: DType, random: np.random.Generator) -> tuple[Array, ...]:
@@ -112,23 +87,6 @@ def idle_cpu_ns(pid: int, seconds: float) -> list[int]:
     used, begun = time.clock_gettime_ns(cpu_clock), time.perf_counter_ns()
     time.sleep(seconds)
     return [time.clock_gettime_ns(cpu_clock) - used, time.perf_counter_ns() - begun]
-
-
-@contextlib.contextmanager
-def null_worker() -> Iterator[tuple[int, str]]:
-    """A worker in a fresh process: its pid and address; ended by SIGTERM."""
-    with tempfile.TemporaryDirectory(prefix="moeshm-bench-") as folder:
-        address = f"unix:{Path(folder, 'worker.sock')}"
-        command = [sys.executable, "-m", f"{__package__}.null_worker", address]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL) as worker:
-            try:
-                yield worker.pid, address
-            finally:
-                worker.send_signal(signal.SIGTERM)
-                try:
-                    worker.wait(timeout=10)
-                except subprocess.TimeoutExpired:
-                    worker.kill()
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import signal
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -29,6 +29,9 @@ SHM_PREFIX = "moeshm-bench-"
 _PACKAGES = ("moeshm", "numpy", "msgspec", "pyzmq", "iceoryx2", "kickmsg")
 #: Starting two interpreters on a busy machine, and the slowest cell, with room to spare.
 _START_LIMIT_S = 60.0
+NO_VARIABLES: Mapping[str, str] = {}
+#: Keeps NumPy's BLAS from starting threads of its own.
+ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")
 _CELL_LIMIT_S = 10.0
 
 
@@ -54,6 +57,8 @@ class Job(NamedTuple):
     #: The words before the plan's; called per run, so that a missing compiler is its error.
     program: Callable[[], Sequence[str]]
     cells: Sequence[str]
+    #: How long it may take; None for the usual time per cell.
+    limit_s: float | None = None
 
 
 class CellSamples(msgspec.Struct):
@@ -66,6 +71,7 @@ class CellSamples(msgspec.Struct):
 
 
 Samples = dict[tuple[str, str], list[CellSamples]]
+_Item = TypeVar("_Item")
 
 
 def choose_cpus() -> tuple[int, int]:
@@ -91,26 +97,37 @@ def measure(jobs: Sequence[Job], plan: Plan, on_step: Callable[[str], None]) -> 
     cells could be measured is not tried again. `on_step` hears the name of each finished job.
     """
     samples: Samples = defaultdict(list)
+
+    def run(job: Job) -> bool:
+        found = run_job(job, plan)
+        for one in found:
+            samples[job.name, one.cell].append(one)
+        on_step(job.name)
+        return any(one.error is None for one in found)
+
+    interleave(jobs, plan, run)
+    return samples
+
+
+def interleave(items: Sequence[_Item], plan: Plan, run: Callable[[_Item], bool]) -> None:
+    """Run every item once per repeat, in an order shuffled anew each time, and one for which
+    `run` returned False not again."""
     shuffle = random.Random(plan.seed).shuffle
-    alive = list(jobs)
+    alive = list(items)
     for _ in range(plan.repeats):
         order = list(alive)
         shuffle(order)
-        for job in order:
-            found = run_job(job, plan)
-            for one in found:
-                samples[job.name, one.cell].append(one)
-            if all(one.error for one in found):
-                alive.remove(job)
-            on_step(job.name)
-    return samples
+        for item in order:
+            if not run(item):
+                alive.remove(item)
 
 
 def run_job(job: Job, plan: Plan) -> list[CellSamples]:
     """Run a job once, in fresh processes; one entry per cell, errors included."""
     try:
         command = [*job.program(), *plan.arguments(), *job.cells]
-        output, problem = _run(command, _START_LIMIT_S + _CELL_LIMIT_S * len(job.cells))
+        limit_s = job.limit_s or _START_LIMIT_S + _CELL_LIMIT_S * len(job.cells)
+        output, problem = run_program(command, limit_s)
     except (MoeshmError, OSError) as error:
         output, problem = "", str(error)
     found = {}
@@ -124,8 +141,10 @@ def run_job(job: Job, plan: Plan) -> list[CellSamples]:
     return [found.get(cell, CellSamples(cell, error=missing)) for cell in job.cells]
 
 
-def _run(command: Sequence[str], limit_s: float) -> tuple[str, str | None]:
-    """What the command printed, and what went wrong."""
+def run_program(
+    command: Sequence[str], limit_s: float, variables: Mapping[str, str] = NO_VARIABLES
+) -> tuple[str, str | None]:
+    """What the command printed, and what went wrong; `variables` are added to its environment."""
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -133,6 +152,7 @@ def _run(command: Sequence[str], limit_s: float) -> tuple[str, str | None]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env={**os.environ, **variables},
     ) as process:
         try:
             output, errors = process.communicate(timeout=limit_s)

@@ -16,11 +16,13 @@ from moeshm.errors import UnsupportedPlatform
 from .schema import CallReport, CallRow, Floor, Meta, RingReport, RingRow, Timing
 
 Report = RingReport | CallReport
+#: Columns that hold words.
+_WORDS = ("contender", "floor", "mode", "transport", "dtype", "chosen", "why")
 
 
 def print_report(report: Report, console: Console) -> None:
     """Print where it was measured, the floors, the results by mode and size, and what failed."""
-    _print_meta(report.meta, console)
+    print_meta(report.meta, console)
     console.print(_floor_table(report.floors))
     if isinstance(report, RingReport):
         for mode in dict.fromkeys(row.mode for row in report.results):
@@ -55,12 +57,17 @@ def plot(report: Report, path: Path) -> None:
     else:
         figure = Figure(figsize=(8, 5.5), layout="constrained")
         _draw_calls(figure.subplots(), report)
-    meta = report.meta
+    save_figure(figure, report.meta, path)
+
+
+def save_figure(figure: Any, meta: Meta, path: Path) -> None:
+    """Write the figure as a PNG, with where and how it was measured above it."""
     figure.suptitle(f"{meta.cpu}, Linux {meta.kernel}, {meta.repeats} repeats, {meta.date}")
     figure.savefig(path, format="png", dpi=120)
 
 
-def _print_meta(meta: Meta, console: Console) -> None:
+def print_meta(meta: Meta, console: Console) -> None:
+    """Print where and how it was measured."""
     versions = ", ".join(f"{name} {text}" for name, text in meta.versions.items() if text)
     console.print(f"{meta.cpu} ({meta.machine}), Linux {meta.kernel}, {meta.date}")
     console.print(versions, highlight=False)
@@ -73,9 +80,9 @@ def _print_meta(meta: Meta, console: Console) -> None:
 
 
 def _floor_table(rows: Sequence[Floor]) -> Table:
-    table = _table("Floors", "floor", "bytes", "p50 µs", "p99 µs", "spread µs", "GB/s")
+    table = make_table("Floors", "floor", "bytes", "p50 µs", "p99 µs", "spread µs", "GB/s")
     for row in rows:
-        table.add_row(row.floor, _size(row.size_bytes), *_timing(row), _number(row.gb_per_s))
+        table.add_row(row.floor, _size(row.size_bytes), *_timing(row), number(row.gb_per_s))
     return table
 
 
@@ -85,44 +92,45 @@ def _ring_table(mode: str, rows: Sequence[RingRow]) -> Table:
     if mode == "latency":
         title = "Round trip, written and read on both sides"
         columns = ["p99 µs", "spread µs", "GB/s", "× floor", "of memcpy"]
-    table = _table(title, "bytes", "contender", "p50 µs", *columns)
-    for row, is_last in _with_ends(rows, lambda row: row.size_bytes):
+    table = make_table(title, "bytes", "contender", "p50 µs", *columns)
+    for row, is_last in with_ends(rows, lambda row: row.size_bytes):
         p50, p99, spread = _timing(row)
         words = [_size(row.size_bytes), row.contender, p50]
         if mode == "latency":
-            words += [p99, spread, _number(row.gb_per_s), _number(row.floor_ratio)]
+            words += [p99, spread, number(row.gb_per_s), number(row.floor_ratio)]
         else:
-            words += [spread, _number(row.gb_per_s), _number(row.messages_per_s)]
+            words += [spread, number(row.gb_per_s), number(row.messages_per_s)]
         words.append("" if row.memcpy_ratio is None else f"{row.memcpy_ratio:.0%}")
         table.add_row(*words, end_section=is_last)
     return table
 
 
 def _call_table(rows: Sequence[CallRow]) -> Table:
-    table = _table(
+    table = make_table(
         "client.compute, null backend",
         *("tokens", "contender", "p50 µs", "p99 µs", "spread µs", "GB/s"),
         *("× three pipes", "× spin echo"),
     )
     ordered = sorted(rows, key=lambda row: row.n_tokens or 0)
-    for row, is_last in _with_ends(ordered, lambda row: row.n_tokens):
-        words = [str(row.n_tokens), row.contender, *_timing(row), _number(row.gb_per_s)]
-        words += [_number(row.three_pipes_ratio), _number(row.floor_ratio)]
+    for row, is_last in with_ends(ordered, lambda row: row.n_tokens):
+        words = [str(row.n_tokens), row.contender, *_timing(row), number(row.gb_per_s)]
+        words += [number(row.three_pipes_ratio), number(row.floor_ratio)]
         table.add_row(*words, end_section=is_last)
     return table
 
 
 def _idle_table(rows: Sequence[CallRow]) -> Table:
-    table = _table("Idle worker", "contender", "% of one CPU")
+    table = make_table("Idle worker", "contender", "% of one CPU")
     for row in rows:
-        table.add_row(row.contender, _number(row.idle_worker_cpu_percent))
+        table.add_row(row.contender, number(row.idle_worker_cpu_percent))
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
+def make_table(title: str, *columns: str) -> Table:
+    """An empty table; columns of words are flush left, those of numbers right."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for column in columns:
-        is_text = column in ("contender", "floor")
+        is_text = column in _WORDS
         table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
     return table
 
@@ -134,7 +142,7 @@ def _errors(report: Report) -> list[str]:
     return [f"{name}: {error} ({rows} rows)" for (name, error), rows in counts.items()]
 
 
-def _with_ends(rows: Sequence[Any], group: Callable[[Any], Any]) -> Iterable[tuple[Any, bool]]:
+def with_ends(rows: Sequence[Any], group: Callable[[Any], Any]) -> Iterable[tuple[Any, bool]]:
     """Each row, and whether it is the last of its group."""
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         yield row, following is None or group(following) != group(row)
@@ -143,11 +151,12 @@ def _with_ends(rows: Sequence[Any], group: Callable[[Any], Any]) -> Iterable[tup
 def _timing(row: Timing) -> tuple[str, str, str]:
     spread = ""
     if row.p50_min_us is not None:
-        spread = f"{_number(row.p50_min_us)} … {_number(row.p50_max_us)}"
-    return _number(row.p50_us), _number(row.p99_us), spread
+        spread = f"{number(row.p50_min_us)} … {number(row.p50_max_us)}"
+    return number(row.p50_us), number(row.p99_us), spread
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A figure, rounded to what a reader needs."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -89,3 +89,125 @@ class CallReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     meta: Meta
     floors: list[Floor]
     results: list[CallRow]
+
+
+class TraceSummary(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What `moeshm bench replay` played."""
+
+    source: str
+    shape: str
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    layers: int
+    prompt: int
+    completion: int
+    chunk: int
+    hot: float
+    #: Shares of the (layer, token) pairs of the prompt, of its windows of four tokens, and of the
+    #: pairs of the completion, that have a cold expert.
+    cold_prompt_share: float
+    cold_window_share: float
+    cold_completion_share: float
+    null_compute: bool
+    scale: int
+
+
+class Candidate(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the policy thought of one way to send a layer's call."""
+
+    n_tokens: int
+    transport: str
+    wire_dtype: str
+    slice_tokens: int
+    #: By the cost model alone; and corrected by what was measured, which is what is compared.
+    predicted_us: float
+    expected_us: float
+    measured_us: float | None
+    n_measured: int
+    is_chosen: bool
+    why: str
+
+
+class ReplayRow(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """One mode, transport, dtype and speed of `moeshm bench replay`: medians over the repeats."""
+
+    mode: str
+    transport: str
+    wire_dtype: str
+    remote_speed: float
+    calls: int | None = None
+    prefill_calls: int | None = None
+    rows: int | None = None
+    payload_bytes: int | None = None
+    prefill_s: float | None = None
+    #: The spread: least and greatest of the repeats.
+    prefill_min_s: float | None = None
+    prefill_max_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    decode_min_tokens_per_s: float | None = None
+    decode_max_tokens_per_s: float | None = None
+    fallback_calls: int | None = None
+    transport_s: float | None = None
+    exchange_s: float | None = None
+    #: What `auto` had chosen after the prefill and after the completion, once a repeat.
+    prefill_choices: list[str] = []
+    decode_choices: list[str] = []
+    #: What `auto` thought of every way by then, in the first repeat.
+    candidates: list[Candidate] = []
+    repeats: int = 0
+    error: str | None = None
+
+
+class PipesRow(Timing, kw_only=True):
+    """The three-pipe protocol with the calls of `batched`, f16, of the same trace."""
+
+    contender: str
+    calls: int
+    payload_bytes: int
+    reply_bytes: int
+    total_s: float | None = None
+    transport_ratio: float | None = None
+    exchange_ratio: float | None = None
+
+
+class PublishedRow(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A row of the original's table."""
+
+    mode: str
+    wire_dtype: str
+    calls: int
+    payload_bytes: int
+    prefill_s: float
+    decode_tokens_per_s: float
+
+
+class Reduction(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """From `stream`, f32 to `batched`, f16, in per cent; negative is less."""
+
+    source: str
+    remote_speed: float | None
+    calls_percent: float
+    payload_percent: float
+    prefill_percent: float
+
+
+class ReplayReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The one object of `moeshm bench replay --json`."""
+
+    meta: Meta
+    trace: TraceSummary
+    results: list[ReplayRow]
+    contenders: list[PipesRow]
+    published: list[PublishedRow]
+    reductions: list[Reduction]
+
+
+class PolicyReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The one object of `moeshm bench policy --json`."""
+
+    meta: Meta
+    trace: TraceSummary
+    remote_speed: float
+    results: list[Candidate]

@@ -8,9 +8,10 @@
  * and leaves the pipes the command and the status. One call is in flight; every read and write
  * blocks; the pipes have their default capacity, as there.
  *
- * A cell is `REQUEST_BYTES:REPLY_BYTES`. The child copies the request into private memory and
- * answers from private memory; the parent does the same, so each payload is written and read on
- * both sides.
+ * A cell is `REQUEST_BYTES:REPLY_BYTES`, or `trace:FILE`: the calls of a file, a line of
+ * `REQUEST_BYTES REPLY_BYTES` each, once in their order, as one duration. The child copies the
+ * request into private memory and answers from private memory; the parent does the same, so each
+ * payload is written and read on both sides.
  */
 #include "bench.h"
 
@@ -107,6 +108,8 @@ static pid_t start(const Plan *plan, Parent *p, int is_shared, size_t capacity) 
     return child;
 }
 
+#define WARM_UP_CALLS 16
+
 static int64_t durations[MAX_SAMPLES];
 
 static void measure(const Plan *plan, Parent *p, const char *cell) {
@@ -124,10 +127,58 @@ static void measure(const Plan *plan, Parent *p, const char *cell) {
     print_cell(cell, durations, count, 1);
 }
 
-static void parse_cell(const char *cell, size_t *request_bytes, size_t *reply_bytes) {
-    if (sscanf(cell, "%zu:%zu", request_bytes, reply_bytes) == 2) return;
-    fprintf(stderr, "cell '%s'; write REQUEST_BYTES:REPLY_BYTES\n", cell);
-    exit(2);
+typedef struct {
+    size_t request_bytes, reply_bytes;
+} Call;
+
+static const char TRACE[] = "trace:";
+
+/* The calls of a cell, and how many. */
+static Call *read_calls(const char *cell, long *count) {
+    Call one, *calls = NULL;
+    long room = 0;
+    *count = 0;
+    if (strncmp(cell, TRACE, strlen(TRACE))) {
+        if (sscanf(cell, "%zu:%zu", &one.request_bytes, &one.reply_bytes) != 2) {
+            fprintf(stderr, "cell '%s'; write REQUEST_BYTES:REPLY_BYTES\n", cell);
+            exit(2);
+        }
+        if (!(calls = malloc(sizeof one))) die("malloc");
+        calls[(*count)++] = one;
+        return calls;
+    }
+    FILE *file = fopen(cell + strlen(TRACE), "r");
+    if (!file) die(cell);
+    while (fscanf(file, "%zu %zu", &one.request_bytes, &one.reply_bytes) == 2) {
+        if (*count == room) {
+            room = room ? 2 * room : 1024;
+            if (!(calls = realloc(calls, (size_t)room * sizeof one))) die("realloc");
+        }
+        calls[(*count)++] = one;
+    }
+    if (!*count || !feof(file)) {
+        fprintf(stderr, "cell '%s'; write lines of REQUEST_BYTES REPLY_BYTES\n", cell);
+        exit(2);
+    }
+    fclose(file);
+    return calls;
+}
+
+static int64_t run_calls(Parent *p, const Call *calls, long count) {
+    int64_t begin = now_ns();
+    for (long i = 0; i < count; i++) {
+        p->request_bytes = calls[i].request_bytes;
+        p->reply_bytes = calls[i].reply_bytes;
+        call(p);
+    }
+    return now_ns() - begin;
+}
+
+/* A few calls go first, uncounted. */
+static void replay(Parent *p, const char *cell, const Call *calls, long count) {
+    run_calls(p, calls, count < WARM_UP_CALLS ? count : WARM_UP_CALLS);
+    durations[0] = run_calls(p, calls, count);
+    print_cell(cell, durations, 1, count);
 }
 
 int main(int argc, char **argv) {
@@ -137,18 +188,29 @@ int main(int argc, char **argv) {
         fprintf(stderr, "flavour '%s'; choose pipe or shared\n", argv[1]);
         return 2;
     }
-    size_t capacity = 4096, request_bytes, reply_bytes;
+    size_t capacity = 4096;
+    long count;
     for (int i = 6; i < argc; i++) {
-        parse_cell(argv[i], &request_bytes, &reply_bytes);
-        if (request_bytes > capacity) capacity = request_bytes;
-        if (reply_bytes > capacity) capacity = reply_bytes;
+        Call *calls = read_calls(argv[i], &count);
+        for (long j = 0; j < count; j++) {
+            if (calls[j].request_bytes > capacity) capacity = calls[j].request_bytes;
+            if (calls[j].reply_bytes > capacity) capacity = calls[j].reply_bytes;
+        }
+        free(calls);
     }
     pin(plan.client_cpu);
     Parent p = {0};
     pid_t child = start(&plan, &p, is_shared, capacity);
     for (int i = 6; i < argc; i++) {
-        parse_cell(argv[i], &p.request_bytes, &p.reply_bytes);
-        measure(&plan, &p, argv[i]);
+        Call *calls = read_calls(argv[i], &count);
+        if (strncmp(argv[i], TRACE, strlen(TRACE))) {
+            p.request_bytes = calls[0].request_bytes;
+            p.reply_bytes = calls[0].reply_bytes;
+            measure(&plan, &p, argv[i]);
+        } else {
+            replay(&p, argv[i], calls, count);
+        }
+        free(calls);
     }
     fclose(p.commands);
     waitpid(child, NULL, 0);

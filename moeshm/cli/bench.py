@@ -1,23 +1,22 @@
-"""`moeshm bench ring` and `moeshm bench call`: measure transports and calls on this machine."""
+"""`moeshm bench`: `ring` and `call` are here, `replay` and `policy` in files of their own."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import UnsupportedPlatform
+from .bench_policy import policy
+from .bench_replay import replay
+from .bench_run import json_option, plot_option, seed_option, show, watched
 
 if TYPE_CHECKING:
     from ..bench.harness import Plan
     from ..bench.report import Report
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-#: Where output is no terminal, tables get all the room they need.
-_FILE_COLUMNS = 110
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
 
 
@@ -29,21 +28,9 @@ def bench() -> None:
 def _shared_options(command: _Command) -> _Command:
     """The options that both benchmarks have; the last one here is the first in --help."""
     for option in (
-        click.option(
-            "--plot",
-            "plot_path",
-            type=click.Path(dir_okay=False, writable=True, path_type=Path),
-            metavar="FILE.png",
-            help="Draw the curves; needs matplotlib.",
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead."),
-        click.option(
-            "--seed",
-            type=int,
-            default=0,
-            show_default=True,
-            help="Of the payload, and of the order of the contenders in each repeat.",
-        ),
+        plot_option,
+        json_option,
+        seed_option,
         click.option(
             "--messages",
             type=click.IntRange(1, 20_000),
@@ -124,30 +111,14 @@ def _run(
     as_json: bool,
     plot_path: Path | None,
 ) -> None:
-    import msgspec
-    from rich.console import Console
-    from rich.progress import Progress
-
     from ..bench import harness
     from ..bench import report as presenter
 
-    if plot_path is not None:
-        try:
-            presenter.check_plotting()  # before minutes are spent on measuring
-        except UnsupportedPlatform as error:
-            raise click.ClickException(str(error)) from None
     plan = harness.Plan(*harness.choose_cpus(), repeats, seconds, messages, seed)
-    # Standard output belongs to the report alone.
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("measuring", total=count_steps(plan))
-        report = measure(
-            plan, lambda name: progress.update(task, advance=1, description=f"measured {name}")
-        )
-    if as_json:
-        click.echo(msgspec.json.encode(report).decode())
-    else:
-        width = None if sys.stdout.isatty() else _FILE_COLUMNS
-        presenter.print_report(report, Console(width=width))
-    if plot_path is not None:
-        presenter.plot(report, plot_path)
+    with watched(count_steps(plan), plot_path) as on_step:
+        report = measure(plan, on_step)
+    show(report, presenter.print_report, presenter.plot, as_json, plot_path)
+
+
+bench.add_command(replay)
+bench.add_command(policy)

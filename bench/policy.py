@@ -1,0 +1,73 @@
+"""The question: what does the policy predict, what is measured, and what does it choose?
+
+    python -m moeshm.bench.policy SETUP CLIENT_CPU SERVER_CPU SECONDS MESSAGES N_TOKENS...
+
+As a program, it does in a fresh process what `measure` asks for: SETUP is an `EngineSetup` as JSON,
+and it prints the candidates as JSON.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from moeshm.errors import WorkerFailed
+
+from . import harness, replay
+from .harness import Plan
+from .replay import Replay
+from .replay_engine import Engine, EngineSetup, candidates, engine
+from .schema import Candidate, PolicyReport
+
+#: More layers learn no more: those of equal shape share what is learnt.
+LAYERS = 4
+
+
+def measure(asked: Replay, plan: Plan, n_tokens: Sequence[int]) -> PolicyReport:
+    """Run `plan.messages` forwards of each number of tokens, and explain the candidates after them.
+
+    `asked` has one way. WorkerFailed: the run ended with an error.
+    """
+    meta = harness.metadata("policy", plan)
+    (way,) = asked.ways
+    with replay.files(asked.trace, asked.placement()) as paths:
+        setup = replay.engine_setup(asked, way, plan.seed, *paths)
+        words = [*plan.arguments(), *map(str, n_tokens)]
+        program = harness.python_program("policy", msgspec.json.encode(setup).decode())
+        output, problem = harness.run_program(
+            [*program(), *words], replay.LIMIT_S, harness.ONE_THREAD
+        )
+    if problem is not None:
+        raise WorkerFailed(f"the forwards failed: {problem}")
+    return PolicyReport(
+        meta=meta,
+        trace=asked.summary(),
+        remote_speed=way.remote_speed,
+        results=msgspec.json.decode(output, type=list[Candidate]),
+    )
+
+
+def main(words: Sequence[str]) -> None:
+    """Run the forwards, and print what the policy says."""
+    text, client_cpu, server_cpu, _, forwards, *numbers = words
+    setup = msgspec.json.decode(text, type=EngineSetup)
+    found: list[Candidate] = []
+    with engine(setup, int(client_cpu), int(server_cpu)) as opened:
+        for n_tokens in map(int, numbers):
+            _run_forwards(opened, n_tokens, int(forwards))
+            found += candidates(opened.offload, n_tokens)
+    print(msgspec.json.encode(found).decode(), flush=True)
+
+
+def _run_forwards(opened: Engine, n_tokens: int, forwards: int) -> None:
+    trace = opened.trace
+    last = trace.topk_ids.shape[1] - n_tokens
+    for number in range(forwards):
+        start = number * n_tokens % (last + 1)
+        opened.forward(number % trace.n_layers, slice(start, start + n_tokens))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

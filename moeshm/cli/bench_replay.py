@@ -1,0 +1,108 @@
+"""`moeshm bench replay`: an engine's prompt and completion, mode by mode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..settings import MAX_BATCH_CAPACITY
+from .bench_played import played_by, replay_options, words_of
+from .bench_run import json_option, plot_option, seed_option, show, watched
+
+
+@click.command()
+@click.option(
+    "--prompt",
+    "n_prompt",
+    type=click.IntRange(1),
+    help="Tokens; by default 4248, or what the trace has.",
+)
+@click.option(
+    "--completion",
+    "n_completion",
+    type=click.IntRange(0),
+    help="Tokens after it, one a forward; by default 128, or what the trace has.",
+)
+@click.option(
+    "--chunk",
+    type=click.IntRange(1, MAX_BATCH_CAPACITY),
+    default=512,
+    show_default=True,
+    help="Tokens of a prefill's forward.",
+)
+@click.option(
+    "--trace",
+    "trace_path",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE.npz",
+    help="Play this recorded routing.",
+)
+@click.option(
+    "--record",
+    "record_path",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE.npz",
+    help="Play the routing of the bundled model, and keep it for --trace.",
+)
+@replay_options
+@click.option(
+    "--modes",
+    callback=words_of("stream", "batched", "auto"),
+    metavar="LIST",
+    default="stream,batched,auto",
+    show_default=True,
+)
+@click.option(
+    "--transports",
+    callback=words_of("shared", "stream"),
+    metavar="LIST",
+    default="shared,stream",
+    show_default=True,
+    help="auto chooses among these.",
+)
+@click.option(
+    "--dtypes",
+    callback=words_of("f32", "f16"),
+    metavar="LIST",
+    default="f32,f16",
+    show_default=True,
+    help="Of the engine's activations, which travel as they are.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Runs of each configuration, interleaved, each in fresh processes.",
+)
+@seed_option
+@json_option
+@plot_option
+def replay(
+    modes: list[str],
+    transports: list[str],
+    dtypes: list[str],
+    remote_speeds: list[float],
+    null_compute: bool,
+    repeats: int,
+    seed: int,
+    as_json: bool,
+    plot_path: Path | None,
+    **played: Any,
+) -> None:
+    """Replay a prompt and a completion through ExpertOffload, in modes stream, batched and auto.
+
+    Without --trace and --record the routing is synthetic, skewed and bursty. The published table
+    of the three-pipe protocol stands beside.
+    """
+    from ..bench import harness, replay_report
+    from ..bench import replay as question
+
+    ways = question.make_ways(modes, transports, dtypes, remote_speeds)
+    plan = harness.Plan(*harness.choose_cpus(), repeats, 0.0, None, seed)
+    with watched(question.count_steps(ways, null_compute, plan), plot_path) as on_step:
+        asked = played_by(**played, null_compute=null_compute, seed=seed, ways=ways)
+        report = question.measure(asked, plan, on_step)
+    show(report, replay_report.print_replay, replay_report.plot_replay, as_json, plot_path)
