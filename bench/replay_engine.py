@@ -158,13 +158,14 @@ def engine(setup: EngineSetup, client_cpu: int, server_cpu: int) -> Iterator[Eng
         batch_capacity=settings.current().batch_capacity,
     )
     with worker_process("replay_worker", msgspec.json.encode(worker).decode()) as (pid, address):
-        pin(os.getpid(), client_cpu)
-        pin(pid, server_cpu)
         offload = ExpertOffload(
             {NAME: address}, placement, local=local, fallback=fallback, policy=policy
         )
-        gc.disable()
         try:
+            # Not before: a process that may use one CPU only has reason never to spin.
+            pin(os.getpid(), client_cpu)
+            pin(pid, server_cpu)
+            gc.disable()
             yield Engine(offload, narrow(rows, dtype), fallback, trace)
         finally:
             gc.enable()

@@ -75,6 +75,29 @@ cdef Py_ssize_t scan(cnp.ndarray ids, int32_t limit, int32_t *wrong) noexcept:
     return empty
 
 
+def used_rows(cnp.ndarray ids not None):
+    """The rows of `ids` [n_tokens, top_k] int32, C-contiguous, that hold anything but -1: int64,
+    rising."""
+    if not is_plain(ids, cnp.NPY_INT32):
+        raise TypeError("ids must be a C-contiguous int32 array of two dimensions")
+    cdef Py_ssize_t rows = cnp.PyArray_DIM(ids, 0), columns = cnp.PyArray_DIM(ids, 1)
+    cdef Py_ssize_t row, column, n_used = 0
+    cdef int32_t *at = <int32_t *>cnp.PyArray_DATA(ids)
+    cdef int32_t used
+    cdef cnp.npy_intp dims[1]
+    dims[0] = rows
+    cdef cnp.ndarray found = cnp.PyArray_EMPTY(1, dims, cnp.NPY_INT64, 0)
+    cdef int64_t *into = <int64_t *>cnp.PyArray_DATA(found)
+    for row in range(rows):
+        used = 0
+        for column in range(columns):
+            used |= at[column] + 1
+        into[n_used] = row
+        n_used += used != 0
+        at += columns
+    return found[:n_used]
+
+
 def count_ids(cnp.ndarray ids not None, cnp.ndarray counts not None):
     """Add 1 to `counts` [num_experts] float64 for every id in `ids`, int32 or int64, C-contiguous.
 

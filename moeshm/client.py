@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import numpy as np
 
 from . import arrays, session, settings, windows
+from ._inputs import used_rows
 from .arrays import Inputs
 from .backends import Backend
 from .call import CallFuture
@@ -347,9 +347,7 @@ class ExpertClient:
             # To start a worker anew is no part of packing.
             start_ns += time.perf_counter_ns() - lost_ns
         number = link.views.of(view)
-        rows = None
-        if inputs.n_empty:
-            rows = np.flatnonzero((inputs.topk_ids >= 0).any(axis=1)).astype(np.int64, copy=False)
+        rows = used_rows(inputs.topk_ids) if inputs.n_empty else None
         parts = windows.cut(n_tokens, rows, slice_tokens, link.max_tokens)
         future.expect(link, len(parts), rows)
         try:

@@ -32,7 +32,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     #: Most tokens in one call; longer calls are cut. The worker may advertise less.
     batch_capacity: int = 1024
     #: Longest busy wait before sleeping, in microseconds. It adapts below this; 0 never spins.
-    spin_us: float = 50.0
+    spin_us: float = 200.0
     #: Deadline of a call that names none, in seconds.
     timeout_s: float = 120.0
     #: How long connecting and the handshake may take, in seconds.

@@ -45,10 +45,12 @@ SHRINK_BELOW = 2.0
 SUSPICIOUS_RUN = 2
 #: A settled decision is looked at again after so many forwards.
 REVIEW_EVERY = 16
-#: Of forwards shorter than this only every so many are learnt from once the bucket is settled:
-#: learning takes some 20 us, and decode has no time for that.
+#: Of forwards shorter than this only every so many are learnt from once the bucket is settled, and
+#: looks at it become rarer up to this many forwards: either takes some 20 us, and decode has no
+#: time for that.
 SHORT_NS = 2e6
-LEARN_EVERY = 4
+LEARN_EVERY = 8
+REVIEW_SHORT_EVERY = 256
 #: Of a new forward in a candidate's means.
 FORWARD_WEIGHT = 0.05
 
@@ -124,6 +126,8 @@ class Bucket:
         self.current = next(iter(self._options.values()))
         self.n_calls = 0
         self.next_review: float = 0
+        #: Forwards until the next look after one that changed nothing.
+        self._review_every = REVIEW_EVERY
         self.n_switches = self.n_tries = self.n_reopened = 0
         #: Time of all forwards, and by how much tries took longer than the incumbent would have.
         self._spent_ns = self._tried_ns = 0.0
@@ -157,7 +161,11 @@ class Bucket:
             self.current = tried.option
             self.n_tries += 1
         elif incumbent.option.n >= FEW_SAMPLES:
-            self.next_review = self.n_calls + REVIEW_EVERY
+            self.next_review = self.n_calls + self._review_every
+            if incumbent.expected_ns < SHORT_NS:
+                self._review_every = min(2 * self._review_every, REVIEW_SHORT_EVERY)
+            return
+        self._review_every = REVIEW_EVERY
 
     def _estimates(self, work: Work) -> list[Estimate]:
         """Of every option, for what work was like in the incumbent's forwards, else for `work`."""
@@ -299,6 +307,7 @@ class Bucket:
         self._scatter = FIRST_SCATTER
         self.n_reopened += 1
         self._run = 0
+        self._review_every = REVIEW_EVERY
         self._spent_ns = self._tried_ns = 0.0
         for option in self._options.values():
             option.forget()
