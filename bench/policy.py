@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import msgspec
 
 from moeshm.errors import WorkerFailed
+from moeshm.offload import OffloadStats
 
 from . import harness, replay
 from .harness import Plan
@@ -28,7 +29,7 @@ LAYERS = 4
 def measure(asked: Replay, plan: Plan, n_tokens: Sequence[int]) -> PolicyReport:
     """Run `plan.messages` forwards of each number of tokens, and explain the candidates after them.
 
-    `asked` has one way. WorkerFailed: the run ended with an error.
+    `asked` has one way. WorkerFailed: the run ended with an error, or a call was lost in it.
     """
     meta = harness.metadata("policy", plan)
     (way,) = asked.ways
@@ -58,7 +59,18 @@ def main(words: Sequence[str]) -> None:
         for n_tokens in map(int, numbers):
             _run_forwards(opened, n_tokens, int(forwards))
             found += candidates(opened.offload, n_tokens)
+        check_nothing_was_lost(opened.offload.stats())
     print(msgspec.json.encode(found).decode(), flush=True)
+
+
+def check_nothing_was_lost(stats: OffloadStats) -> None:
+    """RuntimeError: what was measured is not what the worker does."""
+    losses = sum(stats.losses.values())
+    if losses or stats.fallback_calls:
+        raise RuntimeError(
+            f"fallback_calls={stats.fallback_calls}, losses={losses}: the worker must compute "
+            "every call; run it again on a machine with less to do"
+        )
 
 
 def _run_forwards(opened: Engine, n_tokens: int, forwards: int) -> None:

@@ -19,24 +19,16 @@ import numpy.typing as npt
 
 from moeshm import settings
 from moeshm.dtypes import DType
-from moeshm.errors import MoeshmError
+from moeshm.errors import MoeshmError, SettingError
 from moeshm.placement import Placement
 
-from . import harness, replay_trace
+from . import harness, replay_rows, replay_trace
 from .harness import Job, Plan
 from .replay_engine import EngineSetup, Run
 from .replay_model import Shape
 from .replay_trace import Trace
 from .replay_worker import NAME, WorkerSetup
-from .schema import (
-    Candidate,
-    PipesRow,
-    PublishedRow,
-    Reduction,
-    ReplayReport,
-    ReplayRow,
-    TraceSummary,
-)
+from .schema import PublishedRow, ReplayReport, ReplayRow, TraceSummary
 
 MODES = ("stream", "batched", "auto")
 TRANSPORTS = ("shared", "stream")
@@ -80,11 +72,21 @@ class Replay(NamedTuple):
     hot: float
     chunk: int
     is_null: bool
+    #: Passes that go first in every run, uncounted.
+    warm_up: int
     ways: Sequence[Way]
 
     def placement(self) -> Placement:
         """The hot experts here, the others at the one worker."""
         return replay_trace.place(self.trace, self.hot, NAME)
+
+    def check(self) -> None:
+        """SettingError: no token of the trace has a cold expert."""
+        if not self.trace.has_cold(self.placement()).any():
+            raise SettingError(
+                f"hot={self.hot:g} covers every expert that the trace uses, so nothing reaches "
+                "the worker; pass a lower --hot or a longer --prompt"
+            )
 
     def summary(self) -> TraceSummary:
         """What was played, in figures."""
@@ -158,14 +160,20 @@ def measure(
         harness.interleave(
             items, plan, lambda item: run_way(item) if isinstance(item, Way) else run_pipes(item)
         )
-    rows = [_row(way, runs[way]) for way in replay.ways]
+    rows = [ReplayRow(**way._asdict()) for way in replay.ways]
+    found = [runs[way] for way in replay.ways]
+    for row, each in zip(rows, found, strict=True):
+        replay_rows.fill(row, each)
+    replay_rows.add_ratios_to_best(rows, found)
     return ReplayReport(
         meta=meta,
         trace=replay.summary(),
         results=rows,
-        contenders=[_pipes_row(job.name, sizes, samples[job.name], rows) for job in jobs],
+        contenders=[
+            replay_rows.pipes_row(job.name, sizes, samples[job.name], rows, found) for job in jobs
+        ],
         published=PUBLISHED,
-        reductions=_reductions(rows),
+        reductions=replay_rows.reductions(rows, PUBLISHED),
     )
 
 
@@ -193,6 +201,8 @@ def engine_setup(
         transport=way.transport,
         wire_dtype=way.wire_dtype,
         local_slowdown=max(1.0, way.remote_speed),
+        warm_up=replay.warm_up,
+        is_played_alone=replay.is_null and way.mode == "batched",
     )
 
 
@@ -219,81 +229,8 @@ def files(trace: Trace, placement: Placement) -> Iterator[tuple[Path, Path]]:
         yield paths
 
 
-# --- rows ---------------------------------------------------------------------------------
-
-
-def _row(way: Way, found: Sequence[Run | str]) -> ReplayRow:
-    runs = [run for run in found if isinstance(run, Run)]
-    errors = [error for error in found if isinstance(error, str)]
-    row = ReplayRow(**way._asdict(), repeats=len(found))
-    if errors:
-        row.error = f"{len(errors)} of {len(found)} repeats failed: {errors[0]}"
-    if not runs:
-        return row
-    for name in ("calls", "prefill_calls", "rows", "payload_bytes", "fallback_calls"):
-        setattr(row, name, round(float(np.median([getattr(run, name) for run in runs]))))
-    row.prefill_s, row.prefill_min_s, row.prefill_max_s = _spread([run.prefill_s for run in runs])
-    rates = [run.decode_tokens_per_s for run in runs if run.decode_tokens_per_s is not None]
-    if rates:
-        median, least, greatest = _spread(rates)
-        row.decode_tokens_per_s = median
-        row.decode_min_tokens_per_s, row.decode_max_tokens_per_s = least, greatest
-    row.transport_s = _spread([run.transport_s for run in runs])[0]
-    row.exchange_s = _spread([run.exchange_s for run in runs])[0]
-    if way.mode == "auto":
-        row.prefill_choices = [_chosen(run.prefill_candidates) for run in runs]
-        row.decode_choices = [_chosen(run.decode_candidates) for run in runs]
-        row.candidates = runs[0].prefill_candidates + runs[0].decode_candidates
-    return row
-
-
-def _chosen(candidates: Sequence[Candidate]) -> str:
-    """A way to send, as a few words."""
-    for each in candidates:
-        if each.is_chosen:
-            return f"{each.transport} {each.wire_dtype} {each.slice_tokens}"
-    return ""
-
-
-def _spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, least and greatest."""
-    return float(np.median(values)), min(values), max(values)
-
-
 def _share(values: npt.NDArray[np.bool_]) -> float:
     return float(values.mean()) if values.size else 0.0
-
-
-def _reductions(rows: Sequence[ReplayRow]) -> list[Reduction]:
-    """From stream f32 to batched f16, over the transport that was asked for first, by speed."""
-    found = [_reduction("original", None, *PUBLISHED)]
-    for speed in dict.fromkeys(row.remote_speed for row in rows):
-        of_speed = [row for row in rows if row.remote_speed == speed and row.calls]
-        stream, batched = (
-            next((row for row in of_speed if (row.mode, row.wire_dtype) == wanted), None)
-            for wanted in (("stream", "f32"), ("batched", "f16"))
-        )
-        if stream is not None and batched is not None:
-            found.append(_reduction("replay", speed, stream, batched))
-    return found
-
-
-def _reduction(
-    source: str,
-    speed: float | None,
-    stream: ReplayRow | PublishedRow,
-    batched: ReplayRow | PublishedRow,
-) -> Reduction:
-    def percent(name: str) -> float:
-        return float(100 * (getattr(batched, name) / getattr(stream, name) - 1))
-
-    return Reduction(
-        source=source,
-        remote_speed=speed,
-        calls_percent=percent("calls"),
-        payload_percent=percent("payload_bytes"),
-        prefill_percent=percent("prefill_s"),
-    )
 
 
 # --- the three pipes ----------------------------------------------------------------------
@@ -317,31 +254,3 @@ def _pipes_jobs(sizes: Sequence[tuple[int, int]], folder: Path) -> list[Job]:
         Job(name, harness.c_program("three_pipes", flavour), [f"trace:{path}"], LIMIT_S)
         for name, flavour in THREE_PIPES.items()
     ]
-
-
-def _pipes_row(
-    contender: str,
-    sizes: Sequence[tuple[int, int]],
-    found: Sequence[harness.CellSamples],
-    rows: Sequence[ReplayRow],
-) -> PipesRow:
-    row = PipesRow(
-        contender=contender,
-        calls=len(sizes),
-        payload_bytes=sum(request for request, _ in sizes),
-        reply_bytes=sum(reply for _, reply in sizes),
-        **harness.summarise(found),
-    )
-    # A run is one duration: it has a mean and no percentiles.
-    row.p99_us = None
-    rival = min(
-        (row for row in rows if (row.mode, row.wire_dtype) == ("batched", "f16") and row.calls),
-        key=lambda row: row.exchange_s or 0.0,
-        default=None,
-    )
-    if row.p50_us is not None:
-        row.total_s = row.p50_us * len(sizes) / 1e6
-        if rival is not None and rival.transport_s and rival.exchange_s:
-            row.transport_ratio = row.total_s / rival.transport_s
-            row.exchange_ratio = row.total_s / rival.exchange_s
-    return row

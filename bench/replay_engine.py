@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import sys
 import time
@@ -17,10 +18,11 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from moeshm import settings
 from moeshm.backends import Backend
-from moeshm.dtypes import Array, DType, dtype_of, narrow, widen
+from moeshm.dtypes import Array, DType, FloatArray, dtype_of, narrow, widen
 from moeshm.offload import ExpertOffload, OffloadStats
 from moeshm.placement import Placement
 from moeshm.policy import Policy
@@ -31,11 +33,10 @@ from .replay_trace import Trace
 from .replay_worker import NAME, WorkerSetup
 from .schema import Candidate
 
-#: Uncounted passes, through so many layers: they fault pages in, and `auto` begins to measure.
-WARM_UP_LAYERS = 4
+#: Of a chunk, in each uncounted pass of the warm-up: models of few layers repeat their chunk.
+WARM_UP_FORWARDS = 64
+#: Single tokens of the completion in each of these passes.
 WARM_UP_STEPS = 8
-#: Tokens whose sum is checked at the end, in the first layer.
-_CHECKED_TOKENS = 4
 #: Largest difference from what this process computes, as a share of the largest value.
 _TOLERANCES = {DType.F32: 1e-4, DType.F16: 1e-2}
 
@@ -53,6 +54,10 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
     wire_dtype: str
     #: How many times as long as it takes the local part shall take.
     local_slowdown: float
+    #: Passes that go first, uncounted.
+    warm_up: int
+    #: Whether the cold part is played again, with nothing to hide behind.
+    is_played_alone: bool
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +68,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     rows: int
     payload_bytes: int
     prefill_s: float
+    #: Since the offload was made: one in the warm-up spoils what follows, too.
     fallback_calls: int
+    losses: int
     pack_s: float
     wait_s: float
     unpack_s: float
@@ -73,10 +80,14 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     decode_candidates: list[Candidate]
     #: None without a completion.
     decode_tokens_per_s: float | None
+    #: The cold part with nothing to hide behind: its calls, and the forwards around them. None
+    #: where it was not played.
+    alone_s: float | None
+    alone_forward_s: float | None
 
     @property
     def exchange_s(self) -> float:
-        """Sending, waiting and receiving; what the worker does meanwhile is in it."""
+        """Sending, waiting and receiving, as far as the local part did not hide it."""
         return self.pack_s + self.wait_s + self.unpack_s
 
     @property
@@ -105,27 +116,36 @@ class Engine(NamedTuple):
         return result
 
     def check(self) -> None:
-        """Compare a small forward with what this process computes; RuntimeError."""
-        tokens = slice(0, min(_CHECKED_TOKENS, self.trace.topk_ids.shape[1]))
-        found = widen(self.forward(0, tokens))
+        """Compare the first chunk in the last layer with what this process computes.
+
+        RuntimeError: it differs, or the fallback had a part in it.
+        """
+        layer = self.trace.n_layers - 1
+        tokens = next(self.trace.passes(len(self.pool)))
+        before = self.offload.stats()
+        found = widen(self.forward(layer, tokens))
+        if self.offload.stats().fallback_calls != before.fallback_calls:
+            raise RuntimeError("the fallback computed what the worker should have")
+        ids = self.trace.topk_ids[layer, tokens]
+        is_hot = self.offload.placement.is_hot(layer)[ids]
         expected = np.zeros_like(found)
-        x = self.pool[: len(found)]
-        ids, weights = self.trace.topk_ids[0, tokens], self.trace.topk_weights[0, tokens]
-        is_hot = self.offload.placement.is_hot(0)[ids]
-        for mine in (is_hot, ~is_hot):
-            part = np.zeros_like(expected)
-            rows = np.flatnonzero(mine.any(axis=1))
-            part_ids = np.where(mine, ids, np.int32(-1))[rows]
-            out = np.empty((len(rows), x.shape[1]), np.float32)
-            self.fallback.ffn(0, x[rows], part_ids, weights[rows], out)
-            part[rows] = out
-            expected += part
-        # A null backend answers rows without an expert, too: left out where it did so here.
-        rows = np.flatnonzero(is_hot.any(axis=1) | ~is_hot.any())
-        limit = _TOLERANCES[dtype_of(x)]
-        difference = float(np.abs((found - expected)[rows]).max(initial=0) / np.abs(expected).max())
-        if not difference <= limit:
+        # The local part is given every row, if one has a hot expert, and the worker those that
+        # have a cold one. A null backend answers whatever row it is given.
+        if is_hot.any():
+            expected += self._compute(layer, tokens, is_hot)
+        cold = ~is_hot.all(axis=1)
+        expected[cold] += self._compute(layer, tokens, ~is_hot)[cold]
+        difference = float(np.abs(found - expected).max() / np.abs(expected).max())
+        if not difference <= _TOLERANCES[dtype_of(self.pool)]:
             raise RuntimeError(f"forward differs by {difference:.2g} of the largest value")
+
+    def _compute(self, layer: int, tokens: slice, wanted: npt.NDArray[np.bool_]) -> FloatArray:
+        """The wanted slots of these tokens, float32, in this process."""
+        ids = np.where(wanted, self.trace.topk_ids[layer, tokens], np.int32(-1))
+        x = self.pool[: len(ids)]
+        out = np.empty(x.shape, np.float32)
+        self.fallback.ffn(layer, x, ids, self.trace.topk_weights[layer, tokens], out)
+        return out
 
 
 def main(words: Sequence[str]) -> None:
@@ -133,7 +153,7 @@ def main(words: Sequence[str]) -> None:
     text, client_cpu, server_cpu, *_ = words
     setup = msgspec.json.decode(text, type=EngineSetup)
     with engine(setup, int(client_cpu), int(server_cpu)) as opened:
-        run = replay(opened, setup.chunk)
+        run = replay(opened, setup.warm_up, setup.is_played_alone)
         opened.check()
     print(msgspec.json.encode(run).decode(), flush=True)
 
@@ -172,19 +192,24 @@ def engine(setup: EngineSetup, client_cpu: int, server_cpu: int) -> Iterator[Eng
             offload.close()
 
 
-def replay(engine: Engine, chunk: int) -> Run:
-    """Prefill by chunks and decode, every layer each time; a short warm-up goes first."""
+def replay(engine: Engine, warm_up: int, is_played_alone: bool) -> Run:
+    """Prefill by chunks and decode, every layer each time, after so many passes of warm-up."""
     trace = engine.trace
-    passes = list(trace.passes(chunk))
+    passes = list(trace.passes(len(engine.pool)))
     prefill = [tokens for tokens in passes if tokens.start < trace.n_prompt]
     decode = passes[len(prefill) :]
-    run_passes(engine, prefill[:1] + decode[:WARM_UP_STEPS], min(WARM_UP_LAYERS, trace.n_layers))
+    # Page faults are over then, and `auto` has made its first tries.
+    chunks = prefill[:1] * math.ceil(WARM_UP_FORWARDS / trace.n_layers)
+    run_passes(engine, (chunks + decode[:WARM_UP_STEPS]) * warm_up)
     before = engine.offload.stats()
-    prefill_s = run_passes(engine, prefill, trace.n_layers)
+    prefill_s = run_passes(engine, prefill)
     middle = engine.offload.stats()
     prefill_candidates = candidates(engine.offload, prefill[0].stop)
-    decode_s = run_passes(engine, decode, trace.n_layers)
+    decode_s = run_passes(engine, decode)
     after = engine.offload.stats()
+    decode_candidates = candidates(engine.offload, 1)
+    alone = play_alone(engine, passes) if is_played_alone else (None, None)
+    last = engine.offload.stats()
     return Run(
         calls=after.messages - before.messages,
         prefill_calls=middle.messages - before.messages,
@@ -192,18 +217,30 @@ def replay(engine: Engine, chunk: int) -> Run:
         payload_bytes=after.bytes_out - before.bytes_out,
         prefill_s=prefill_s,
         decode_tokens_per_s=len(decode) / decode_s if decode else None,
-        fallback_calls=after.fallback_calls - before.fallback_calls,
+        fallback_calls=last.fallback_calls,
+        losses=sum(last.losses.values()),
         **_times(before, after),
         prefill_candidates=prefill_candidates,
-        decode_candidates=candidates(engine.offload, 1),
+        decode_candidates=decode_candidates,
+        alone_s=alone[0],
+        alone_forward_s=alone[1],
     )
 
 
-def run_passes(engine: Engine, passes: Sequence[slice], n_layers: int) -> float:
-    """Forward these tokens through the layers; how long it took, in seconds."""
+def play_alone(engine: Engine, passes: Sequence[slice]) -> tuple[float, float]:
+    """The cold part of these passes while the engine computes nothing: from the beginning of
+    sending to the result, summed over the calls, and all that `forward` takes, in seconds."""
+    trace = engine.trace.without_hot(engine.offload.placement)
+    before = engine.offload.stats()
+    forward_s = run_passes(engine._replace(trace=trace), passes)
+    return engine.offload.stats().elapsed_s - before.elapsed_s, forward_s
+
+
+def run_passes(engine: Engine, passes: Sequence[slice]) -> float:
+    """Forward these tokens through all layers; how long it took, in seconds."""
     start = time.perf_counter()
     for tokens in passes:
-        for layer in range(n_layers):
+        for layer in range(engine.trace.n_layers):
             engine.forward(layer, tokens)
     return time.perf_counter() - start
 

@@ -14,7 +14,6 @@ from . import report as common
 from .report import make_table, number
 from .schema import (
     Candidate,
-    PipesRow,
     PolicyReport,
     Reduction,
     ReplayReport,
@@ -36,9 +35,9 @@ def print_replay(report: ReplayReport, console: Console) -> None:
     console.print(_published_table(report))
     console.print(_reduction_table(report.reductions))
     if report.contenders:
-        console.print(_pipes_table(report.contenders))
+        console.print(_pipes_table(report))
     for row in report.results:
-        for error in filter(None, [row.error, _fallbacks(row)]):
+        for error in filter(None, [row.error, _fallbacks(row), _losses(row)]):
             _complain(f"{row.mode} {row.transport} {row.wire_dtype}: {error}", console)
     for rival in report.contenders:
         if rival.error:
@@ -151,8 +150,9 @@ def _print_trace(trace: TraceSummary, console: Console) -> None:
 
 
 def _replay_table(title: str, rows: Sequence[ReplayRow]) -> Table:
-    columns = ("calls", "rows", "MiB", "prefill s", "spread s", "tokens/s", "fallbacks")
-    table = make_table(title, "mode", "transport", "dtype", *columns, "transport s", "chosen")
+    columns = ("calls", "rows", "MiB", "prefill s", "spread s", "× best", "tokens/s", "× best")
+    ends = ("fallbacks", "losses", "chosen")
+    table = make_table(title, "mode", "transport", "dtype", *columns, *ends)
     for row in rows:
         spread = ""
         if row.prefill_min_s is not None:
@@ -160,9 +160,10 @@ def _replay_table(title: str, rows: Sequence[ReplayRow]) -> Table:
         table.add_row(
             *(row.mode, row.transport, row.wire_dtype),
             *map(_count, (row.calls, row.rows)),
-            *(_mib(row.payload_bytes), number(row.prefill_s), spread),
-            *(number(row.decode_tokens_per_s), _count(row.fallback_calls)),
-            *(number(row.transport_s), _most_common(row.prefill_choices)),
+            *(_mib(row.payload_bytes), number(row.prefill_s), spread, number(row.ratio_to_best)),
+            *map(number, (row.decode_tokens_per_s, row.decode_ratio_to_best)),
+            *map(_count, (row.fallback_calls, row.losses)),
+            _most_common(row.prefill_choices),
         )
     return table
 
@@ -187,16 +188,24 @@ def _reduction_table(rows: Sequence[Reduction]) -> Table:
     return table
 
 
-def _pipes_table(rows: Sequence[PipesRow]) -> Table:
+def _pipes_table(report: ReplayReport) -> Table:
+    """How many times as long as moeshm they take: than its calls with nothing to hide behind, and
+    than what the local part leaves of them, without and with the worker's own time."""
+    ends = ("× alone", "× overlapped exchange", "× overlapped transport")
     table = make_table(
-        "The calls of batched f16 by the three-pipe protocol",
-        *("contender", "calls", "MiB", "µs per call", "total s", "× transport", "× exchange"),
+        "The calls of batched f16 by the three-pipe protocol, and by moeshm with no local part",
+        *("contender", "calls", "MiB", "µs per call", "total s", *ends),
     )
-    for row in rows:
-        figures = (row.p50_us, row.total_s, row.transport_ratio, row.exchange_ratio)
-        table.add_row(
-            row.contender, _count(row.calls), _mib(row.payload_bytes), *map(number, figures)
-        )
+    for row in report.contenders:
+        counts = _count(row.calls), _mib(row.payload_bytes)
+        times = map(number, (row.p50_us, row.total_s))
+        ratios = map(number, (row.alone_ratio, row.exchange_ratio, row.transport_ratio))
+        table.add_row(row.contender, *counts, *times, *ratios)
+    for ours in report.results:
+        if ours.alone_s is not None and ours.wire_dtype == "f16" and ours.calls:
+            times = map(number, (1e6 * ours.alone_s / ours.calls, ours.alone_s))
+            counts = _count(ours.calls), _mib(ours.payload_bytes)
+            table.add_row(f"moeshm-{ours.transport}", *counts, *times, "", "", "")
     return table
 
 
@@ -204,6 +213,12 @@ def _fallbacks(row: ReplayRow) -> str | None:
     if not row.fallback_calls:
         return None
     return f"{row.fallback_calls} calls were computed by the fallback, not by the worker"
+
+
+def _losses(row: ReplayRow) -> str | None:
+    if not row.losses:
+        return None
+    return f"the worker was lost {row.losses} times with calls on their way"
 
 
 def _complain(text: str, console: Console) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +33,11 @@ STRETCH_TOKENS = 16
 DEFAULT_HOT = 0.58
 
 _GENERATED_AT_ONCE = 512
+#: What NumPy and zipfile raise for a file that is empty, cut off or something else.
+_DAMAGED = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 
 class Trace(NamedTuple):
@@ -104,6 +111,13 @@ class Trace(NamedTuple):
             [(~placement.is_hot(n)[ids]).any(axis=1) for n, ids in enumerate(self.topk_ids)]
         )
 
+    def without_hot(self, placement: Placement) -> Trace:
+        """The same with -1 in place of every hot expert."""
+        ids = self.topk_ids.copy()
+        for layer, chosen in enumerate(ids):
+            chosen[placement.is_hot(layer)[chosen]] = -1
+        return self._replace(topk_ids=ids)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an npz that `load` reads."""
         with Path(path).open("wb") as file:
@@ -113,7 +127,8 @@ class Trace(NamedTuple):
     def load(cls, path: str | os.PathLike[str]) -> Trace:
         """Read what `save` wrote; SettingError: it cannot be read, or is no such file."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # Opened here, as NumPy leaves what it opened and cannot read.
+            with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 trace = cls(
                     topk_ids=file["topk_ids"],
                     topk_weights=file["topk_weights"],
@@ -122,7 +137,7 @@ class Trace(NamedTuple):
                     source=str(file["source"]),
                 )
             trace._check()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except _DAMAGED as error:
             raise SettingError(f"trace {path}: {error}; write one with --record") from error
         return trace
 
@@ -132,7 +147,7 @@ class Trace(NamedTuple):
             raise ValueError(f"topk_ids is {ids.dtype} {list(ids.shape)}")
         if weights.shape != ids.shape or weights.dtype != np.float32:
             raise ValueError(f"topk_weights is {weights.dtype} {list(weights.shape)}")
-        if not 0 <= self.n_prompt <= ids.shape[1]:
+        if not 1 <= self.n_prompt <= ids.shape[1]:
             raise ValueError(f"n_prompt={self.n_prompt} of {ids.shape[1]} tokens")
         if ids.min() < -1 or ids.max() >= self.num_experts:
             raise ValueError(f"an expert id outside 0..{self.num_experts - 1}")

@@ -145,12 +145,21 @@ class ReplayRow(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     #: The spread: least and greatest of the repeats.
     prefill_min_s: float | None = None
     prefill_max_s: float | None = None
+    #: Of the prefill, and of a token of the completion: its time over that of the best fixed way
+    #: of this speed and dtype; the median of the repeats' ratios.
+    ratio_to_best: float | None = None
+    decode_ratio_to_best: float | None = None
     decode_tokens_per_s: float | None = None
     decode_min_tokens_per_s: float | None = None
     decode_max_tokens_per_s: float | None = None
+    #: Sums over the repeats: each of them should be 0.
     fallback_calls: int | None = None
+    losses: int | None = None
     transport_s: float | None = None
     exchange_s: float | None = None
+    #: The cold part with nothing to hide behind: its calls, and the forwards around them.
+    alone_s: float | None = None
+    alone_forward_s: float | None = None
     #: What `auto` had chosen after the prefill and after the completion, once a repeat.
     prefill_choices: list[str] = []
     decode_choices: list[str] = []
@@ -168,8 +177,10 @@ class PipesRow(Timing, kw_only=True):
     payload_bytes: int
     reply_bytes: int
     total_s: float | None = None
-    transport_ratio: float | None = None
+    #: `total_s` over `alone_s`; the others are over what the local part left to wait for.
+    alone_ratio: float | None = None
     exchange_ratio: float | None = None
+    transport_ratio: float | None = None
 
 
 class PublishedRow(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

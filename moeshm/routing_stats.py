@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ class RoutingStats:
         read = _read_npz if _suffix(path) == ".npz" else _read_csv
         try:
             counts = read(path)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise SettingError(f"routing statistics {path}: {error}") from error
         return cls._of(counts)
 

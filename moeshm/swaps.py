@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -36,12 +37,15 @@ def propose_swaps(
     *,
     min_gain: float = MIN_GAIN,
     max_swaps: int = MAX_SWAPS,
+    min_sigmas: float = 0.0,
 ) -> list[Swap]:
     """The swaps that gain most by these counts, the best first.
 
     In each layer the most used cold expert meets the least used hot one, the second most used the
     second least used, and so on. A pair is a swap if the cold expert was counted at least
-    `min_gain` times as often; of all layers' swaps the best `max_swaps` stay. PlacementError:
+    `min_gain` times as often, and by `min_sigmas` standard deviations of the difference of two
+    Poisson counts, which is the root of their sum; of all layers' swaps the best `max_swaps` stay.
+    PlacementError:
     `min_gain` below 1 (experts would change places for nothing), `max_swaps` below 0, or a layer
     of the placement that `stats` lacks or has with other experts.
     """
@@ -52,7 +56,9 @@ def propose_swaps(
     swaps: list[Swap] = []
     for number, layer in placement.layers.items():
         _check_counts(number, layer, stats)
-        swaps += _swaps_of(number, placement.is_hot(number), stats.counts(number), min_gain)
+        swaps += _swaps_of(
+            number, placement.is_hot(number), stats.counts(number), min_gain, min_sigmas
+        )
     # Stable: of equal gains, the lower layer comes first, as everywhere.
     return sorted(swaps, key=lambda swap: -swap.gained_share)[:max_swaps]
 
@@ -93,7 +99,7 @@ def _check_counts(number: int, layer: LayerPlacement, stats: RoutingStats) -> No
 
 
 def _swaps_of(
-    number: int, is_hot: npt.NDArray[np.bool_], counts: Counts, min_gain: float
+    number: int, is_hot: npt.NDArray[np.bool_], counts: Counts, min_gain: float, min_sigmas: float
 ) -> list[Swap]:
     total = float(counts.sum())
     by_use = np.argsort(-counts, kind="stable")
@@ -101,9 +107,12 @@ def _swaps_of(
     swaps = []
     for promote, demote in zip(cold.tolist(), hot.tolist(), strict=False):
         gain = float(counts[promote] - counts[demote])
+        noise = math.sqrt(counts[promote] + counts[demote])
         # Pairs gain less and less.
         if gain <= 0 or counts[promote] < min_gain * counts[demote]:
             break
+        if gain < min_sigmas * noise:
+            continue
         swaps.append(Swap(number, promote, demote, gain / total))
     return swaps
 

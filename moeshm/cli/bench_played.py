@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ..errors import SettingError
+
 if TYPE_CHECKING:
     from ..bench.replay import Replay, Way
 
@@ -112,6 +114,7 @@ def played_by(
     null_compute: bool,
     seed: int,
     ways: list[Way],
+    warm_up: int = 0,
 ) -> Replay:
     """What the options ask for. SettingError, UsageError: they do not fit each other."""
     from ..bench import replay_trace
@@ -125,6 +128,11 @@ def played_by(
             raise click.UsageError(f"--record plays the bundled model: --shape {BUNDLED}")
         shape_name = BUNDLED
     shape = SHAPES[shape_name or _SHAPES[0]].with_layers(n_layers)
+    hot = replay_trace.DEFAULT_HOT if hot is None else hot
+    if round(hot * shape.num_experts) == shape.num_experts:
+        raise SettingError(
+            f"hot={hot:g} leaves none of {shape.num_experts} experts to the worker; pass less"
+        )
     if trace_path is not None:
         trace = replay_trace.Trace.load(trace_path)
         trace = trace.fitted(shape, n_prompt, n_completion)
@@ -137,12 +145,15 @@ def played_by(
             trace = replay_trace.record(n_prompt, n_completion)
             trace.save(record_path)
             trace = trace.fitted(shape)
-    return Replay(
+    replay = Replay(
         shape=shape.scaled(scale),
         scale=scale,
         trace=trace,
-        hot=replay_trace.DEFAULT_HOT if hot is None else hot,
+        hot=hot,
         chunk=chunk,
         is_null=null_compute,
+        warm_up=warm_up,
         ways=ways,
     )
+    replay.check()
+    return replay

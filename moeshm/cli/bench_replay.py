@@ -71,6 +71,14 @@ from .bench_run import json_option, plot_option, seed_option, show, watched
     help="Of the engine's activations, which travel as they are.",
 )
 @click.option(
+    "--warm-up",
+    type=click.IntRange(0),
+    metavar="PASSES",
+    default=1,
+    show_default=True,
+    help="Uncounted passes that go first; 0 counts from the first forward on.",
+)
+@click.option(
     "--repeats",
     type=click.IntRange(1),
     default=3,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _Report = TypeVar("_Report")
 #: Where output is no terminal, tables get all the room they need.
-_FILE_COLUMNS = 140
+_FILE_COLUMNS = 160
 
 plot_option = click.option(
     "--plot",

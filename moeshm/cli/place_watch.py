@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
+from ..errors import SettingError
 from ..placement import Placement
 from ..routing_stats import RoutingStats
 from ..signals import signals_as_bytes
@@ -19,6 +20,10 @@ from .place import FILE_COLUMNS
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+#: An engine that does little counts little, and moving experts for chance would be no gain.
+MIN_SIGMAS = 3.0
 
 
 class Proposal(msgspec.Struct, frozen=True):
@@ -75,7 +80,11 @@ class Watch:
             self._placement = Placement.load(self._placement_path)
         placement = self._placement
         swaps = propose_swaps(
-            placement, counted, min_gain=self._min_gain, max_swaps=self._max_swaps
+            placement,
+            counted,
+            min_gain=self._min_gain,
+            max_swaps=self._max_swaps,
+            min_sigmas=MIN_SIGMAS,
         )
         proposed = apply_swaps(placement, swaps)
         written = None
@@ -111,12 +120,26 @@ class Watch:
 def watch(
     task: Watch, interval_s: float, n_steps: int | None, show: Callable[[Proposal], None]
 ) -> None:
-    """Step every `interval_s` until SIGINT or SIGTERM, or until `n_steps` were shown."""
+    """Step every `interval_s` until SIGINT or SIGTERM, or until `n_steps` were shown.
+
+    After the first, a step whose files cannot be used is left out: a person may be editing them.
+    """
     with signals_as_bytes() as signals:
         left = n_steps
+        is_first = True
+        last_error = ""
         while left is None or left > 0:
-            proposal = task.step()
+            proposal = None
+            try:
+                proposal = task.step()
+            except SettingError as error:
+                if is_first:
+                    raise
+                if str(error) != last_error:
+                    last_error = str(error)
+                    click.echo(f"moeshm: {error}; looking again", err=True)
             if proposal is not None:
+                is_first = False
                 show(proposal)
                 left = None if left is None else left - 1
             if left != 0 and select.select([signals], [], [], interval_s)[0]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .chooser import Chooser
+from .chooser import Chooser, ChooserStats
 from .model import LocalCost
 from .rules import Choice, Path, Policy, Shape, Times, Verdict, Work
 
 __all__ = [
     "Choice",
     "Chooser",
+    "ChooserStats",
     "LocalCost",
     "Path",
     "Policy",

@@ -167,6 +167,11 @@ class Bucket:
             return
         self._review_every = REVIEW_EVERY
 
+    def look_again(self) -> None:
+        """Something new is known: decide with the next forward."""
+        if len(self._options) > 1:
+            self.next_review = 0
+
     def _estimates(self, work: Work) -> list[Estimate]:
         """Of every option, for what work was like in the incumbent's forwards, else for `work`."""
         incumbent = self._incumbent
@@ -291,6 +296,8 @@ class Bucket:
 
     def wasted(self, choice: Choice, cost_ns: float) -> None:
         """Take in a forward that failed."""
+        # Slow ones before it were no drift: nothing may keep the decision from being looked at.
+        self._run = 0
         self._spent_ns += cost_ns
         if self._incumbent is not None and choice != self._incumbent.choice:
             self._tried_ns += cost_ns

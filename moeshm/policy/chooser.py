@@ -78,7 +78,7 @@ class Chooser:
             self._bucket(shape, work).wasted(choice, cost_ns)
             self._losses.lost(choice.transport, cost_ns)
             for bucket in self._buckets.values():
-                bucket.next_review = 0
+                bucket.look_again()
 
     def explain(self, shape: Shape, work: Work) -> list[Verdict]:
         """Every candidate for work like this, with what is known of it, and why it is so."""
@@ -99,7 +99,7 @@ class Chooser:
     # --- calibration ------------------------------------------------------------------------
 
     def probes(
-        self, shape: Shape, top_k: int, dtype: DType, budget_ns: float
+        self, shape: Shape, num_experts: int, top_k: int, dtype: DType, budget_ns: float
     ) -> Iterator[tuple[Choice, Work]]:
         """Calls that calibrate the costs: make each, give its times to `seed`, ask for the next.
 
@@ -111,7 +111,7 @@ class Chooser:
         # The first of all pays for cold caches, and is made twice.
         for rows in (1, *_powers(PROBE_GROWTH, most)):
             slots = rows * top_k
-            experts = min(slots, shape.num_local)
+            experts = min(slots, num_experts)
             work = Work(rows, rows, slots, experts, top_k, dtype, 0.0)
             for choice in self._probe_choices(dtype, rows):
                 with self._lock:
@@ -128,7 +128,7 @@ class Chooser:
             self._model.learn(shape, work, choice, times)
             self._seeded_ns += times.elapsed_ns
             for bucket in self._buckets.values():
-                bucket.next_review = 0
+                bucket.look_again()
 
     def _probe_choices(self, dtype: DType, rows: int) -> Iterator[Choice]:
         for path in self._paths:

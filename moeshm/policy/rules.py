@@ -59,8 +59,6 @@ class Shape(NamedTuple):
 
     hidden_size: int
     intermediate_size: int
-    #: Experts of the layer that this worker holds.
-    num_local: int
 
 
 class Path(NamedTuple):

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from moeshm.dtypes import DType
 from moeshm.policy import Choice, Chooser, Path, Shape, Times, Work
 
-SHAPE = Shape(hidden_size=2048, intermediate_size=512, num_local=128)
+SHAPE = Shape(hidden_size=2048, intermediate_size=512)
+NUM_EXPERTS = 128
 TOP_K = 8
 PATHS = {
     "shared": Path("shared", max_tokens=1024, buffer_bytes=16 << 20),
@@ -88,7 +89,7 @@ def make_forward(
     random: np.random.Generator, n_tokens: int, local_ns: float, dtype: DType = DType.F32
 ) -> Forward:
     """About 40 % of the tokens have an expert here, like the original's workload; at least one."""
-    ids = random.zipf(1.3, (n_tokens, TOP_K)) % SHAPE.num_local
+    ids = random.zipf(1.3, (n_tokens, TOP_K)) % NUM_EXPERTS
     ids[random.random(ids.shape) < 0.94] = -1
     ids[int(random.integers(n_tokens)), 0] = 5
     return Forward(ids, dtype, local_ns)
@@ -97,7 +98,7 @@ def make_forward(
 def make_work(n_tokens: int, local_ns: float = 1e6) -> Work:
     """Work of that many tokens, half of them with two experts here."""
     rows = -(-n_tokens // 2)
-    experts = min(2 * rows, SHAPE.num_local)
+    experts = min(2 * rows, NUM_EXPERTS)
     return Work(n_tokens, rows, 2 * rows, experts, TOP_K, DType.F32, local_ns)
 
 
@@ -178,7 +179,7 @@ def total_of_fixed(choice: Choice, forwards: Sequence[Forward], world: World, se
 def calibrate(chooser: Chooser, world: World, random: Random) -> float:
     """Play the probes; what they took in ns."""
     spent = 0.0
-    for choice, work in chooser.probes(SHAPE, TOP_K, DType.F32, 1e8):
+    for choice, work in chooser.probes(SHAPE, NUM_EXPERTS, TOP_K, DType.F32, 1e8):
         slots = int(work.slots)
         ids = (np.arange(slots) % int(work.experts)).reshape(-1, TOP_K)
         times = play(world, Forward(ids, DType.F32, 0.0), choice, random)

@@ -115,6 +115,7 @@ def test_a_trace_of_another_shape_is_refused() -> None:
         ({"topk_ids": np.zeros((1, 2, 2), np.int64)}, "topk_ids is int64"),
         ({"topk_weights": np.zeros((1, 2, 1), np.float32)}, r"topk_weights is float32 \[1, 2, 1\]"),
         ({"n_prompt": 3}, "n_prompt=3 of 2 tokens"),
+        ({"n_prompt": 0}, "n_prompt=0 of 2 tokens"),
         ({"num_experts": 4}, r"an expert id outside 0\.\.3"),
     ],
 )
@@ -128,9 +129,48 @@ def test_a_file_that_is_no_trace_is_refused(
     good._replace(**changes).save(tmp_path / "bad.npz")
     with pytest.raises(SettingError, match=complaint):
         Trace.load(tmp_path / "bad.npz")
-    (tmp_path / "text.npz").write_text("no archive")
-    with pytest.raises(SettingError, match=r"text\.npz"):
-        Trace.load(tmp_path / "text.npz")
+
+
+def test_a_damaged_file_is_refused_or_read_whole(tmp_path: Path) -> None:
+    """Cut off anywhere, or with any one byte changed; the file has some 1,500."""
+    path = tmp_path / "trace.npz"
+    trace = replay_trace.synthetic(SHAPES["tiny"].with_layers(1), 3, 0, seed=0)
+    trace.save(path)
+    good = path.read_bytes()
+    damaged = [good[:length] for length in range(0, len(good), 7)]
+    damaged += [b"no archive", b"\x80\x04N.", good + good]
+    for at in range(len(good)):
+        changed = bytearray(good)
+        changed[at] ^= 0xFF
+        damaged.append(bytes(changed))
+    complaints = []
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            loaded = Trace.load(path)
+        except SettingError as error:
+            complaints.append(str(error))
+        else:
+            assert np.array_equal(loaded.topk_ids, trace.topk_ids)
+    assert len(complaints) > len(damaged) // 2
+    assert all(f"trace {path}: " in each for each in complaints)
+
+
+def test_an_array_that_is_no_archive_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.zeros(3))
+    with pytest.raises(SettingError, match=r"ids\.npy"):
+        Trace.load(tmp_path / "ids.npy")
+
+
+def test_without_hot_only_the_cold_experts_are_left() -> None:
+    trace = replay_trace.synthetic(SHAPES["tiny"], 20, 5, seed=0)
+    placement = replay_trace.place(trace, 0.6, "worker")
+    cold = trace.without_hot(placement)
+    for layer, (ids, left) in enumerate(zip(trace.topk_ids, cold.topk_ids, strict=True)):
+        expected = [-1 if placement.is_hot(layer)[expert] else expert for expert in ids.flat]
+        assert left.ravel().tolist() == expected
+    assert np.array_equal(cold.topk_weights, trace.topk_weights)
+    assert cold[2:] == trace[2:]
 
 
 @given(

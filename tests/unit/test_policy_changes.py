@@ -138,6 +138,26 @@ def test_losses_move_it_away_and_it_returns() -> None:
     assert not any("losses" in each.why for each in chooser.explain(SHAPE, work))
 
 
+@pytest.mark.parametrize("n_slow", range(8))
+def test_a_worker_that_slows_down_before_it_fails_is_left(n_slow: int) -> None:
+    chooser, work = Chooser(Policy(), PATHS), make_work(64)
+
+    def call(shared_ns: int) -> str:
+        choice = chooser.choose(SHAPE, work)
+        ns = shared_ns if choice.transport == "shared" else 3_000_000
+        if ns:
+            chooser.observe(SHAPE, work, choice, Times(1, 0, ns, 0, 900_000, ns))
+        else:
+            chooser.lost(SHAPE, work, choice, 5e7)
+        return choice.transport
+
+    for _ in range(50):
+        call(2_000_000)
+    for _ in range(n_slow):
+        call(20_000_000)
+    assert [call(0) for _ in range(100)].count("shared") < 20
+
+
 def test_losses_from_the_first_call_on_are_left_too() -> None:
     chooser, work = Chooser(Policy(), PATHS), make_work(1)
     transports = []

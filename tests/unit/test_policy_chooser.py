@@ -15,6 +15,7 @@ from moeshm.policy.rules import candidates
 
 from .policy_simulator import (
     LINKS,
+    NUM_EXPERTS,
     PATHS,
     SHAPE,
     TOP_K,
@@ -158,7 +159,7 @@ def test_no_message_exceeds_what_the_worker_takes() -> None:
 
 def calibration_works(chooser: Chooser) -> list[tuple[Choice, Work]]:
     found = []
-    for choice, work in chooser.probes(SHAPE, TOP_K, DType.F32, 1e8):
+    for choice, work in chooser.probes(SHAPE, NUM_EXPERTS, TOP_K, DType.F32, 1e8):
         chooser.seed(SHAPE, work, choice, Times(1, 1000, 1000, 1000, 1000, 5000))
         found.append((choice, work))
     return found

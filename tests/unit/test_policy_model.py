@@ -15,6 +15,7 @@ from moeshm.policy.model import CostModel, count_messages, distinct_per_message,
 
 from .policy_simulator import (
     LINKS,
+    NUM_EXPERTS,
     PATHS,
     SHAPE,
     Forward,
@@ -82,7 +83,7 @@ def test_counts_per_slice_match_what_routing_gives(slice_tokens: int) -> None:
     messages, experts, expected_messages, expected_experts = 0.0, 0.0, 0, 0
     for _ in range(30):
         # Uniform experts: a skew makes slices share more than the formula, which knows none, says.
-        ids = random.integers(0, SHAPE.num_local, (512, 8))
+        ids = random.integers(0, NUM_EXPERTS, (512, 8))
         ids[random.random(ids.shape) < 0.94] = -1
         forward = Forward(ids, DType.F32, 0.0)
         found = forward.slices(slice_tokens)

@@ -34,6 +34,9 @@ def test_a_gain_that_is_too_small_is_none() -> None:
     # Nor is none at all one, whatever is asked for.
     assert propose_swaps(placement, stats_of([5, 5]), min_gain=1) == []
     assert propose_swaps(placement, stats_of([0, 0]), min_gain=1) == []
+    # The root of 4 + 12 is 4: a difference of 8 is two of these.
+    assert propose_swaps(placement, stats_of([4, 12]), min_sigmas=2) != []
+    assert propose_swaps(placement, stats_of([4, 12]), min_sigmas=2.01) == []
 
 
 def test_the_best_of_all_layers_stay() -> None:
