@@ -14,7 +14,7 @@ from . import arrays
 from ._formats import add_rows
 from .arrays import Inputs
 from .dtypes import Array, DType, FloatArray, narrow, widen
-from .errors import CallError, DeadlineExceeded, NotReady, WorkerDied
+from .errors import CallError, DeadlineExceeded, InvalidCall, NotReady, WorkerDied
 from .link import Link, Receiver, too_late
 from .protocol import Message, Reply
 from .stats import CallTimes
@@ -145,8 +145,14 @@ class CallFuture:
 
         Spares the array of a result that is one of several, and one message's rows every copy: they
         are added where they lie. Waits and raises as `result`; after an error, `total` is as it
-        was. Once only, by one thread.
+        was. Once only, by one thread. InvalidCall: another dtype or shape, or not contiguous.
         """
+        wanted = self.inputs.hidden_states.shape
+        if total.dtype != np.float32 or total.shape != wanted or not total.flags.carray:
+            raise InvalidCall(
+                f"total is {total.dtype} {list(total.shape)}; pass a writable, contiguous float32 "
+                f"{list(wanted)}"
+            )
         if not self.is_done:
             if self._n_parts == 1:
                 self._total = total
@@ -187,10 +193,17 @@ class CallFuture:
     def _add(self, reply: Reply, record: Message, total: FloatArray) -> None:
         """Add the rows where they lie, unless the call has failed: then nothing may change."""
         rows = reply.rows(record, (self._n_rows, total.shape[1]), self.wire)
-        with self._adding:
-            if not self.is_done:
-                add_rows(total, self.rows, rows)
-                self.is_done = True
+        try:
+            with self._adding:
+                if not self.is_done:
+                    try:
+                        add_rows(total, self.rows, rows)
+                    finally:
+                        # Also when a signal's handler raises right after it: they are added.
+                        self.is_done = True
+        finally:
+            # A traceback must not keep a view of the record, which then could not be released.
+            del rows
 
     @property
     def _n_rows(self) -> int:

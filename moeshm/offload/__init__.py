@@ -20,6 +20,7 @@ from .. import arrays, settings
 from .._inputs import route
 from ..backends import Backend, Ids
 from ..call import CallFuture
+from ..choice import MAX_TIMEOUT_S
 from ..dtypes import FloatArray
 from ..errors import InvalidCall
 from ..placement import Placement
@@ -98,6 +99,8 @@ class ExpertOffload:
         Arguments as for `ExpertClient.submit`, with the model's (global) ids. WorkerDied,
         DeadlineExceeded: all workers of an expert are lost, and there is no fallback. InvalidCall.
         """
+        if timeout_s is not None and not 0 < timeout_s <= MAX_TIMEOUT_S:
+            raise InvalidCall(f"timeout_s={timeout_s}; it must lie in 0..{MAX_TIMEOUT_S:g}")
         with self._plans.in_use() as plan:
             placed = _find(plan, layer)
             inputs = placed.check(hidden_states, topk_ids, topk_weights)
@@ -114,19 +117,25 @@ class ExpertOffload:
         self._counter.finished(n_hot)
         return arrays.as_output(total, inputs)
 
-    def apply(self, placement: Placement) -> PlacementChange:
+    def apply(
+        self,
+        placement: Placement,
+        *,
+        local: LocalExperts | Backend | None = None,
+        fallback: Backend | None = None,
+    ) -> PlacementChange:
         """Move experts as another placement says, while forwards go on; returns at once.
 
         Workers load what they lack; when all of them have it, the next forward goes by the new
         placement, and they drop what it does not give them. Each forward goes by one of the two,
-        so results stay exact. What a client that was passed in was opened with stays with its
-        worker, too.
+        so results stay exact. `local` and `fallback`, if given, replace those until now at the same
+        moment. What a client that was passed in was opened with stays with its worker, too.
 
         PlacementError: `placement` has other layers, or an unknown worker, or a new hot or cold
         expert that `local` or `fallback` lacks, or another is being applied. What fails later,
         `PlacementChange.result` says.
         """
-        return self._plans.change_to(placement)
+        return self._plans.change_to(placement, local, fallback)
 
     def explain(self, layer: int) -> list[Explanation]:
         """For each worker, and each size of work that it was given, what the policy thinks of
@@ -140,12 +149,13 @@ class ExpertOffload:
 
     def stats(self) -> OffloadStats:
         """Counts and times since it was made."""
-        return self._counter.snapshot()
+        return self._counter.snapshot(self._remotes.values())
 
     def close(self) -> None:
-        """Close the clients that it opened; again does nothing."""
-        self._close_clients()
+        """Close the clients that it opened, and release what others hold for it; again does
+        nothing. A placement that is being applied will not be."""
         self._plans.close()
+        self._close_clients()
 
     def __enter__(self) -> ExpertOffload:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 
 import numpy as np
@@ -16,7 +17,7 @@ from .remote import Remote, times_of
 _log = logging.getLogger(__name__)
 
 #: For one worker: all shapes of its layers, transports and formats together.
-BUDGET_NS = 100e6
+BUDGET_NS = 100_000_000
 #: Of a probe: the first one of its size finds memory that was never touched.
 TURNS = 2
 
@@ -24,25 +25,37 @@ TURNS = 2
 def calibrate(remotes: Iterable[Remote]) -> None:
     """Let every worker compute made-up rows of growing number over every way to it.
 
-    Rows have the dtype of the layer's weights, as an engine's usually have. A worker that is lost
-    meanwhile, or fails, is left to the first real calls.
+    Nothing is begun once the budget is spent, nor what is expected to exceed it. Rows have the
+    dtype of the layer's weights, as an engine's usually have. A worker that is lost meanwhile, or
+    fails, is left to the first real calls.
     """
     for remote in remotes:
         layers = {shape_of(info): (number, info) for number, info in remote.layers.items()}
+        end_ns = time.perf_counter_ns() + BUDGET_NS
         try:
-            for shape, (number, info) in layers.items():
-                _calibrate(remote, shape, number, info, BUDGET_NS / TURNS / len(layers))
+            for n_left, (shape, (number, info)) in zip(
+                range(len(layers), 0, -1), layers.items(), strict=True
+            ):
+                share_ns = (end_ns - time.perf_counter_ns()) // n_left
+                if share_ns > 0:
+                    _calibrate(remote, shape, number, info, share_ns)
         except CallError as error:
             _log.warning("worker %r could not be calibrated: %s", remote.name, error)
 
 
-def _calibrate(
-    remote: Remote, shape: Shape, number: int, info: LayerInfo, budget_ns: float
-) -> None:
-    top_k = min(info.top_k, len(info.experts))
-    for choice, work in remote.chooser.probes(shape, top_k, info.weight_dtype, budget_ns):
-        turns = [_probe(remote, number, info, work, choice) for _ in range(TURNS)]
+def _calibrate(remote: Remote, shape: Shape, number: int, info: LayerInfo, budget_ns: int) -> None:
+    end_ns = time.perf_counter_ns() + budget_ns
+    held = len(info.experts)
+    probes = remote.chooser.probes(
+        shape, held, min(info.top_k, held), info.weight_dtype, budget_ns / TURNS
+    )
+    for choice, work in probes:
+        turns = [_probe(remote, number, info, work, choice)]
+        while len(turns) < TURNS and time.perf_counter_ns() < end_ns:
+            turns.append(_probe(remote, number, info, work, choice))
         remote.chooser.seed(shape, work, choice, min(turns, key=lambda times: times.elapsed_ns))
+        if time.perf_counter_ns() >= end_ns:
+            return
 
 
 def _probe(remote: Remote, number: int, info: LayerInfo, work: Work, choice: Choice) -> Times:

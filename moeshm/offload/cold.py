@@ -40,6 +40,8 @@ class _Sent(NamedTuple):
     choice: Choice
     start_ns: int
     outcome: CallFuture | Loss
+    #: False when no time was left to ask.
+    is_asked: bool
 
     def carried(self) -> Ids:
         """The global ids that this worker was asked for."""
@@ -50,8 +52,9 @@ class ColdPart:
     """Sends slots to workers, and what is lost to others, until every slot was computed once.
 
     A slot is sent again only after the call that carried it ended with an error, and the result of
-    such a call is never added: so each counts once. `down`: workers that are not asked if anybody
-    else can compute their slots. `local_ns`: what the engine is expected to do meanwhile.
+    such a call is never added: so each counts once. Workers that were lost a moment ago are not
+    asked if anybody else can compute their slots. `local_ns`: what the engine is expected to do
+    meanwhile.
     """
 
     def __init__(
@@ -99,21 +102,23 @@ class ColdPart:
 
     def collect(self, total: FloatArray) -> None:
         """Add every result; WorkerDied, DeadlineExceeded: some slots nobody can compute."""
-        while self._sent or self._orphans is not None:
-            self._fall_back(total)
-            sent, self._sent = self._sent, []
-            lost = [each for each in sent if not self._took(each, total)]
-            if lost:
-                self._lost += lost
-                left = np.full_like(self._inputs.topk_ids, -1)
-                for each in lost:
-                    np.maximum(left, each.carried(), out=left)
-                self.send(left)
-        now_ns = time.perf_counter_ns()
-        for each in self._lost:
-            # All that it took until the slots were computed elsewhere.
-            shape = self._layer.shapes[each.remote.name]
-            each.remote.chooser.lost(shape, each.work, each.choice, now_ns - each.start_ns)
+        try:
+            while self._sent or self._orphans is not None:
+                self._fall_back(total)
+                sent, self._sent = self._sent, []
+                lost = [each for each in sent if not self._took(each, total)]
+                if lost:
+                    self._lost += [each for each in lost if each.is_asked]
+                    left = np.full_like(self._inputs.topk_ids, -1)
+                    for each in lost:
+                        np.maximum(left, each.carried(), out=left)
+                    self.send(left)
+        finally:
+            now_ns = time.perf_counter_ns()
+            for each in self._lost:
+                # All that it took until the slots were computed elsewhere, or nobody could.
+                shape = self._layer.shapes[each.remote.name]
+                each.remote.chooser.lost(shape, each.work, each.choice, now_ns - each.start_ns)
 
     def _send_to(self, remote: Remote, ids: Ids, table: Table) -> None:
         local_ids, rows, slots, experts = route(ids, table)
@@ -124,21 +129,26 @@ class ColdPart:
         choice = remote.chooser.choose(layer.shapes[remote.name], work)
         start_ns = time.perf_counter_ns()
         left_s = self._left_s()
+        is_asked = left_s is None or left_s > 0
         outcome: CallFuture | Loss
         try:
+            if not is_asked:
+                raise DeadlineExceeded(
+                    f"no time was left to ask worker {remote.name!r}; allow more (timeout_s)"
+                )
             outcome = remote.clients[choice.transport].submit(
                 layer.number,
                 inputs.hidden_states,
                 local_ids,
                 inputs.topk_weights,
-                timeout_s=None if left_s is None else max(1e-3, left_s),
+                timeout_s=left_s,
                 wire_dtype=choice.wire_dtype,
                 slice_tokens=choice.slice_tokens,
                 view=self._views[remote.name][choice.transport],
             )
         except (WorkerDied, DeadlineExceeded) as error:
             outcome = error
-        self._sent.append(_Sent(remote, ids, table, work, choice, start_ns, outcome))
+        self._sent.append(_Sent(remote, ids, table, work, choice, start_ns, outcome, is_asked))
 
     def _took(self, sent: _Sent, total: FloatArray) -> bool:
         """Add a call's result; False when it was lost."""
@@ -149,7 +159,8 @@ class ColdPart:
             sent.outcome.add_to(total)
         except (WorkerDied, DeadlineExceeded) as error:
             self._losses[remote.name] = error
-            self._reports.failed(remote, error)
+            if sent.is_asked:
+                self._reports.failed(remote, error)
             return False
         shape = self._layer.shapes[remote.name]
         remote.saw(shape, sent.work)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterable
 
 import msgspec
 
+from ..policy import ChooserStats
 from ..stats import CallTimes
+from .remote import Remote
 
 
 class OffloadStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,9 +40,18 @@ class OffloadStats(msgspec.Struct, frozen=True, kw_only=True):
     wait_s: float
     compute_s: float
     unpack_s: float
+    #: From the beginning of sending until the result was there; the local part ran meanwhile.
+    elapsed_s: float
     #: Placements that were applied after the first, and those that a worker could not follow.
     placements_applied: int
     placements_failed: int
+    #: Sessions after the first of each client, and how many of them needed a new worker process.
+    reconnects: int
+    worker_restarts: int
+    #: By worker, why there is no shared transport to it although the policy allows one.
+    stepped_down: dict[str, str]
+    #: By worker, how often its policy changed its mind, tried something, and began anew.
+    choices: dict[str, ChooserStats]
 
 
 class OffloadCounter:
@@ -53,6 +65,7 @@ class OffloadCounter:
         self._fallback_slots: Counter[str] = Counter()
         self._calls = self._messages = self._rows = self._bytes_out = self._bytes_in = 0
         self._pack_ns = self._wait_ns = self._compute_ns = self._unpack_ns = 0
+        self._elapsed_ns = 0
         self._applied = self._failed = 0
 
     def finished(self, hot_slots: int) -> None:
@@ -74,6 +87,7 @@ class OffloadCounter:
             self._wait_ns += times.wait_ns
             self._compute_ns += times.compute_ns
             self._unpack_ns += times.unpack_ns
+            self._elapsed_ns += times.elapsed_ns
 
     def lost(self, worker: str) -> bool:
         """A worker was lost with slots on their way; True the first time."""
@@ -95,8 +109,10 @@ class OffloadCounter:
             self._applied += is_done
             self._failed += not is_done
 
-    def snapshot(self) -> OffloadStats:
-        """The figures now."""
+    def snapshot(self, remotes: Iterable[Remote]) -> OffloadStats:
+        """The figures now, with those that the workers' clients and policies keep."""
+        remotes = list(remotes)
+        clients = [client.stats() for each in remotes for client in each.clients.values()]
         with self._lock:
             return OffloadStats(
                 forwards=self._forwards,
@@ -114,6 +130,13 @@ class OffloadCounter:
                 wait_s=self._wait_ns / 1e9,
                 compute_s=self._compute_ns / 1e9,
                 unpack_s=self._unpack_ns / 1e9,
+                elapsed_s=self._elapsed_ns / 1e9,
                 placements_applied=self._applied,
                 placements_failed=self._failed,
+                reconnects=sum(each.reconnects for each in clients),
+                worker_restarts=sum(each.worker_restarts for each in clients),
+                stepped_down={
+                    each.name: each.stepped_down for each in remotes if each.stepped_down
+                },
+                choices={each.name: each.chooser.stats() for each in remotes},
             )

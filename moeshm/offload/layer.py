@@ -66,7 +66,6 @@ class OffloadedLayer:
         self.local_shape = Shape(
             self._info.hidden_size if self._info else 0,
             self._info.intermediate_size if self._info else 0,
-            len(hot),
         )
 
     def check(self, hidden_states: Any, topk_ids: Any, topk_weights: Any) -> Inputs:
@@ -122,8 +121,8 @@ class OffloadedLayer:
 
 
 def shape_of(info: LayerInfo) -> Shape:
-    """What the cost of a layer depends on, where so much of it is held."""
-    return Shape(info.hidden_size, info.intermediate_size, len(info.experts))
+    """What the cost of a layer depends on."""
+    return Shape(info.hidden_size, info.intermediate_size)
 
 
 def _whole(num_experts: int, hidden_size: int, intermediate_size: int, top_k: int) -> LayerInfo:

@@ -57,9 +57,31 @@ class Plan:
         held = {name: remote.layers for name, remote in remotes.items()}
         return cls(placement, views, held, local, fallback)
 
-    def check(self, placement: Placement, remotes: Mapping[str, Remote]) -> None:
-        """PlacementError unless a placement can follow this one with these workers, `local` and
-        `fallback`."""
+    @classmethod
+    def with_views(
+        cls,
+        placement: Placement,
+        views: Views,
+        local: LocalExperts | Backend | None,
+        fallback: Backend | None,
+    ) -> Plan:
+        """With what the workers hold by now, which calls will name."""
+        held = {name: next(iter(each.values())).layers for name, each in views.items()}
+        for name, layers in held.items():
+            dispatch.check_layers(placement, name, layers)
+        plan = cls(placement, views, held, local, fallback)
+        for layer in plan.layers.values():
+            layer.dispatch.routes(frozenset())  # which the first forward would have to make
+        return plan
+
+    def check(
+        self,
+        placement: Placement,
+        remotes: Mapping[str, Remote],
+        local: LocalExperts | Backend | None,
+        fallback: Backend | None,
+    ) -> None:
+        """PlacementError unless a placement can follow this one."""
         if placement.layers.keys() != self.layers.keys():
             raise PlacementError(
                 f"the placement has layers {list(placement.layers)}, this offload "
@@ -76,11 +98,4 @@ class Plan:
                 raise PlacementError(
                     f"no worker {name!r}; this offload has {', '.join(remotes) or 'none'}"
                 )
-        Plan(placement, {}, self.held, self.local, self.fallback)
-
-    def following(self, placement: Placement, views: Views) -> Plan:
-        """The same with another placement, whose experts the workers hold by now."""
-        held = {name: next(iter(each.values())).layers for name, each in views.items()}
-        for name, layers in held.items():
-            dispatch.check_layers(placement, name, layers)
-        return Plan(placement, views, held, self.local, self.fallback)
+        Plan(placement, {}, self.held, local, fallback)

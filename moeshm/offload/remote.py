@@ -4,18 +4,23 @@ and whether it is worth asking."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
+import msgspec
+
 from ..call import CallFuture
 from ..client import ExpertClient, connect
-from ..errors import ClientClosed
+from ..errors import CallError, HandshakeRefused, SegmentError, SettingError
 from ..held import HeldView
 from ..layers import LayerInfo
 from ..placement import Placement, PlacementError
 from ..policy import Chooser, Path, Policy, Shape, Times, Work
 from .explanation import Explanation
+
+_log = logging.getLogger(__name__)
 
 #: A lost worker is left alone for so long, then twice as long after each further failure.
 FIRST_PAUSE_S = 1.0
@@ -26,13 +31,29 @@ class Remote:
     """A worker. SettingError: the policy allows none of its clients' transports."""
 
     def __init__(
-        self, name: str, clients: Sequence[ExpertClient], policy: Policy, is_ours: bool
+        self,
+        name: str,
+        clients: Sequence[ExpertClient],
+        policy: Policy,
+        is_ours: bool,
+        stepped_down: str = "",
     ) -> None:
         self.name = name
+        #: Why the policy has less to choose from than it allows; empty when it has not.
+        self.stepped_down = stepped_down
         #: True when the offload opened the clients.
         self.is_ours = is_ours
         #: By transport.
         self.clients = {client.transport: client for client in reversed(clients)}
+        for client in clients:
+            if client.has_fallback:
+                raise SettingError(
+                    f"the client of worker {name!r} has a fallback of its own, which the offload "
+                    "would take for the worker; give the fallback to the offload"
+                )
+            # What a lent client was told holds, unless the policy says otherwise.
+            if policy.wire_dtype == "auto" and client.wire_dtype is not None:
+                policy = msgspec.structs.replace(policy, wire_dtype=str(client.wire_dtype))
         paths = {
             transport: Path(transport, client.max_tokens, client.buffer_bytes)
             for transport, client in self.clients.items()
@@ -52,8 +73,15 @@ class Remote:
         may go on using it."""
         client = self.clients[transport]
         if self.is_ours or view is not client.view:
-            with contextlib.suppress(ClientClosed):
+            with contextlib.suppress(CallError):  # closed, or released by its owner
                 client.release(view)
+
+    def offer(self, views: Mapping[str, HeldView]) -> None:
+        """Let new sessions of the worker begin with these experts, which all these views list."""
+        transport, view = next(iter(views.items()))
+        with contextlib.suppress(CallError):
+            # Who is lost meanwhile is offered it when it is found again.
+            self.clients[transport].offer(view)
 
     def saw(self, shape: Shape, work: Work) -> None:
         """Remember work that can be explained."""
@@ -61,7 +89,9 @@ class Remote:
 
     def explain(self, shape: Shape) -> list[Explanation]:
         """For every size of work that was seen, smallest first."""
-        seen = sorted((size, work) for (kind, size), work in self._seen.items() if kind == shape)
+        # A copy, since forwards of other threads go on.
+        items = list(self._seen.items())
+        seen = sorted((size, work) for (kind, size), work in items if kind == shape)
         return [Explanation(self.name, work, self.chooser.explain(shape, work)) for _, work in seen]
 
 
@@ -127,24 +157,43 @@ def reach(
                 continue
             given = workers[name]
             if isinstance(given, str):
-                ours = _open(given, name, placement, policy)
+                ours, stepped_down = _open(given, name, placement, policy)
                 opened += ours
-                remotes[name] = Remote(name, ours, policy, is_ours=True)
+                remotes[name] = Remote(name, ours, policy, True, stepped_down)
             else:
                 lent = given if isinstance(given, list | tuple) else [given]
-                remotes[name] = Remote(name, lent, policy, is_ours=False)
+                remotes[name] = Remote(name, lent, policy, False)
     return remotes, opened
 
 
-def _open(address: str, name: str, placement: Placement, policy: Policy) -> list[ExpertClient]:
-    """A client for each transport that the policy may choose."""
+def _open(
+    address: str, name: str, placement: Placement, policy: Policy
+) -> tuple[list[ExpertClient], str]:
+    """A client for each transport that the policy may choose, and why one is missing."""
     fingerprint = placement.fingerprint(name) if placement.experts_of(name) else ""
-    clients = [connect(address, transport=policy.transport, placement=fingerprint)]
+
+    def open_one(transport: str) -> ExpertClient:
+        return connect(
+            address,
+            transport=transport,
+            wire_dtype="auto",
+            placement=fingerprint,
+            batch_capacity=policy.batch_capacity,
+        )
+
+    if policy.transport != "auto":
+        return [open_one(policy.transport)], ""
+    clients: list[ExpertClient] = []
     with _closed_on_error(clients):
-        # Where rings cannot be had, `auto` has stepped down to the stream, and says so.
-        if policy.transport == "auto" and clients[0].transport != "stream":
-            clients.append(connect(address, transport="stream", placement=fingerprint))
-    return clients
+        try:
+            clients.append(open_one("shared"))
+        except (SegmentError, HandshakeRefused) as error:
+            # What is no matter of memory, the other transport is refused for as well.
+            clients.append(open_one("stream"))
+            _log.warning("worker %r is reached by the stream transport only: %s", name, error)
+            return clients, str(error)
+        clients.append(open_one("stream"))
+    return clients, ""
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import pytest
 
 import moeshm
 from moeshm import session
+from moeshm._formats import add_rows
 from moeshm.backends import Ids, Weights
 from moeshm.dtypes import DType, dtype_of, narrow, widen
 from moeshm.holdings import Holdings
@@ -238,6 +239,57 @@ def test_a_sum_stays_as_it_was_when_a_part_fails(address: str) -> None:
         with pytest.raises(moeshm.errors.WorkerFailed, match="no"):
             future.add_to(total)
         assert not total.any()
+
+
+def test_an_interrupt_after_the_rows_were_added_leaves_them_added_once(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal's handler runs as soon as the compiled loop returns."""
+    add = add_rows
+
+    def interrupted(*arguments: Any) -> None:
+        add(*arguments)
+        del arguments  # a compiled function has no frame that would keep them
+        raise KeyboardInterrupt
+
+    hidden, ids, weights = inputs(MAX_TOKENS)
+    ids[:] = 0
+    total = np.zeros_like(hidden)
+    with connect(address) as client:
+        future = client.submit(DENSE, hidden, ids, weights)
+        monkeypatch.setattr("moeshm.call.add_rows", interrupted)
+        # No BufferError: nothing keeps a view of the record.
+        with pytest.raises(KeyboardInterrupt):
+            future.add_to(total)
+        monkeypatch.undo()
+        np.testing.assert_array_equal(total, expected(hidden, ids, weights))
+        # What is told to it later changes nothing: the rows are not computed elsewhere, too.
+        future.fail(moeshm.errors.WorkerDied("gone"))
+        future.add_to(total)
+        np.testing.assert_array_equal(total, expected(hidden, ids, weights))
+        np.testing.assert_array_equal(
+            client.compute(DENSE, hidden, ids, weights), expected(hidden, ids, weights)
+        )
+
+
+@pytest.mark.parametrize(
+    "total",
+    [
+        np.zeros((2, HIDDEN_SIZE), np.float64),
+        np.zeros((3, HIDDEN_SIZE), np.float32),
+        np.zeros((2, HIDDEN_SIZE + 1), np.float32),
+        np.zeros((HIDDEN_SIZE, 2), np.float32).T,
+    ],
+)
+def test_a_sum_of_another_shape_is_refused_before_anything_is_taken(
+    address: str, total: npt.NDArray[Any]
+) -> None:
+    hidden, ids, weights = inputs(2)
+    with connect(address) as client:
+        future = client.submit(DENSE, hidden, ids, weights)
+        with pytest.raises(moeshm.errors.InvalidCall, match="pass a writable, contiguous float32"):
+            future.add_to(total)
+        np.testing.assert_array_equal(future.result(), expected(hidden, ids, weights))
 
 
 def test_a_slice_of_nothing_is_refused(address: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,12 +15,20 @@ from hypothesis import strategies as st
 from moeshm.backends.reference import ReferenceBackend, reference_ffn
 from moeshm.checkpoint import ExpertLayer
 from moeshm.dtypes import DType, widen
-from moeshm.errors import DeadlineExceeded, InvalidCall, WorkerDied
+from moeshm.errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    InvalidCall,
+    NotReady,
+    SettingError,
+    WorkerDied,
+    WorkerFailed,
+)
 from moeshm.held import HeldView
 from moeshm.layers import LayerInfo
 from moeshm.offload import ExpertOffload
 from moeshm.placement import LayerPlacement, Placement, PlacementError
-from moeshm.stats import CallTimes
+from moeshm.stats import CallTimes, StatsCounter
 from tests.checkpoints import random_layer
 
 HIDDEN, EXPERTS, TOP_K = 8, 7, 3
@@ -48,9 +57,12 @@ class Answer:
         self._outcome = outcome
         self._at = time.monotonic() + after_s
 
-    def add_to(self, total: Any) -> None:
+    def wait(self) -> None:
         while time.monotonic() < self._at:
             pass
+
+    def add_to(self, total: Any) -> None:
+        self.wait()
         if isinstance(self._outcome, Exception):
             raise self._outcome
         total += widen(self._outcome)
@@ -62,6 +74,8 @@ class FakeClient:
     transport = "shared"
     max_tokens = 64
     buffer_bytes = 1 << 20
+    has_fallback = False
+    wire_dtype: DType | None = None
 
     def __init__(self, experts: tuple[int, ...], fate: list[str] | None = None) -> None:
         self._backends: dict[HeldView, ReferenceBackend] = {}
@@ -73,6 +87,8 @@ class FakeClient:
         self.calls = 0
         #: Answers at the deadline, with an error.
         self.late = False
+        #: Takes nothing before the deadline.
+        self.blocks = False
 
     def calibrated(self) -> None:
         self.fate, self.calls = self._fate, 0
@@ -82,6 +98,12 @@ class FakeClient:
         view = HeldView(backend.layers)
         self._backends[view] = backend
         return view
+
+    def stats(self) -> Any:
+        return StatsCounter().snapshot()
+
+    def offer(self, view: HeldView) -> None:
+        self.offered = view
 
     def hold(self, experts: Mapping[int, tuple[int, ...]]) -> HeldView:
         if self.fate and self.fate[0] != "lives":
@@ -101,6 +123,11 @@ class FakeClient:
         assert how["wire_dtype"] in DType
         assert how["slice_tokens"] >= 1
         self.calls += 1
+        if self.wire_dtype is not None:
+            assert how["wire_dtype"] is self.wire_dtype
+        if self.blocks:
+            Answer(None, after_s=timeout_s).wait()
+            raise DeadlineExceeded("the ring was full")
         if self.late:
             return Answer(DeadlineExceeded("late"), after_s=timeout_s)
         fate = self.fate.pop(0) if self.fate else "lives"
@@ -205,7 +232,8 @@ def test_any_placements_one_after_the_other_give_exact_sums(
         # What a lent client was opened with stays; of all others, only what is in use.
         for name, client in clients.items():
             now = offload.placement.experts_of(name).get(0)
-            assert client.held[1:] == ([now] if now and offload.placement != first else [])
+            has_moved = offload.stats().placements_applied > 0
+            assert client.held[1:] == ([now] if now and has_moved else [])
 
 
 def test_a_replica_takes_over_what_a_lost_worker_had() -> None:
@@ -325,3 +353,165 @@ def test_the_timeout_is_for_the_whole_forward_not_for_each_worker() -> None:
         offload.forward(0, x, np.zeros((1, 3), np.int32), weights, timeout_s=0.05)
     assert sorted(clients[name].calls for name in "ab") == [0, 1]
     assert offload.stats().losses == {"a": 1}
+
+
+def test_a_worker_that_no_time_was_left_for_is_not_blamed() -> None:
+    layer = LayerPlacement(EXPERTS, (), {"a": (0, 1, 2), "b": (3, 4, 5, 6)})
+    offload, clients = make(Placement(["a", "b"], {0: layer}))
+    clients["a"].blocks = True
+    x, _, weights = draw_call(1, 2)
+    ids = np.array([[0, 3, 4], [1, 5, 6]], np.int32)
+    with pytest.raises(DeadlineExceeded):
+        offload.forward(0, x, ids, weights, timeout_s=0.05)
+    assert clients["b"].calls == 0
+    assert offload.stats().losses == {"a": 1}
+    # Nor left alone.
+    offload.forward(0, x, np.array([[3, 4, 5]] * 2, np.int32), weights)
+    assert clients["b"].calls == 1
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1.0, 1e7])
+def test_a_timeout_that_no_call_may_have_is_refused(timeout_s: float) -> None:
+    offload, clients = make(Placement.by_rule(["a"], {0: EXPERTS}, lambda *_: False))
+    with pytest.raises(InvalidCall, match=r"timeout_s=.*; it must lie in 0\.\.1e\+06"):
+        offload.forward(0, *draw_call(1, 2), timeout_s=timeout_s)
+    assert clients["a"].calls == 0
+
+
+def test_a_client_with_a_fallback_of_its_own_is_refused() -> None:
+    """What that computes would be taken for the worker's."""
+    client: Any = FakeClient(tuple(range(EXPERTS)))
+    client.has_fallback = True
+    with pytest.raises(SettingError, match="worker 'a' has a fallback of its own"):
+        ExpertOffload({"a": client}, Placement.by_rule(["a"], {0: EXPERTS}, lambda *_: False))
+
+
+def test_what_a_lent_client_was_told_about_formats_holds() -> None:
+    client: Any = FakeClient(tuple(range(EXPERTS)))
+    client.wire_dtype = DType.BF16
+    placement = Placement.by_rule(["a"], {0: EXPERTS}, lambda *_: False)
+    offload = ExpertOffload({"a": client}, placement)
+    assert_exact(offload, draw_call(1, 3))
+    assert client.calls > 1
+
+
+# --- calibration ------------------------------------------------------------------------
+
+
+def test_calibration_begins_nothing_once_its_time_is_spent(monkeypatch: Any) -> None:
+    now_ns = 0
+    client: Any = FakeClient(tuple(range(EXPERTS)))
+    submit = client.submit
+
+    def slow(*arguments: Any, **named: Any) -> Answer:
+        nonlocal now_ns
+        now_ns += 30_000_000
+        answer: Answer = submit(*arguments, **named)
+        return answer
+
+    client.submit = slow
+    monkeypatch.setattr("moeshm.offload.calibration.time.perf_counter_ns", lambda: now_ns)
+    ExpertOffload({"a": client}, Placement.by_rule(["a"], {0: EXPERTS}, lambda *_: False))
+    assert 1 <= client.calls <= 4
+
+
+def test_a_worker_that_is_lost_in_calibration_is_left_to_real_calls() -> None:
+    client: Any = FakeClient(tuple(range(EXPERTS)))
+    client.fate = ["dies"]
+    offload = ExpertOffload({"a": client}, Placement.by_rule(["a"], {0: EXPERTS}, lambda *_: False))
+    assert_exact(offload, draw_call(1, 3))
+
+
+# --- another placement ------------------------------------------------------------------
+
+
+def cold(n_hot: int) -> Placement:
+    return Placement.by_rule(["a"], {0: EXPERTS}, lambda _layer, expert: expert < n_hot)
+
+
+def test_whatever_fails_in_a_change_is_told_and_the_next_may_follow() -> None:
+    offload, clients = make(cold(0), local=ReferenceBackend({0: WHOLE}))
+    hold = clients["a"].hold
+
+    def broken(_: Any) -> HeldView:
+        raise OSError("no more threads")
+
+    clients["a"].hold = broken
+    change = offload.apply(cold(2))
+    for _ in range(2):
+        with pytest.raises(WorkerFailed, match="OSError: no more threads"):
+            change.result(timeout_s=10)
+    assert offload.placement == cold(0)
+    clients["a"].hold = hold
+    offload.apply(cold(2)).result(timeout_s=10)
+    assert offload.placement == cold(2)
+    assert clients["a"].offered.experts == cold(2).experts_of("a")
+    stats = offload.stats()
+    assert (stats.placements_applied, stats.placements_failed) == (1, 1)
+
+
+def test_the_engine_may_bring_what_computes_the_new_hot_experts() -> None:
+    first, then = ReferenceBackend({0: share((0, 1))}), ReferenceBackend({0: share((0, 1, 2, 3))})
+    offload, _ = make(cold(2), local=first)
+    with pytest.raises(PlacementError, match="the local backend does not hold expert 2 of layer 0"):
+        offload.apply(cold(4))
+    offload.apply(cold(4), local=then).result(timeout_s=10)
+    assert_exact(offload, draw_call(1, 6))
+
+
+def test_a_forward_keeps_the_experts_that_it_began_with() -> None:
+    """Released only when it is over, however long the new placement is in force."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def local(_layer: int, x: Any, ids: Any, weights: Any) -> Any:
+        inside.set()
+        go_on.wait(10)
+        return reference_ffn(WHOLE, x, ids, weights).astype(np.float32)
+
+    offload, clients = make(cold(2), local=local)
+    offload.apply(cold(3)).result(timeout_s=10)
+    call = draw_call(1, 6)
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(offload.forward(0, *call)))
+    thread.start()
+    assert inside.wait(10)
+    change = offload.apply(cold(4))
+    with pytest.raises(NotReady):
+        change.result(timeout_s=0.01)
+    assert cold(3).experts_of("a")[0] in clients["a"].held
+    go_on.set()
+    thread.join()
+    change.result(timeout_s=10)
+    assert cold(3).experts_of("a")[0] not in clients["a"].held
+    np.testing.assert_allclose(results[0], reference_ffn(WHOLE, *call), rtol=1e-5, atol=1e-6)
+
+
+def test_closing_releases_what_lent_clients_hold_for_it() -> None:
+    offload, clients = make(cold(0), local=ReferenceBackend({0: WHOLE}))
+    offload.apply(cold(2)).result(timeout_s=10)
+    assert len(clients["a"].held) == 2
+    offload.close()
+    offload.close()
+    assert clients["a"].held == [tuple(range(EXPERTS))]
+    with pytest.raises(ClientClosed):
+        offload.apply(cold(3))
+
+
+def test_a_change_does_not_come_into_force_after_the_end() -> None:
+    offload, clients = make(cold(0), local=ReferenceBackend({0: WHOLE}))
+    hold, go_on = clients["a"].hold, threading.Event()
+
+    def slow(experts: Any) -> HeldView:
+        go_on.wait(10)
+        view: HeldView = hold(experts)
+        return view
+
+    clients["a"].hold = slow
+    change = offload.apply(cold(2))
+    with pytest.raises(PlacementError, match="another placement is being applied"):
+        offload.apply(cold(3))
+    offload.close()
+    go_on.set()
+    with pytest.raises(ClientClosed, match="closed while workers loaded"):
+        change.result(timeout_s=10)
+    assert clients["a"].held == [tuple(range(EXPERTS))]
