@@ -6,6 +6,9 @@ import numpy.typing as npt
 from ._ring import Record, Reservation, RingProducer
 from .dtypes import Array
 
+#: The longest time in the backend that a reply can tell of: `choice.MAX_TIMEOUT_S`.
+MAX_COMPUTE_NS: int
+
 def write_call(
     ring: RingProducer,
     call_id: int,

@@ -25,6 +25,10 @@ cdef enum:
     VERSION = 1
     HEADER_BYTES = 64
 
+# Of a reply, in ns: the longest deadline that a call can have, choice.MAX_TIMEOUT_S.
+MAX_COMPUTE_NS = 10**15
+cdef uint64_t LONGEST_NS = MAX_COMPUTE_NS
+
 # Copies from this size on let other Python threads run meanwhile.
 cdef uint64_t NOGIL_BYTES = 64 << 10
 
@@ -233,7 +237,7 @@ def take_plain_reply(Record record not None, uint64_t call_id, cnp.ndarray into 
         return -1
     memcpy(&header, record.payload, sizeof(ReplyHeader))
     if (header.version != VERSION or header.status or header.call_id != call_id
-            or header.dtype != dtype or header.compute_ns >> 63
+            or header.dtype != dtype or header.compute_ns > LONGEST_NS
             or header.n_tokens != <uint64_t>cnp.PyArray_DIM(into, 0)
             or header.hidden_size != <uint64_t>cnp.PyArray_DIM(into, 1)):
         return -1

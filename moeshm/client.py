@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
-
-from . import arrays, session, settings, windows
+from . import arrays, orders, session, settings, windows
 from ._inputs import used_rows
 from .arrays import Inputs
 from .backends import Backend
 from .call import CallFuture
+from .choice import MAX_TIMEOUT_S, choose
 from .dtypes import Array, DType
 from .errors import (
     ClientClosed,
@@ -24,7 +24,6 @@ from .errors import (
     ForkedProcess,
     InvalidCall,
     RingFull,
-    SettingError,
     WorkerDied,
 )
 from .fallback import Fallback
@@ -37,9 +36,6 @@ from .session import Session
 from .stats import ClientStats, StatsCounter
 
 _log = logging.getLogger(__name__)
-
-#: As of MOESHM_TIMEOUT_S.
-MAX_TIMEOUT_S = 1e6
 
 
 class Opened(NamedTuple):
@@ -63,16 +59,19 @@ class ExpertClient:
         on_close: Callable[[], None],
         wire_dtype: str,
         fallback: Backend | None,
+        batch_capacity: int | None = None,
     ) -> None:
         self._open_session = open_session
         self._on_close = on_close
         self._pid = os.getpid()
         self._wire = None if wire_dtype == "auto" else DType.parse(wire_dtype)
         self._timeout_s = settings.current().timeout_s
-        self._capacity = settings.current().batch_capacity
+        self._capacity = batch_capacity or settings.current().batch_capacity
         self._counter = StatsCounter()
         self._reconnector = Reconnector(on_close)
         self._closed = threading.Event()
+        #: The session that takes the last one's place, until it holds the views.
+        self._coming: Link | None = None
         self._link = self._connect(is_first=True)
         welcome = self._link.session.welcome
         #: What the worker held for this client when it was opened, by layer number.
@@ -97,6 +96,16 @@ class ExpertClient:
     def worker_pid(self) -> int:
         """The worker's process id; that of the last one, when it was lost."""
         return int(self._link.session.control.peer_pid)
+
+    @property
+    def wire_dtype(self) -> DType | None:
+        """How rows travel; None for as the caller holds them."""
+        return self._wire
+
+    @property
+    def has_fallback(self) -> bool:
+        """True when calls that a lost worker leaves are computed in this process."""
+        return self._fallback is not None
 
     @property
     def max_tokens(self) -> int:
@@ -207,23 +216,40 @@ class ExpertClient:
         Calls of other threads go on meanwhile, and calls of other views always. A client that
         connects anew has its views held again. `timeout_s`: by default 600.
 
-        InvalidCall: the worker, or the fallback, cannot hold them. WorkerFailed: loading failed.
-        DeadlineExceeded: it takes longer. WorkerDied, ForkedProcess, ClientClosed. Nothing is held
-        then.
+        InvalidCall: the worker, or the fallback, cannot hold them, or the worker takes no orders.
+        WorkerFailed: loading failed. DeadlineExceeded: it takes longer. WorkerDied, ForkedProcess,
+        ClientClosed. Nothing is held then.
         """
         self._check_process()
         timeout_s = HOLD_TIMEOUT_S if timeout_s is None else self._check_timeout(timeout_s)
         deadline = time.monotonic() + timeout_s
-        wanted = {int(layer): tuple(map(int, ids)) for layer, ids in experts.items()}
+        wanted = orders.check_experts(experts)
         if self._fallback is not None:
-            self._fallback.check(wanted)
+            self._fallback.check_experts(wanted)
         while True:
             link = self._live_link(deadline)
             number, layers = link.views.hold(wanted, max(0.0, deadline - time.monotonic()))
-            view = HeldView(layers)
-            # Another thread may have connected anew: what the old session holds is in vain.
-            if self._views.add(view, number, link, lambda: self._link):
-                return view
+            try:
+                if self._fallback is not None:
+                    self._fallback.check(layers)
+                view = HeldView(layers)
+                # Another thread may have connected anew: what the old session holds is in vain.
+                if self._views.add(view, number, link, lambda: self._link):
+                    return view
+            except BaseException:
+                link.views.release_number(number)
+                raise
+
+    def offer(self, view: HeldView) -> None:
+        """Let the worker begin new sessions with this view's experts, instead of those that it
+        was started with or that were offered last; they stay for that also when the view is
+        released. A worker that cannot load takes no notice.
+
+        A client that connects anew offers its last one again, unless it was released. InvalidCall:
+        the view was released, or is another client's.
+        """
+        self._check_process()
+        self._views.offer(view, lambda: self._link)
 
     def release(self, view: HeldView) -> None:
         """Let the worker drop the experts that no other view lists; the view, which may be the
@@ -248,6 +274,9 @@ class ExpertClient:
             return
         self._closed.set()
         self._link.close(ClientClosed("the client was closed with this call on its way"))
+        coming = self._coming
+        if coming is not None:
+            coming.close(ClientClosed("the client was closed while it connected anew"))
         self._reconnector.close()
         self._on_close()
 
@@ -389,30 +418,42 @@ class ExpertClient:
 
     def _live_link(self, deadline: float) -> Link:
         """The session, a new one if the last was lost; WorkerDied when there is none to be had."""
-        if self._closed.is_set():
-            raise ClientClosed("the client is closed; connect anew")
+        self._check_open()
         link = self._link
         if link.loss is None:
             return link
-        found = self._reconnector.link(
-            self._reconnect, lambda: self._link, deadline, self._fallback is not None
-        )
-        if self._closed.is_set():
+        try:
+            found = self._reconnector.link(
+                self._reconnect, lambda: self._link, deadline, self._fallback is not None
+            )
+        except WorkerDied:
+            if not self._closed.is_set():
+                raise
+        else:
+            if not self._closed.is_set():
+                return found
             # By another thread in the meantime, who knew nothing of what was opened.
-            closed = ClientClosed("the client was closed while it reached for a new worker")
-            found.close(closed)
-            self._on_close()
-            raise closed
-        return found
+            found.close(ClientClosed("the client was closed while it connected anew"))
+        self._on_close()
+        raise ClientClosed("the client was closed while it reached for a new worker")
 
     def _reconnect(self) -> Link:
-        link = self._connect(is_first=False)
+        link = self._coming = self._connect(is_first=False)
         try:
+            # Whenever `close` comes, it knows of the session or is seen here.
+            self._check_open()
             self._views.restore(link, self._use)
+            self._check_open()
         except BaseException as error:
             link.close(WorkerDied(f"the new session is of no use: {error}"))
             raise
+        finally:
+            self._coming = None
         return link
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise ClientClosed("the client is closed; connect anew")
 
     def _use(self, link: Link) -> None:
         self._link = link
@@ -434,6 +475,7 @@ def connect(
     timeout_s: float | None = None,
     fallback: Backend | None = None,
     placement: str = "",
+    batch_capacity: int | None = None,
 ) -> ExpertClient:
     """A client of the worker that listens at `unix:PATH`.
 
@@ -442,11 +484,12 @@ def connect(
     by default MOESHM_CONNECT_TIMEOUT_S. `fallback`: a backend that holds the same experts and
     computes, in this process, the calls that a lost worker leaves. `placement`: what
     `Placement.fingerprint` says of this worker; one that holds other experts refuses.
+    `batch_capacity`: most tokens in one message, by default MOESHM_BATCH_CAPACITY.
 
     ConnectError: nobody answers there. HandshakeRefused: the worker said no. SettingError: an
     argument is not allowed.
     """
-    chosen = choose(transport, wire_dtype, timeout_s)
+    chosen = choose(transport, wire_dtype, timeout_s, batch_capacity)
     # Of the first session only: by the next, the worker may begin with a newer view.
     expected = [placement]
 
@@ -460,30 +503,6 @@ def connect(
         )
         return Opened(opened, False)
 
-    return ExpertClient(open_session, lambda: None, chosen.wire_dtype, fallback)
-
-
-class Choice(NamedTuple):
-    """Arguments of `connect`, with the settings where the caller said nothing."""
-
-    transport: str
-    wire_dtype: str
-    timeout_s: float
-    batch_capacity: int
-
-
-def choose(transport: str | None, wire_dtype: str | None, timeout_s: float | None) -> Choice:
-    """Fill in the settings; SettingError names an argument that is not allowed."""
-    current = settings.current()
-    transport = current.transport if transport is None else transport
-    wire_dtype = current.wire_dtype if wire_dtype is None else wire_dtype
-    for name, value, choices in (
-        ("transport", transport, settings.TRANSPORTS),
-        ("wire_dtype", wire_dtype, settings.WIRE_DTYPES),
-    ):
-        if value not in choices:
-            raise SettingError(f"{name}={value!r}; choose {', '.join(choices)}")
-    timeout_s = current.connect_timeout_s if timeout_s is None else timeout_s
-    if not 0 < timeout_s <= MAX_TIMEOUT_S:
-        raise SettingError(f"timeout_s={timeout_s}; it must lie in 0..{MAX_TIMEOUT_S:g}")
-    return Choice(transport, wire_dtype, timeout_s, current.batch_capacity)
+    return ExpertClient(
+        open_session, lambda: None, chosen.wire_dtype, fallback, chosen.batch_capacity
+    )

@@ -15,6 +15,7 @@ import msgspec
 from . import orders
 from .errors import (
     CallError,
+    ClientClosed,
     DeadlineExceeded,
     InvalidCall,
     ProtocolError,
@@ -23,7 +24,7 @@ from .errors import (
     WorkerDied,
 )
 from .layers import LayerInfo
-from .orders import Hold, Release
+from .orders import Hold, Offer, Release
 from .protocol import Message, Reply
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 #: Experts of a large checkpoint may come from a slow disk.
 HOLD_TIMEOUT_S = 600.0
-#: A worker that takes no record for so long hangs.
-_RELEASE_TIMEOUT_S = 10.0
 
 
 class HeldView:
@@ -50,7 +49,7 @@ class HeldView:
 
 
 class SessionNumbers:
-    """The numbers of a session's views, and the orders to hold and release them.
+    """The numbers of a session's views, and the orders to hold, offer and release them.
 
     Every method may be called by several threads.
     """
@@ -79,7 +78,7 @@ class SessionNumbers:
         layers = self._link.session.welcome.layers
         same = next((view for view in reversed(views) if view.layers == layers), None)
         if same is None:
-            self._release(0)
+            self.release_number(0)
         else:
             self.put(same, 0)
 
@@ -90,16 +89,22 @@ class SessionNumbers:
         return missing, [view for view in numbered if view not in views]
 
     def hold(
-        self, experts: Mapping[int, Sequence[int]], timeout_s: float, is_default: bool = True
+        self, experts: Mapping[int, Sequence[int]], timeout_s: float
     ) -> tuple[int, dict[int, LayerInfo]]:
         """Let the worker hold them, by layer in local order; the number of that view, and its
-        layers, once it does. `is_default`: new sessions begin with it.
+        layers, once it does: `put` it, or `release_number`.
 
-        DeadlineExceeded: they are not loaded in time; the session lives. InvalidCall, WorkerFailed:
-        the worker said so. WorkerDied: the session is over.
+        DeadlineExceeded: they are not loaded in time; the session lives. InvalidCall: they cannot
+        be, or the worker is too old. WorkerFailed: it said so. WorkerDied: the session is over.
         """
-        wanted = {layer: tuple(ids) for layer, ids in experts.items()}
-        order = Hold(self._link.new_id(), next(self._unused), wanted, is_default)
+        welcome = self._link.session.welcome
+        if not welcome.takes_orders:
+            raise InvalidCall(
+                f"the worker (moeshm {welcome.version!r}) holds what it was started with and takes "
+                "no orders; update the worker"
+            )
+        wanted = orders.check_experts(experts)
+        order = Hold(self._link.new_id(), next(self._unused), wanted)
         packed = orders.pack_order(order)
         if len(packed) > orders.MAX_ORDER_BYTES:
             raise InvalidCall(
@@ -112,35 +117,54 @@ class SessionNumbers:
         )
         try:
             self._link.order(order.call_id, held, packed)
-        except RingFull:
+            if not self._link.await_order(held, held.deadline):
+                raise late
+        except RingFull:  # nothing was sent
             raise late from None
-        if not self._link.wait(held, held.deadline):
+        except BaseException:
+            # Nobody will know of the view. Where it never got to the worker, this means nothing.
             self._link.forget(order.call_id)
-            self._release(order.view)
-            raise late
+            self.release_number(order.view)
+            raise
         if held.error is not None:
             raise held.error
-        if held.layers.keys() != wanted.keys():
-            wrong = ProtocolError(f"asked for layers {[*wanted]}, the worker has {[*held.layers]}")
-            raise self._link.lose(wrong)
-        replace = msgspec.structs.replace
-        return order.view, {n: replace(held.layers[n], experts=ids) for n, ids in wanted.items()}
+        try:
+            return order.view, _listing(held.layers, wanted)
+        except ProtocolError as error:
+            raise self._link.lose(error) from None
+
+    def offer(self, view: HeldView) -> None:
+        """New sessions are offered this view's experts, unless this session does not hold it."""
+        number = self._numbers.get(view)
+        if number is not None:
+            self._tell(Offer(number))
 
     def release(self, view: HeldView) -> None:
         """Let the worker forget the view, which no later call can name. A session that is over
         has forgotten it."""
         number = self._numbers.pop(view, None)
         if number is not None:
-            self._release(number)
+            self.release_number(number)
 
-    def _release(self, number: int) -> None:
-        nobody = _Held(time.monotonic() + _RELEASE_TIMEOUT_S)
-        try:
-            self._link.order(None, nobody, orders.pack_order(Release(number)))
-        except RingFull as error:
-            self._link.lose(error)
-        except CallError:
-            return
+    def release_number(self, number: int) -> None:
+        """As `release`, of a view that no call may name."""
+        self._tell(Release(number))
+
+    def _tell(self, order: Offer | Release) -> None:
+        if self._link.session.welcome.takes_orders:
+            self._link.tell(orders.pack_order(order))
+
+
+def _listing(
+    layers: Mapping[int, LayerInfo], wanted: Mapping[int, tuple[int, ...]]
+) -> dict[int, LayerInfo]:
+    """The layers that a worker says it holds, with the experts that it was asked for."""
+    if layers.keys() != wanted.keys():
+        raise ProtocolError(f"asked for layers {[*wanted]}, the worker has {[*layers]}")
+    try:
+        return {n: msgspec.structs.replace(layers[n], experts=ids) for n, ids in wanted.items()}
+    except ValueError as error:
+        raise ProtocolError(f"what the worker says it holds cannot be: {error}") from None
 
 
 class ClientViews:
@@ -152,6 +176,8 @@ class ClientViews:
     def __init__(self, first: HeldView, link: Link) -> None:
         #: The newest last.
         self._views = [first]
+        #: What new sessions of the worker are to begin with, as far as this client has a say.
+        self._offered: HeldView | None = None
         self._lock = threading.Lock()
         link.views.put(first, 0)
 
@@ -165,12 +191,24 @@ class ClientViews:
             self._views.append(view)
             return True
 
+    def offer(self, view: HeldView, current: Callable[[], Link]) -> None:
+        """Let the worker offer it to new sessions, also after a loss; InvalidCall when it is not
+        the client's."""
+        with self._lock:
+            if view not in self._views:
+                raise not_held()
+            self._offered = view
+            # Within the lock, which waits for nothing, so that the newest offer is the last.
+            current().views.offer(view)
+
     def discard(self, view: HeldView) -> None:
         """Sessions to come need not hold it; InvalidCall when they would not."""
         with self._lock:
             if view not in self._views:
                 raise not_held()
             self._views.remove(view)
+            if view is self._offered:
+                self._offered = None
 
     def restore(self, link: Link, use: Callable[[Link], None]) -> None:
         """`use` a new session, once the worker holds there what it held before.
@@ -187,21 +225,23 @@ class ClientViews:
                 missing, extra = link.views.differ(views)
                 if not missing:
                     use(link)
+                    if self._offered is not None:
+                        link.views.offer(self._offered)
                     break
             for view in missing:
-                link.views.put(view, _hold_again(link, view, view is views[-1]))
+                link.views.put(view, _hold_again(link, view))
         for view in extra:
             link.views.release(view)
 
 
-def _hold_again(link: Link, view: HeldView, is_default: bool) -> int:
+def _hold_again(link: Link, view: HeldView) -> int:
     """The view's number; SessionError when the worker cannot hold it."""
     why = "it is another model"
     try:
-        number, layers = link.views.hold(view.experts, HOLD_TIMEOUT_S, is_default)
+        number, layers = link.views.hold(view.experts, HOLD_TIMEOUT_S)
         if layers == view.layers:
             return number
-    except WorkerDied:
+    except (WorkerDied, ClientClosed):
         raise
     except CallError as error:
         why = str(error)

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import msgspec
@@ -20,10 +20,13 @@ from .protocol import SlotTable
 
 _log = logging.getLogger(__name__)
 
-#: `(layer -> the model's experts)`: reads them from the checkpoint, each layer in that order.
+#: `(layer -> the model's experts)`: reads them from the checkpoint, each layer in that order. Asked
+#: for one layer at a time.
 Load = Callable[[Mapping[int, Sequence[int]]], Mapping[int, ExpertLayer]]
 #: Layer, and the model's id.
 _Expert = tuple[int, int]
+#: By layer, slots of the backend.
+_Slots = Mapping[int, Sequence[int]]
 
 
 class View:
@@ -45,7 +48,7 @@ class View:
 
 class Holdings:
     """A backend's experts, loaded when a view asks for them and dropped with the last that lists
-    them. Every method may be called by several threads.
+    them. Every method may be called by several threads; only `hold` waits for what is loaded.
 
     `load` reads experts that are not held; without one, or with a backend that cannot grow, a view
     can only list what is held already, and nothing is dropped.
@@ -71,24 +74,39 @@ class Holdings:
         self._leases = Counter([self._default])
 
     def lease(self) -> View:
-        """The view that a new session gets: the last default that was held, at first what the
-        backend was made with. `release` it."""
+        """The view that a new session gets: what was offered last, at first what the backend was
+        made with. `release` it."""
         with self._lock:
             self._leases[self._default] += 1
             return self._default
 
-    def hold(self, experts: Mapping[int, Sequence[int]], is_default: bool = True) -> View:
-        """A view of these experts, by layer in local order, once all of them are loaded; `release`
-        it. `is_default`: `lease` gives it from then on.
+    def offer(self, view: View) -> None:
+        """`lease` gives it from now on; its holder may release it. Where nothing comes or goes,
+        newcomers get all there is, and this does nothing."""
+        if not self._can_load:
+            return
+        with self._lock:
+            self._leases[view] += 1
+            before, self._default = self._default, view
+            unused = self._release(before)
+        self._drop(unused)
 
-        InvalidCall: an expert that this worker cannot load, none, or one twice in a layer. What
-        `load` and the backend raise. Nothing has changed then.
+    def hold(
+        self,
+        experts: Mapping[int, Sequence[int]],
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> View:
+        """A view of these experts, by layer in local order, once all of them are loaded; `release`
+        it. `is_wanted`: asked before each layer is loaded.
+
+        InvalidCall: an expert that this worker cannot load, none, or one twice in a layer; or they
+        are not wanted any more. What `load` and the backend raise. Nothing has changed then.
         """
         wanted = {layer: tuple(ids) for layer, ids in experts.items()}
         self._check(wanted)
         with self._lock:
             if not self._missing(wanted):
-                return self._make(wanted, is_default)
+                return self._make(wanted)
         with self._loading:
             with self._lock:
                 missing = self._missing(wanted)
@@ -96,38 +114,47 @@ class Holdings:
                 kept = [each for each in _listed(wanted) if each in self._slots]
                 self._uses.update(kept)
             try:
-                added = self._add(missing)
+                added = self._add(missing, is_wanted)
                 with self._lock:
                     self._slots.update(added)
-                    return self._make(wanted, is_default)
+                    return self._make(wanted)
             finally:
                 with self._lock:
-                    self._forget(kept)
+                    unused = self._forget(kept)
+                self._drop(unused)
 
     def release(self, view: View) -> None:
         """The view's holder needs it no more."""
         with self._lock:
-            self._release(view)
+            unused = self._release(view)
+        self._drop(unused)
 
-    def _release(self, view: View) -> None:
+    def _release(self, view: View) -> _Slots:
+        """One lease less; what nobody uses now. Holds the lock."""
         self._leases[view] -= 1
-        if not self._leases[view]:
-            del self._leases[view]
-            self._forget(view.experts())
+        if self._leases[view]:
+            return {}
+        del self._leases[view]
+        return self._forget(view.experts())
 
-    def _forget(self, experts: list[_Expert]) -> None:
-        """One use less of each; those that nobody uses leave the backend. Holds the lock."""
-        self._uses.subtract(experts)
+    def _forget(self, experts: Iterable[_Expert]) -> _Slots:
+        """One use less of each; those that nobody uses are to be dropped. Holds the lock."""
         unused: dict[int, list[int]] = {}
         for expert in experts:
+            self._uses[expert] -= 1
             if not self._uses[expert]:
                 del self._uses[expert]
                 unused.setdefault(expert[0], []).append(self._slots.pop(expert))
+        return unused
+
+    def _drop(self, unused: _Slots) -> None:
+        """Take out of the backend what is in no slot of ours. Without the lock: whoever else needs
+        it must not wait for the backend."""
         if unused:
             self._remove(unused)
             _log.info("dropped %d experts", sum(map(len, unused.values())))
 
-    def _make(self, wanted: Mapping[int, tuple[int, ...]], is_default: bool) -> View:
+    def _make(self, wanted: Mapping[int, tuple[int, ...]]) -> View:
         """A view of what is all there. Holds the lock."""
         layers, tables = {}, {}
         for layer, ids in wanted.items():
@@ -138,11 +165,6 @@ class Holdings:
         view = View(layers, tables)
         self._uses.update(view.experts())
         self._leases[view] = 1
-        # Where nothing comes or goes, all of it stays for newcomers.
-        if is_default and self._can_load:
-            self._leases[view] += 1
-            before, self._default = self._default, view
-            self._release(before)
         return view
 
     # --- what is missing --------------------------------------------------------------------
@@ -171,7 +193,9 @@ class Holdings:
         }
         return {layer: ids for layer, ids in found.items() if ids}
 
-    def _add(self, missing: Mapping[int, tuple[int, ...]]) -> dict[_Expert, int]:
+    def _add(
+        self, missing: Mapping[int, tuple[int, ...]], is_wanted: Callable[[], bool]
+    ) -> dict[_Expert, int]:
         """Load these and give them to the backend; their slots. All, or none."""
         if not missing:
             return {}
@@ -183,20 +207,24 @@ class Holdings:
                 f"(backend {backend.name}); start it with these experts"
             )
         start = time.monotonic()
-        loaded = self._load(missing)
-        self._check_loaded(missing, loaded)
         added: dict[int, list[int]] = {}
+        n_bytes = 0
         try:
-            for layer, experts in loaded.items():
-                added[layer] = backend.add(layer, experts)
+            for layer, ids in missing.items():
+                if not is_wanted():
+                    raise InvalidCall("nobody waits any more for the experts that were to be held")
+                loaded = self._load({layer: ids})[layer]
+                self._check_loaded(layer, ids, loaded)
+                added[layer] = backend.add(layer, loaded)
+                n_bytes += loaded.nbytes
         except BaseException:
             self._remove(added)
             raise
         _log.info(
             "loaded %d experts of %d layers, %.1f MiB, in %.1f s",
-            sum(map(len, missing.values())),
-            len(loaded),
-            sum(each.nbytes for each in loaded.values()) / 2**20,
+            sum(map(len, added.values())),
+            len(added),
+            n_bytes / 2**20,
             time.monotonic() - start,
         )
         return {
@@ -205,22 +233,18 @@ class Holdings:
             for expert, slot in zip(missing[layer], slots, strict=True)
         }
 
-    def _check_loaded(
-        self, missing: Mapping[int, tuple[int, ...]], loaded: Mapping[int, ExpertLayer]
-    ) -> None:
-        found = {layer: each.info for layer, each in loaded.items()}
-        for layer, ids in missing.items():
-            info = found.get(layer)
-            if info is None or info.experts != ids:
-                raise ValueError(f"layer {layer}: asked to load {ids}, and got {info}")
-            known = self._infos.setdefault(layer, without_experts(info))
-            if without_experts(info) != known:
-                raise ValueError(
-                    f"layer {layer} of the checkpoint is another than before: {info.summary()}, "
-                    f"and was {known.summary()}; start the worker anew"
-                )
+    def _check_loaded(self, layer: int, ids: tuple[int, ...], loaded: ExpertLayer) -> None:
+        info = loaded.info
+        if info.experts != ids:
+            raise ValueError(f"layer {layer}: asked to load {ids}, and got {info}")
+        known = self._infos.setdefault(layer, without_experts(info))
+        if without_experts(info) != known:
+            raise ValueError(
+                f"layer {layer} of the checkpoint is another than before: {info.summary()}, "
+                f"and was {known.summary()}; start the worker anew"
+            )
 
-    def _remove(self, slots: Mapping[int, Sequence[int]]) -> None:
+    def _remove(self, slots: _Slots) -> None:
         # Without it nothing is ever missing, or dropped.
         assert isinstance(self.backend, GrowingBackend)
         for layer, each in slots.items():

@@ -6,6 +6,7 @@ theirs, and hands over when it has its own.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import os
 import threading
@@ -35,6 +36,8 @@ from .session import Session
 
 #: How long a sender leaves a full transport alone before it looks for replies again.
 _FULL_PAUSE_S = 0.001
+#: How late it may be heard that an order is carried out. Whoever waits for that looks so often.
+_ORDER_PAUSE_S = 0.005
 #: Longer than copying the largest reply takes; a thread that the interpreter ended never stops.
 _COPY_LIMIT_S = 5.0
 
@@ -106,6 +109,8 @@ class Link:
         #: The views that calls may name.
         self.views = SessionNumbers(self)
         self._sending = threading.Lock()
+        #: Orders without an answer that are still to be sent, before any other record if possible.
+        self._unsent: collections.deque[bytes] = collections.deque()
         self._state = threading.Lock()
         self._changed = threading.Condition(self._state)
         self._pid = os.getpid()
@@ -148,7 +153,7 @@ class Link:
 
     def _post(
         self,
-        call_id: int | None,
+        call_id: int,
         receiver: Receiver,
         write: Callable[[_Record, float], int],
         record: _Record,
@@ -158,18 +163,16 @@ class Link:
         try:
             if self.loss is not None:
                 raise another(self.loss)
-            if call_id is not None:
-                self._pending[call_id] = receiver
+            self._pending[call_id] = receiver
             try:
                 return write(record, receiver.deadline)
             except RingFull:
-                if call_id is not None:
-                    self._pending.pop(call_id, None)
+                self._pending.pop(call_id, None)
                 raise
             except MoeshmError as error:
                 raise self.lose(error) from error
         finally:
-            self._sending.release()
+            self._stop_sending()
 
     def call(
         self,
@@ -201,6 +204,8 @@ class Link:
             try:
                 if self.loss is not None:
                     raise another(self.loss)
+                if self._unsent:
+                    self._send_unsent()
                 try:
                     bytes_out = self._transport.write_call(
                         call_id,
@@ -220,7 +225,7 @@ class Link:
                     self.lose(late)
                     raise late from error
             finally:
-                self._sending.release()
+                self._stop_sending()
             sent_ns = time.perf_counter_ns()
             try:
                 return self._receive_answer(call_id, dtype, into, deadline, sent_ns, bytes_out)
@@ -239,10 +244,15 @@ class Link:
         finally:
             self._stop_receiving()
 
-    def order(self, call_id: int | None, receiver: Receiver, packed: bytes) -> None:
-        """Send an order, whose reply will go to `receiver`; None for one without. Errors as
-        `send`."""
+    def order(self, call_id: int, receiver: Receiver, packed: bytes) -> None:
+        """Send an order, whose reply will go to `receiver`. Errors as `send`."""
         self._post(call_id, receiver, self._write_order, packed)
+
+    def tell(self, packed: bytes) -> None:
+        """Send an order that is not answered: now, or, where there is no room, before a later
+        record. Waits for nothing; to a session that is over it means nothing."""
+        self._unsent.append(packed)
+        self._flush()
 
     def new_id(self) -> int:
         """For the next call or order."""
@@ -261,10 +271,7 @@ class Link:
 
         ForkedProcess: the reply is the parent's.
         """
-        if os.getpid() != self._pid:
-            raise ForkedProcess(
-                f"this call belongs to process {self._pid}; connect anew in {os.getpid()}"
-            )
+        self._check_process()
         while True:
             with self._state:
                 if self._receiver and not self._leave_it_to_others(call, deadline):
@@ -276,6 +283,23 @@ class Link:
                 return self._receive_until(call, deadline)
             finally:
                 self._stop_receiving()
+
+    def await_order(self, order: Awaited, deadline: float) -> bool:
+        """As `wait`, for what may take minutes: it only looks in from time to time, so that
+        meanwhile whoever makes a call can receive its reply at once."""
+        self._check_process()
+        while not order.is_done:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                return False
+            try:
+                self._drain()
+            except MoeshmError as error:
+                self.lose(error)
+            with self._state:
+                if not order.is_done:
+                    self._changed.wait(min(_ORDER_PAUSE_S, left_s))
+        return True
 
     def lose(self, cause: Exception) -> CallError:
         """End the session and every pending call; what the calls get."""
@@ -307,7 +331,17 @@ class Link:
         self._n_waiting -= 1
         return another(error)
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedProcess(
+                f"this call belongs to process {self._pid}; connect anew in {os.getpid()}"
+            )
+
+    # --- sending ----------------------------------------------------------------------------
+
     def _write(self, call: Packable, deadline: float) -> int:
+        if self._unsent:
+            self._send_unsent()
         try:
             return self._transport.write_call(*call)
         except RingFull:
@@ -319,8 +353,40 @@ class Link:
         return protocol.call_bytes(n_rows, call[3].shape[1], hidden_size, call[5])
 
     def _write_order(self, order: bytes, deadline: float) -> int:
+        # What is to be released first may make room for it at the worker.
+        while not self._send_unsent():
+            self._write_parts((self._unsent[0],), protocol.ORDER, deadline)
+            self._unsent.popleft()
         self._write_parts((order,), protocol.ORDER, deadline)
         return len(order)
+
+    def _send_unsent(self) -> bool:
+        """Send what there is room for now; True for all. By who may send."""
+        while self._unsent:
+            try:
+                self._transport.write((self._unsent[0],), protocol.ORDER, 0, 0.0)
+            except RingFull:
+                return False
+            self._unsent.popleft()
+        return True
+
+    def _stop_sending(self) -> None:
+        self._sending.release()
+        if self._unsent:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send what is to be sent, unless another thread sends: it looks when it stops."""
+        while self._unsent and self._sending.acquire(blocking=False):
+            try:
+                if self.loss is not None:
+                    self._unsent.clear()
+                elif not self._send_unsent():
+                    return
+            except MoeshmError as error:
+                self.lose(error)
+            finally:
+                self._sending.release()
 
     def _write_parts(self, parts: Sequence[Any], kind: int, deadline: float) -> None:
         # The worker may wait for room for a reply: without taking replies in, both would wait.

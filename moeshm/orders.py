@@ -5,10 +5,13 @@ They travel among the calls, so that there is never a doubt which of them a call
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable, Mapping
+
 import msgspec
 
 from . import protocol
-from .errors import ProtocolError
+from .errors import InvalidCall, ProtocolError
 from .protocol import Message
 
 #: Room for an order that lists every expert of the largest models, three bytes each.
@@ -28,8 +31,13 @@ class Hold(msgspec.Struct, tag="hold", frozen=True):
     view: int
     #: By layer, the model's experts in local order.
     experts: dict[int, tuple[int, ...]]
-    #: New sessions begin with it, from then on.
-    is_default: bool = True
+
+
+class Offer(msgspec.Struct, tag="offer", frozen=True):
+    """New sessions begin with the experts of this view, from now on; not answered. A worker that
+    cannot load keeps what it was started with."""
+
+    view: int
 
 
 class Release(msgspec.Struct, tag="release", frozen=True):
@@ -38,7 +46,7 @@ class Release(msgspec.Struct, tag="release", frozen=True):
     view: int
 
 
-Order = Hold | Release
+Order = Hold | Offer | Release
 _decoder: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)
 pack_order = msgspec.msgpack.Encoder().encode
 
@@ -60,3 +68,24 @@ def parse_order(record: Message) -> Order:
     if wrong:
         raise ProtocolError(f"an order with view or layer {wrong[0]}; both are u32")
     return order
+
+
+def check_experts(experts: Mapping[int, Iterable[int]]) -> dict[int, tuple[int, ...]]:
+    """What a `Hold` can carry; InvalidCall names a layer or an expert that cannot be."""
+    checked = {}
+    for layer, ids in experts.items():
+        number = _whole(layer, "layer", 1 << 32)
+        checked[number] = tuple(
+            _whole(each, f"expert of layer {number}", protocol.MAX_EXPERTS) for each in ids
+        )
+    return checked
+
+
+def _whole(value: int, what: str, limit: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < limit:
+        raise InvalidCall(f"{what}: {value!r:.50}; it must be a whole number, 0..{limit - 1}")
+    return number

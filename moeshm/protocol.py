@@ -1,10 +1,9 @@
-"""The bytes: handshake messages, calls and replies; every check of what a peer sent is here.
+"""The bytes of calls and replies; every check of what a peer sent in them is here.
 
-Handshake messages are msgpack, tagged by type, cut into packets of a SOCK_SEQPACKET socket. Calls
-and replies are little-endian: a header of 64 bytes, then arrays, and travel over any transport.
-
-A call is `header, topk_ids, topk_weights, padding to 64, hidden_states`; a reply `header, rows`,
-or `header, text` for an error. docs/protocol.md draws both. `orders.py` has the third record.
+They are little-endian: a header of 64 bytes, then arrays, and travel over any transport. A call is
+`header, topk_ids, topk_weights, padding to 64, hidden_states`; a reply `header, rows`, or
+`header, text` for an error. docs/protocol.md draws both. `orders.py` has the third record,
+`handshake.py` what comes before all of them.
 """
 
 from __future__ import annotations
@@ -19,81 +18,25 @@ import numpy.typing as npt
 
 from ._inputs import inspect_ids
 from ._ring import Record, Reservation
-from ._wire import fill_reply, read_plain_call, take_plain_reply
+from ._wire import MAX_COMPUTE_NS, fill_reply, read_plain_call, take_plain_reply
 from .dtypes import Array, DType, narrow, widen
 from .errors import CallError, DeadlineExceeded, InvalidCall, ProtocolError, WorkerFailed
-from .layers import LayerInfo, fingerprint_of
+from .layers import LayerInfo
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-#: Of the handshake; both sides must speak the same.
-PROTOCOL_VERSION = 1
 #: Of a call's header; a worker accepts this one and older ones.
 CALL_VERSION = 1
-MAX_CONTROL_BYTES = 16 << 20
-#: Of a client's first message: nobody knows yet who it is.
-MAX_HELLO_BYTES = 4096
 MAX_TOKENS = 4096
 #: Of a model's layer, held or not.
 MAX_EXPERTS = 1 << 20
 #: Of a reply that says why there are no rows: the smallest ring holds it.
 MAX_ERROR_BYTES = 4096
 
-# --- handshake ----------------------------------------------------------------------------
-
-
-class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):
-    """The client's first message: who it is and what it wishes."""
-
-    protocol: int
-    version: str
-    #: "auto", "shared" or "stream".
-    transport: str
-    #: Most tokens that it wants to send in one call; the rings are sized for it.
-    batch_capacity: int
-    #: `layers.fingerprint_of` the experts that it takes the worker to hold; empty for any.
-    placement: str = ""
-
-
-class Welcome(msgspec.Struct, tag="welcome", frozen=True, kw_only=True):
-    """The worker's answer; the fds come with it: two rings' segments, or one stream socket."""
-
-    protocol: int
-    version: str
-    backend: str
-    #: "shared" or "stream".
-    transport: str
-    #: Why not the transport that was wished for; empty when it is.
-    stepped_down: str
-    epoch: int
-    #: Most tokens in one call: by the worker's memory, and by the rings' size.
-    max_tokens: int
-    layers: dict[int, LayerInfo]
-
-
-class Refusal(msgspec.Struct, tag="refusal", frozen=True):
-    """The worker's answer when there will be no session."""
-
-    reason: str
-
-
-class Goodbye(msgspec.Struct, tag="goodbye", frozen=True):
-    """The last word of a worker that ends a session on purpose."""
-
-    reason: str
-
-
 _Decoded = TypeVar("_Decoded")
-ControlMessage = Hello | Welcome | Refusal | Goodbye
-_decoder: msgspec.msgpack.Decoder[ControlMessage] = msgspec.msgpack.Decoder(ControlMessage)
 _layers_decoder = msgspec.msgpack.Decoder(dict[int, LayerInfo])
-encode_control = msgspec.msgpack.Encoder().encode
-
-
-def decode_control(data: bytes) -> ControlMessage:
-    """A handshake message; ProtocolError when it is none."""
-    return decode(_decoder, data, "handshake message")
+_encode = msgspec.msgpack.Encoder().encode
 
 
 def decode(decoder: msgspec.msgpack.Decoder[_Decoded], data: bytes, what: str) -> _Decoded:
@@ -105,49 +48,8 @@ def decode(decoder: msgspec.msgpack.Decoder[_Decoded], data: bytes, what: str) -
         raise ProtocolError(f"no {what} ({str(error)!r}): {data[:32]!r}") from None
 
 
-def check_hello(hello: ControlMessage) -> Hello:
-    """ProtocolError unless it is a Hello that this version can answer."""
-    if not isinstance(hello, Hello):
-        raise ProtocolError(f"expected hello, got {type(hello).__name__.lower()}")
-    if hello.protocol != PROTOCOL_VERSION:
-        raise ProtocolError(
-            f"the client speaks protocol {hello.protocol} (moeshm {hello.version!r}), this worker "
-            f"{PROTOCOL_VERSION}; install the same moeshm on both sides"
-        )
-    if hello.transport not in ("auto", "shared", "stream"):
-        raise ProtocolError(f"transport {hello.transport!r}; choose auto, shared or stream")
-    if not 1 <= hello.batch_capacity <= MAX_TOKENS:
-        raise ProtocolError(f"batch_capacity={hello.batch_capacity}; it must be 1..{MAX_TOKENS}")
-    return hello
-
-
-def check_placement(hello: Hello, layers: Mapping[int, LayerInfo]) -> None:
-    """ProtocolError unless the worker holds the experts that the client takes it to hold."""
-    held = fingerprint_of({number: info.experts for number, info in layers.items()})
-    if hello.placement not in ("", held):
-        raise ProtocolError(
-            f"the client's placement gives this worker {hello.placement!r}, and it holds {held}: "
-            "start it with --placement and the client's file"
-        )
-
-
-def check_welcome(welcome: Welcome, n_fds: int) -> Welcome:
-    """ProtocolError unless a client of this version can work with it."""
-    wanted = {"shared": 2, "stream": 1}.get(welcome.transport)
-    if welcome.protocol != PROTOCOL_VERSION:
-        raise ProtocolError(
-            f"the worker speaks protocol {welcome.protocol} (moeshm {welcome.version!r}), this "
-            f"client {PROTOCOL_VERSION}; install the same moeshm on both sides"
-        )
-    if wanted is None or n_fds != wanted:
-        raise ProtocolError(f"transport {welcome.transport!r} came with {n_fds} fds")
-    if not 1 <= welcome.max_tokens <= MAX_TOKENS or not 0 <= welcome.epoch < 1 << 64:
-        raise ProtocolError(f"max_tokens={welcome.max_tokens}, epoch={welcome.epoch}")
-    _check_layers(welcome.layers)
-    return welcome
-
-
-def _check_layers(layers: Mapping[int, LayerInfo]) -> None:
+def check_layers(layers: Mapping[int, LayerInfo]) -> None:
+    """ProtocolError names one that the worker cannot mean."""
     for number, info in layers.items():
         if not (
             0 <= number < 1 << 32
@@ -157,8 +59,6 @@ def _check_layers(layers: Mapping[int, LayerInfo]) -> None:
         ):
             raise ProtocolError(f"layer {number} of the worker fits no call: {info.summary()}")
 
-
-# --- calls --------------------------------------------------------------------------------
 
 #: Types of the records that carry them.
 CALL, REPLY, ORDER = 1, 2, 3
@@ -235,19 +135,21 @@ class Reply(msgspec.Struct, frozen=True, gc=False):
     layers: Mapping[int, LayerInfo] | None = None
 
     def copy_rows(self, record: Message, into: Array, dtype: DType) -> None:
-        """Copy the rows, if there are any, out of the record; ProtocolError when they are not of
-        `into`'s shape and `dtype`."""
+        """Copy the rows out of the record, unless there is an error instead; ProtocolError when
+        they are not of `into`'s shape and `dtype`, or it answers an order."""
         if self.error is None:
             self._check(into.shape, dtype)
             record.copy_to(into, HEADER_BYTES)
 
     def rows(self, record: Message, shape: tuple[int, int], dtype: DType) -> Array:
-        """A view of the rows in the record, which the peer can still change; ProtocolError when
-        they are not of this shape and dtype."""
+        """A view of the rows in the record, which the peer can still change; ProtocolError as
+        `copy_rows`."""
         self._check(shape, dtype)
         return record.array(dtype.numpy, shape, HEADER_BYTES)
 
     def _check(self, shape: tuple[int, ...], dtype: DType) -> None:
+        if self.layers is not None:
+            raise ProtocolError(f"call {self.call_id} was answered by what a view holds, not rows")
         if (self.n_tokens, self.hidden_size) != shape or self.dtype is not dtype:
             raise ProtocolError(
                 f"call {self.call_id} was answered by {self.dtype} "
@@ -467,7 +369,7 @@ def pack_error(call_id: int, error: CallError) -> tuple[bytes, bytes]:
 
 def pack_held(call_id: int, layers: Mapping[int, LayerInfo]) -> tuple[bytes, bytes]:
     """The parts of a reply that says that a view of these layers, without experts, is held."""
-    return _REPLY.pack(CALL_VERSION, _HELD, 0, call_id, 0, 0, 0), encode_control(dict(layers))
+    return _REPLY.pack(CALL_VERSION, _HELD, 0, call_id, 0, 0, 0), _encode(dict(layers))
 
 
 def take_plain(record: Message, call_id: int, into: Array, dtype: DType) -> int:
@@ -485,11 +387,13 @@ def parse_reply(record: Message) -> Reply:
     version, status, n_tokens, call_id, compute_ns, hidden_size, dtype = _REPLY.unpack_from(record)
     if version != CALL_VERSION or dtype not in _DTYPES or status > _HELD:
         raise ProtocolError(f"reply version {version}, status {status}, dtype {dtype}: unknown")
+    if compute_ns > MAX_COMPUTE_NS:
+        raise ProtocolError(f"a reply that took {compute_ns} ns to compute; no call lasts so long")
     wire = _DTYPES[dtype]
     error = layers = None
     if status == _HELD:
         layers = decode(_layers_decoder, bytes(memoryview(record)[HEADER_BYTES:]), "layers")
-        _check_layers(layers)
+        check_layers(layers)
     elif status != _OK:
         error = _error_of(status, bytes(memoryview(record)[HEADER_BYTES:]))
     elif len(record) != reply_bytes(n_tokens, hidden_size, wire):

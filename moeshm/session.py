@@ -19,7 +19,7 @@ from types import TracebackType
 import msgspec
 import numpy as np
 
-from . import process, protocol
+from . import handshake, process, protocol
 from ._version import VERSION
 from .dtypes import DType
 from .errors import (
@@ -32,9 +32,9 @@ from .errors import (
     SessionError,
     SettingError,
 )
+from .handshake import ControlMessage, Goodbye, Hello, Refusal, Welcome
 from .layers import LayerInfo
 from .orders import MAX_ANSWER_BYTES, MAX_ORDER_BYTES
-from .protocol import ControlMessage, Goodbye, Hello, Refusal, Welcome
 from .transport import Transport
 from .transport.shared import SharedTransport
 from .transport.stream import StreamTransport
@@ -81,7 +81,7 @@ class ControlSocket:
 
     def send(self, message: ControlMessage, fds: list[int], timeout_s: float) -> None:
         """Send a message; the fds go with its first packet. SessionError when it cannot be."""
-        data = protocol.encode_control(message)
+        data = handshake.encode_control(message)
         self._socket.settimeout(timeout_s)
         try:
             for start in range(0, len(data), _PACKET_BYTES):
@@ -92,7 +92,7 @@ class ControlSocket:
             raise SessionError(f"the handshake could not be sent: {error}") from error
 
     def receive(
-        self, timeout_s: float, max_bytes: int = protocol.MAX_CONTROL_BYTES
+        self, timeout_s: float, max_bytes: int = handshake.MAX_CONTROL_BYTES
     ) -> tuple[ControlMessage, list[int]]:
         """The next message and its fds, which are the caller's to close.
 
@@ -113,7 +113,7 @@ class ControlSocket:
                         f"so far; at most {max_bytes} bytes and {_MAX_FDS} fds may come"
                     )
                 if packet[:1] == _LAST:
-                    return protocol.decode_control(bytes(data)), fds
+                    return handshake.decode_control(bytes(data)), fds
                 # Packets that are there already are received at any time.
                 if time.monotonic() > deadline:
                     raise SessionError(_LATE)
@@ -237,7 +237,7 @@ def _shake_hands(
     control = ControlSocket(_connect(parse_address(address), deadline))
     try:
         hello = Hello(
-            protocol=protocol.PROTOCOL_VERSION,
+            protocol=handshake.PROTOCOL_VERSION,
             version=VERSION,
             transport=transport,
             batch_capacity=batch_capacity,
@@ -284,7 +284,7 @@ def _join(
         raise HandshakeRefused(f"the worker refused: {answer.reason}")
     if not isinstance(answer, Welcome):
         raise ProtocolError(f"expected welcome, got {type(answer).__name__.lower()}")
-    welcome = protocol.check_welcome(answer, len(fds))
+    welcome = handshake.check_welcome(answer, len(fds))
     if welcome.transport == "stream":
         stream = StreamTransport.attach(fds.pop(), welcome.epoch, control.peer_pidfd)
         return stream, welcome
@@ -305,12 +305,12 @@ def accept(
     """Answer a client's handshake; it is told before a ProtocolError or SegmentError is raised."""
     try:
         # First: who closes with something unread resets the connection, and its refusal is lost.
-        message, fds = control.receive(timeout_s, protocol.MAX_HELLO_BYTES)
+        message, fds = control.receive(timeout_s, handshake.MAX_HELLO_BYTES)
         close_fds(fds)
         if control.peer_uid not in (os.geteuid(), 0):
             raise ProtocolError(f"user {control.peer_uid} may not use this worker")
-        hello = protocol.check_hello(message)
-        protocol.check_placement(hello, layers)
+        hello = handshake.check_hello(message)
+        handshake.check_placement(hello, layers)
         most = min(max_tokens, hello.batch_capacity)
         return _open(control, hello, layers, backend, most, timeout_s)
     except (ProtocolError, SegmentError) as error:
@@ -346,7 +346,7 @@ def _open(
             transport, fds = StreamTransport.create(epoch, control.peer_pidfd, sizes[0])
     try:
         welcome = Welcome(
-            protocol=protocol.PROTOCOL_VERSION,
+            protocol=handshake.PROTOCOL_VERSION,
             version=VERSION,
             backend=backend,
             transport=transport.name,
@@ -354,6 +354,7 @@ def _open(
             epoch=epoch,
             max_tokens=max_tokens,
             layers=dict(layers),
+            takes_orders=True,
         )
         control.send(welcome, fds, timeout_s)
     except BaseException:

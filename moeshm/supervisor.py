@@ -20,8 +20,9 @@ from pathlib import Path
 
 import msgspec
 
-from . import client, session
+from . import session
 from .backends import Backend
+from .choice import choose
 from .client import ExpertClient, Opened
 from .errors import ConnectError, SessionError
 
@@ -56,7 +57,7 @@ def spawn_worker(
 
     ConnectError: the worker ended before it was ready; its words are on standard error.
     """
-    chosen = client.choose(transport, wire_dtype, timeout_s)
+    chosen = choose(transport, wire_dtype, timeout_s)
     process = WorkerProcess(model, device, layers, experts, threads)
 
     def open_session() -> Opened:

@@ -12,7 +12,7 @@ from .backends import Backend
 from .errors import CallError, CheckpointError, InvalidCall, WorkerFailed
 from .holdings import Holdings, View
 from .layers import LayerInfo
-from .orders import MAX_VIEWS, Hold, Release
+from .orders import MAX_VIEWS, Hold, Offer, Release
 from .protocol import CallFields, PlainShape
 
 _log = logging.getLogger(__name__)
@@ -32,6 +32,12 @@ class _Load:
         self.is_done = False
         #: The client released it before it was there.
         self.is_unwanted = False
+
+    def take_back(self) -> None:
+        """It need not be begun."""
+        number = self.order.view
+        self.error = InvalidCall(f"view {number} was released before it was loaded")
+        self.is_done = True
 
 
 class SessionViews:
@@ -77,6 +83,12 @@ class SessionViews:
         if len(self.queue) == 1:
             self._begin(self.queue[0])
 
+    def offer(self, order: Offer) -> None:
+        """New sessions begin with the view; one that is not held means nothing."""
+        view = self._views.get(order.view)
+        if view is not None:
+            self._holdings.offer(view)
+
     def release(self, order: Release) -> None:
         """Let go of a view, or of one that is still being loaded; of any other, nothing."""
         for load in self.queue:
@@ -102,6 +114,9 @@ class SessionViews:
             yield load.order.call_id, outcome
 
     def _begin(self, load: _Load) -> None:
+        if load.is_unwanted:
+            load.take_back()
+            return
         thread = threading.Thread(
             target=self._run, args=(load,), name="moeshm-loading", daemon=True
         )
@@ -113,7 +128,9 @@ class SessionViews:
 
     def _run(self, load: _Load) -> None:
         try:
-            view = self._holdings.hold(load.order.experts, load.order.is_default)
+            view = self._holdings.hold(
+                load.order.experts, lambda: not (load.is_unwanted or self._is_over)
+            )
         except CallError as error:
             load.error = type(error)(str(error))
         except CheckpointError as error:
@@ -134,16 +151,18 @@ class SessionViews:
     def _finish(self, load: _Load, check: Check) -> Mapping[int, LayerInfo]:
         """Let calls use the view; CallError when they may not."""
         number, view = load.order.view, load.view
-        if view is None:
-            assert load.error is not None
+        if load.is_unwanted:
+            load.take_back()
+        elif view is not None:
+            try:
+                check(view.layers)
+            except CallError as error:
+                load.error = error
+        if load.error is not None:
+            if view is not None:
+                self._holdings.release(view)
             raise load.error
-        try:
-            if load.is_unwanted:
-                raise InvalidCall(f"view {number} was released before it was loaded")
-            check(view.layers)
-        except CallError:
-            self._holdings.release(view)
-            raise
+        assert view is not None
         self._views[number] = view
         self.shapes.update(protocol.plain_shapes(view.layers, view.tables, number))
         return view.layers

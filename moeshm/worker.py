@@ -24,9 +24,10 @@ from .errors import (
     RingFull,
     WorkerFailed,
 )
+from .handshake import Goodbye
 from .layers import without_experts
-from .orders import Hold
-from .protocol import Call, Goodbye, Message, Outgoing
+from .orders import Offer, Release
+from .protocol import Call, Message, Outgoing
 from .session import Session
 from .views import SessionViews
 
@@ -191,7 +192,10 @@ class SessionServer:
     def _obey(self, record: Message) -> tuple[int, CallError | None]:
         """Begin what is ordered; the order's call id, and why it cannot be."""
         order = orders.parse_order(record)
-        if not isinstance(order, Hold):
+        if isinstance(order, Offer):
+            self._views.offer(order)
+            return 0, None
+        if isinstance(order, Release):
             self._views.release(order)
             return 0, None
         try:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moeshm import protocol
+from moeshm import handshake, protocol
+from moeshm.handshake import Hello
 from moeshm.layers import LayerInfo
-from moeshm.protocol import Hello
 from moeshm.transport import Transport
 from moeshm.transport.shared import SharedTransport
 from moeshm.transport.stream import StreamMessage, StreamTransport
@@ -130,7 +130,7 @@ def pattern(size: int, seed: int = 0) -> bytes:
 
 HELLO = Hello(protocol=1, version="0.1", transport="auto", batch_capacity=64)
 MORE, LAST = b"\1", b"\0"
-WHOLE = LAST + protocol.encode_control(HELLO)
+WHOLE = LAST + handshake.encode_control(HELLO)
 
 
 def packets(*data: bytes) -> Callable[[socket.socket], None]:

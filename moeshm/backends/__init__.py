@@ -52,8 +52,9 @@ class GrowingBackend(Backend, Protocol):
     """A backend whose experts come and go while it computes.
 
     Each is in a slot of its layer, and `ffn` takes slots for local ids. What it was made with,
-    `layers`, is in the slots of its local ids; `add` and `remove` leave `layers` as it is. One
-    thread may add or remove while others compute, which do not use the slots concerned.
+    `layers`, is in the slots of its local ids; `add` and `remove` leave `layers` as it is. Any
+    thread may add or remove, several at a time, while others compute, which do not use the slots
+    concerned. `remove` is called by threads that serve: it must not wait for a layer's weights.
     """
 
     def add(self, layer: int, experts: ExpertLayer) -> list[int]:
@@ -64,5 +65,6 @@ class GrowingBackend(Backend, Protocol):
         ...
 
     def remove(self, layer: int, slots: Sequence[int]) -> None:
-        """Forget the experts in these slots, and free their memory."""
+        """Forget the experts in these slots, and free what memory is theirs alone: weights that
+        are mapped from a file stay in the page cache, which the kernel empties when it needs to."""
         ...

@@ -62,7 +62,7 @@ class CpuBackend:
         is_small = sum(map(_bytes_as_float32, layers.values())) <= SMALL_MODEL_BYTES
         for number, layer in layers.items():
             self._layers[number] = (_SmallLayer if is_small else _Layer)(layer.info)
-            self._layers[number].add(layer)
+            self._layers[number].add(self._layers[number].prepare(layer))
         self.layers: Mapping[int, LayerInfo] = {n: layer.info for n, layer in layers.items()}
         self._changing = threading.Lock()
         self._team = _Team(threads)
@@ -105,9 +105,12 @@ class CpuBackend:
                     if isinstance(each, _SmallLayer)
                 ) + _bytes_as_float32(experts)
                 held = (_SmallLayer if n_bytes <= SMALL_MODEL_BYTES else _Layer)(experts.info)
-            slots = held.add(experts)
-            self._layers[layer] = held
-            return slots
+                # Without experts still, which harms nobody should preparing them fail.
+                self._layers[layer] = held
+        # Takes long, and whoever removes some must not wait for it.
+        weights = held.prepare(experts)
+        with self._changing:
+            return held.add(weights)
 
     def remove(self, layer: int, slots: Sequence[int]) -> None:
         """As `GrowingBackend.remove`."""
@@ -149,9 +152,12 @@ class _Layer:
         self.multiply_adds = 3 * info.hidden_size * info.intermediate_size
         self.experts: dict[int, _Expert] = {}
 
-    def add(self, layer: ExpertLayer) -> list[int]:
+    def prepare(self, layer: ExpertLayer) -> list[ExpertWeights]:
+        """The experts' weights as `add` takes them."""
+        return [self._prepare(layer.expert(local_id)) for local_id in range(len(layer))]
+
+    def add(self, weights: list[ExpertWeights]) -> list[int]:
         """Take the experts in; the lowest slots that are free."""
-        weights = [self._prepare(layer.expert(local_id)) for local_id in range(len(layer))]
         free = (slot for slot in itertools.count() if slot not in self.experts)
         slots = list(itertools.islice(free, len(weights)))
         self._fill(slots, weights)

@@ -39,13 +39,14 @@ class Checkpoint:
 
 class ModelDirectory:
     """A Hugging Face model directory, whose headers are read once, however often experts are
-    loaded from it; by one thread at a time.
+    loaded from it; by one thread at a time. What is loaded later comes from the same files, or is
+    refused.
 
     CheckpointError: an unknown model type, no MoE layer, a damaged file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        directory = TensorDirectory(path)
+        directory = self._directory = TensorDirectory(path)
         self.path = directory.path
         self._config = _read_config(directory.path / "config.json")
         self._layout = Layout(directory, self._config)
@@ -60,7 +61,8 @@ class ModelDirectory:
         layers: Collection[int] | None = None,
         experts: Mapping[int, Sequence[int]] | None = None,
     ) -> Checkpoint:
-        """As `load`, which see."""
+        """As `load`, which see; CheckpointError also when a file was changed meanwhile."""
+        self._directory.check_unchanged()
         layout = self._layout
         experts = {} if experts is None else experts
         if layers is None:

@@ -42,6 +42,8 @@ class TensorDirectory:
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path} is not a directory; pass a model directory")
         self._files: dict[str, _File] = {}
+        #: Of the index and the files that it names, or of the files there were; None for missing.
+        self._seen: dict[str, _Identity | None] = {}
         self._file_of = self._find_tensors()
 
     def names(self) -> tuple[str, ...]:
@@ -70,7 +72,7 @@ class TensorDirectory:
                 f"{file.path}: tensor {name!r} is {entry.dtype}; {_REMEDY}"
             ) from None
         flat = np.frombuffer(
-            file.mapping(), dtype.numpy, count=math.prod(entry.shape), offset=entry.begin
+            file.mapping, dtype.numpy, count=math.prod(entry.shape), offset=entry.begin
         )
         return flat.reshape(entry.shape)
 
@@ -93,16 +95,26 @@ class TensorDirectory:
         close = difflib.get_close_matches(name, related, n=3, cutoff=0.8)
         return f"; there are {', '.join(map(repr, close))}" if close else ""
 
+    def check_unchanged(self) -> None:
+        """CheckpointError: a file is another than when the directory was opened."""
+        for file_name, seen in self._seen.items():
+            path = self.path / file_name
+            if _identity(path) != seen:
+                raise _changed(path)
+
     def _open(self, file_name: str) -> _File:
         file = self._files.get(file_name)
         if file is None:
-            file = self._files[file_name] = _File(self.path / file_name)
+            file = self._files[file_name] = _File(self.path / file_name, self._seen[file_name])
         return file
 
     def _find_tensors(self) -> dict[str, str]:
         """Tensor name to file name."""
         if not (self.path / SINGLE_FILE).exists() and (self.path / INDEX_FILE).exists():
-            return _read_index(self.path / INDEX_FILE)
+            self._see(INDEX_FILE)
+            by_index = _read_index(self.path / INDEX_FILE)
+            self._see(*by_index.values())
+            return by_index
         if (self.path / SINGLE_FILE).exists():
             files = [SINGLE_FILE]
         else:
@@ -111,6 +123,7 @@ class TensorDirectory:
             raise CheckpointError(
                 f"{self.path} has no {SINGLE_FILE}, no {INDEX_FILE} and no other *.safetensors"
             )
+        self._see(*files)
         file_of: dict[str, str] = {}
         for file_name in files:
             for name in self._open(file_name).entries:
@@ -121,6 +134,33 @@ class TensorDirectory:
                     )
                 file_of[name] = file_name
         return file_of
+
+    def _see(self, *file_names: str) -> None:
+        self._seen |= {name: _identity(self.path / name) for name in {*file_names}}
+
+
+class _Identity(NamedTuple):
+    """What tells a file from one that took its place, or that was written over it."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+
+
+def _identity(path: Path) -> _Identity | None:
+    """None where there is no file."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be looked at: {error}") from error
+    return _Identity(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} has changed since the worker started; start it anew")
 
 
 def _common(first: str, second: str) -> int:
@@ -137,18 +177,15 @@ class _Entry(NamedTuple):
 
 
 class _File:
-    """One safetensors file: what its header says, and the mapping."""
+    """One safetensors file, which was like this when the directory was opened: what its header
+    says, and the mapping."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, seen: _Identity | None) -> None:
         self.path = path
-        self.entries = _read_header(path)
-        self._mapping: mmap.mmap | None = None
-
-    def mapping(self) -> mmap.mmap:
-        if self._mapping is None:
-            with open(self.path, "rb") as file:
-                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._mapping
+        # Mapped at once, so that the header and the tensors are of one file whatever follows.
+        self.entries, self.mapping = _map(path)
+        if _identity(path) != seen:
+            raise _changed(path)
 
 
 class _HeaderEntry(msgspec.Struct):
@@ -161,14 +198,16 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def _read_header(path: Path) -> Mapping[str, _Entry]:
-    """Where each tensor lies; the safetensors library has checked sizes and offsets before."""
+def _map(path: Path) -> tuple[Mapping[str, _Entry], mmap.mmap]:
+    """Where each tensor lies, and the mapped file; the safetensors library has checked sizes and
+    offsets before."""
     try:
         with safe_open(path, framework="numpy"):
             pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header: dict[str, Any] = msgspec.json.decode(file.read(length))
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         header.pop("__metadata__", None)
         entries = msgspec.convert(header, dict[str, _HeaderEntry])
     except FileNotFoundError:
@@ -178,7 +217,7 @@ def _read_header(path: Path) -> Mapping[str, _Entry]:
     return {
         name: _Entry(entry.dtype, entry.shape, 8 + length + entry.data_offsets[0])
         for name, entry in entries.items()
-    }
+    }, mapping
 
 
 def _read_index(path: Path) -> dict[str, str]:

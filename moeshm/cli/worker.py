@@ -164,9 +164,10 @@ def load_backend(
 def load_more(
     model: ModelDirectory, experts: Mapping[int, Sequence[int]]
 ) -> Mapping[int, ExpertLayer]:
-    """What clients ask for while the worker serves; its layers show in the log."""
+    """What clients ask for while the worker serves; each layer shows in the log."""
     loaded = model.load(experts=experts).layers
-    _touch_and_log(loaded, logging.INFO)
+    for number in _touch(loaded):
+        _log.info("layer %d: %d more experts loaded", number, len(loaded[number]))
     return loaded
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -18,16 +19,18 @@ from moeshm.checkpoint import ExpertLayer
 from moeshm.dtypes import DType
 from moeshm.errors import (
     CheckpointError,
+    ClientClosed,
     DeadlineExceeded,
     HandshakeRefused,
     InvalidCall,
     MoeshmError,
+    SettingError,
     WorkerDied,
     WorkerFailed,
 )
 from moeshm.held import HeldView
 from moeshm.holdings import Holdings
-from moeshm.layers import fingerprint_of
+from moeshm.layers import Activation, fingerprint_of
 from moeshm.orders import MAX_VIEWS, Hold, Release
 from moeshm.session import ControlSocket, Session
 from moeshm.views import SessionViews
@@ -48,6 +51,8 @@ class Worker:
         self.backend = GrowingArithmetic(FIRST)
         self.sessions: list[Session] = []
         self.error: Exception | None = None
+        #: What was read from the checkpoint.
+        self.loaded: list[Experts] = []
         self.is_gated = False
         self.load_begun = threading.Semaphore(0)
         self.load_may_end = threading.Semaphore(0)
@@ -109,6 +114,7 @@ class Worker:
             raise self.error
         if not experts.keys() <= set(growing.LAYERS):
             raise CheckpointError(f"layers {sorted(experts)} cannot be loaded")
+        self.loaded.append(experts)
         return growing.load(experts)
 
 
@@ -154,6 +160,11 @@ def assert_means(
             np.testing.assert_array_equal(found, wanted)
 
 
+def listed(experts: Experts) -> list[tuple[int, int]]:
+    """Layer and expert of each, as `Worker.held`."""
+    return sorted((layer, each) for layer, ids in experts.items() for each in ids)
+
+
 def some_call(client: moeshm.ExpertClient, view: HeldView | None = None) -> Any:
     """One token for layer 0."""
     hidden, _, weights = draw(np.random.default_rng(1), 1, 1)
@@ -190,13 +201,14 @@ def test_calls_before_and_after_are_of_their_own_view(
             hidden, ids, weights = draw(rng, 2, 4)
             wanted = expected(0, hidden, globally(ids, order), weights)
             futures.append((client.submit(0, hidden, ids, weights, view=view), wanted))
+    client.offer(views[-1][0])
     for view, _ in views:
         client.release(view)
     for future, wanted in futures:
         np.testing.assert_array_equal(future.result(), wanted)
     some_view = client.hold({0: (3,)})
     assert_means(client, {0: (3,)}, some_view)
-    assert worker.held() == [(0, 3)]
+    assert worker.held() == [(0, 0), (0, 2), (0, 3)]
 
 
 def test_calls_go_on_while_experts_are_loaded(
@@ -210,12 +222,10 @@ def test_calls_go_on_while_experts_are_loaded(
             for each in (client, other):
                 assert_means(each, FIRST)
             assert not views
-            worker.load_may_end.release()
+            for _layer in NEWER:
+                worker.load_may_end.release()
         assert_means(client, NEWER, views[0])
         assert_means(other, FIRST)
-    # A new session begins with what was held last.
-    with moeshm.connect(worker.address, transport=transport) as newcomer:
-        assert_means(newcomer, NEWER)
 
 
 def test_orders_of_one_session_are_carried_out_in_turn(
@@ -237,6 +247,54 @@ def test_orders_of_one_session_are_carried_out_in_turn(
         assert_means(client, wanted[number], view)
 
 
+# --- what new sessions begin with ---------------------------------------------------------
+
+
+def assert_newcomers_get(worker: Worker, transport: str, experts: Experts) -> None:
+    """Also by the fingerprint, which a client of a placement sends."""
+    with moeshm.connect(
+        worker.address, transport=transport, placement=fingerprint_of(experts)
+    ) as newcomer:
+        assert_means(newcomer, experts)
+    assert worker.ended.acquire(timeout=PATIENCE_S)
+
+
+def test_what_one_client_holds_is_no_matter_of_others(
+    worker: Worker, client: moeshm.ExpertClient, transport: str
+) -> None:
+    """Only what is offered is, in whatever way the hold ends."""
+    client.hold(NEWER)
+    assert_newcomers_get(worker, transport, FIRST)
+    # One that is taken back once it is loaded, and one whose session is over by then.
+    worker.is_gated = True
+    for end in (client.release, lambda _view: client.close()):
+        with pytest.raises((DeadlineExceeded, ClientClosed)):
+            client.hold({0: (3,)}, timeout_s=0.05)
+        assert worker.load_begun.acquire(timeout=PATIENCE_S)
+        end(client.view)
+        worker.load_may_end.release()
+    assert_newcomers_get(worker, transport, FIRST)
+
+
+def test_what_is_offered_stays_for_newcomers(
+    worker: Worker, client: moeshm.ExpertClient, transport: str
+) -> None:
+    view = client.hold(NEWER)
+    client.offer(view)
+    some_call(client)
+    assert_newcomers_get(worker, transport, NEWER)
+    client.release(view)
+    some_call(client)
+    assert_newcomers_get(worker, transport, NEWER)
+    with pytest.raises(InvalidCall, match="was released"):
+        client.offer(view)
+    # The client's own is as good as any other.
+    client.offer(client.view)
+    some_call(client)
+    assert_newcomers_get(worker, transport, FIRST)
+    assert worker.held() == listed(FIRST)
+
+
 # --- releasing ----------------------------------------------------------------------------
 
 
@@ -244,6 +302,7 @@ def test_what_nobody_lists_is_dropped(worker: Worker, client: moeshm.ExpertClien
     view = client.hold({0: (5,), 2: (3,)})
     assert (0, 5) in worker.held()
     last = client.hold({0: (1, 4)})
+    client.offer(last)
     client.release(view)
     client.release(client.view)
     # The answer comes after the releases.
@@ -266,9 +325,10 @@ def test_a_view_is_its_clients_own(
         with pytest.raises(InvalidCall, match="another client's"):
             other.release(view)
         # Its own view lists the same experts.
-        other.hold({0: (0,)})
+        own = other.hold(NEWER)
         client.release(view)
-        assert_means(other, NEWER)
+        some_call(client)
+        assert_means(other, NEWER, own)
     assert worker.ended.acquire(timeout=PATIENCE_S)
     some_call(client)
     assert worker.held() == [(0, 0), (0, 1), (0, 2), (1, 1), (1, 5)]
@@ -277,10 +337,9 @@ def test_a_view_is_its_clients_own(
 def test_a_session_that_ends_releases_everything(worker: Worker, transport: str) -> None:
     with moeshm.connect(worker.address, transport=transport) as client:
         client.hold(NEWER)
-        client.hold({0: (1,)})
+        client.hold({0: (4,)})
     assert worker.ended.acquire(timeout=PATIENCE_S)
-    # The newest stays for who comes.
-    assert worker.held() == [(0, 1)]
+    assert worker.held() == listed(FIRST)
 
 
 def test_a_session_that_ends_while_it_loads(worker: Worker, transport: str) -> None:
@@ -288,7 +347,7 @@ def test_a_session_that_ends_while_it_loads(worker: Worker, transport: str) -> N
     client = moeshm.connect(worker.address, transport=transport)
 
     def hold() -> None:
-        with pytest.raises(moeshm.errors.ClientClosed):
+        with pytest.raises(ClientClosed):
             client.hold(NEWER)
 
     with meanwhile(hold):
@@ -300,9 +359,9 @@ def test_a_session_that_ends_while_it_loads(worker: Worker, transport: str) -> N
     with moeshm.connect(worker.address, transport=transport) as other:
         # Waits for the load before it.
         assert_means(other, {0: (3,)}, other.hold({0: (3,)}))
-        other.release(other.view)
-        some_call(other, other.hold({0: (3,)}))
-        assert worker.held() == [(0, 3)]
+        assert worker.held() == sorted([*listed(FIRST), (0, 3)])
+    # The second layer was not begun.
+    assert worker.loaded == [{0: (5,)}, {0: (3,)}]
 
 
 # --- what cannot be -----------------------------------------------------------------------
@@ -365,7 +424,29 @@ def test_a_load_that_takes_too_long_is_taken_back(
     worker.load_may_end.release()
     # Comes after it, and lists none of its experts.
     assert_means(client, {1: (1,)}, client.hold({1: (1,)}))
-    assert worker.held() == [(0, 0), (0, 1), (0, 2), (1, 1), (1, 5)]
+    assert worker.held() == listed(FIRST)
+    assert worker.loaded == [{0: (5,)}]
+
+
+def test_what_was_taken_back_before_its_turn_is_not_loaded(
+    worker: Worker, client: moeshm.ExpertClient, transport: str
+) -> None:
+    """Neither behind another order of the session, nor behind another session's."""
+    worker.is_gated = True
+    with moeshm.connect(worker.address, transport=transport) as other:
+        with meanwhile(lambda: client.hold({2: (1,)})):
+            assert worker.load_begun.acquire(timeout=PATIENCE_S)
+            for impatient in (client, other):
+                with pytest.raises(DeadlineExceeded):
+                    impatient.hold({2: (5,)}, timeout_s=0.05)
+                # The release has arrived.
+                some_call(impatient)
+            worker.load_may_end.release()
+        worker.is_gated = False
+        # Comes after it.
+        other.hold({2: (4,)})
+        client.hold({2: (4,)})
+    assert worker.loaded == [{2: (1,)}, {2: (4,)}]
 
 
 def test_only_so_many_views(client: moeshm.ExpertClient) -> None:
@@ -424,7 +505,8 @@ def test_a_number_is_used_once_at_a_time(worker: Worker, transport: str) -> None
         record.release()
         assert reply.call_id == 6
         assert "released before it was loaded" in str(reply.error)
-        worker.load_may_end.release()
+        for _layer in NEWER:
+            worker.load_may_end.release()
         assert ask(raw, Hold(8, 3, NEWER)).error is None
 
 
@@ -448,17 +530,19 @@ def test_views_are_held_again_by_a_new_session(worker: Worker, client: moeshm.Ex
     with pytest.raises(InvalidCall, match="was released"):
         some_call(client, released)
     assert client.stats().reconnects == 1
-    # Another's newest view is what the next session begins with.
+    # What another offers is what the next session begins with.
     with moeshm.connect(worker.address, transport=client.transport) as other:
-        other.hold({2: (0, 1)})
+        other.offer(other.hold({2: (0, 1)}))
+    # The client's first session, and that one.
+    for _ in range(2):
+        assert worker.ended.acquire(timeout=PATIENCE_S)
     worker.sessions[0] = worker.sessions[1]
     lose(worker, client)
     assert_means(client, NEWER, view)
     assert_means(client, FIRST)
     some_call(client, client.hold({0: (3,)}))
     assert client.stats().reconnects == 2
-    # Of the welcome's layers nothing is kept; the default is the last that was held.
-    assert worker.held() == sorted({(0, 0), (0, 1), (0, 2), (0, 3), (0, 5), (1, 1), (1, 5), (2, 3)})
+    assert worker.held() == sorted({*listed(FIRST), *listed(NEWER), *listed({0: (3,), 2: (0, 1)})})
 
 
 def test_a_new_session_that_cannot_hold_them_is_refused(
@@ -466,7 +550,7 @@ def test_a_new_session_that_cannot_hold_them_is_refused(
 ) -> None:
     view = client.hold(NEWER)
     with moeshm.connect(worker.address, transport=client.transport) as other:
-        other.hold({1: (0,)})
+        other.offer(other.hold({1: (0,)}))
         other.release(other.view)
         worker.error = CheckpointError("the files are gone")
         lose(worker, client)
@@ -478,7 +562,8 @@ def test_a_new_session_that_cannot_hold_them_is_refused(
 def test_a_placement_is_of_the_first_session_alone(worker: Worker, transport: str) -> None:
     placement = fingerprint_of(FIRST)
     with moeshm.connect(worker.address, transport=transport, placement=placement) as client:
-        client.hold(NEWER)
+        client.offer(client.hold(NEWER))
+        some_call(client)
         lose(worker, client)
         assert_means(client, FIRST)
     with pytest.raises(HandshakeRefused, match="placement gives this worker"):
@@ -486,9 +571,75 @@ def test_a_placement_is_of_the_first_session_alone(worker: Worker, transport: st
     moeshm.connect(worker.address, transport=transport, placement=fingerprint_of(NEWER)).close()
 
 
+def test_a_client_that_is_closed_while_it_holds_its_views_again(
+    worker: Worker, client: moeshm.ExpertClient
+) -> None:
+    """Neither the session nor the thread that opened it stays until they are loaded."""
+    client.hold({2: (3,)})
+    lose(worker, client)
+    assert worker.ended.acquire(timeout=PATIENCE_S)
+    worker.is_gated = True
+    assert worker.load_begun.acquire(timeout=PATIENCE_S)  # of the first session
+
+    def call() -> None:
+        with pytest.raises(ClientClosed):
+            some_call(client)
+
+    with meanwhile(call):
+        assert worker.load_begun.acquire(timeout=PATIENCE_S)
+        looking = [each for each in threading.enumerate() if each.name == "moeshm-reconnect"]
+        client.close()
+        for thread in looking:
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+    assert looking
+    assert worker.ended.acquire(timeout=PATIENCE_S)
+
+
+def test_a_worker_that_goes_while_it_loads(worker: Worker, client: moeshm.ExpertClient) -> None:
+    worker.is_gated = True
+
+    def hold() -> None:
+        with pytest.raises(WorkerDied):
+            client.hold(NEWER, timeout_s=PATIENCE_S)
+
+    with meanwhile(hold):
+        assert worker.load_begun.acquire(timeout=PATIENCE_S)
+        # Its own thread closes the rest.
+        worker.sessions[0].transport.close()
+
+
+def test_who_waits_for_experts_does_not_receive_for_others(
+    worker: Worker, client: moeshm.ExpertClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever makes a call gets its reply without another thread in between."""
+    waits: dict[int, set[float]] = {}
+    transport = client._link._transport
+    acquire = transport.acquire
+
+    def watched(timeout_s: float | None = None) -> Any:
+        waits.setdefault(threading.get_ident(), set()).add(timeout_s or 0.0)
+        return acquire(timeout_s)
+
+    monkeypatch.setattr(transport, "acquire", watched)
+    holder: list[int] = []
+
+    def hold() -> None:
+        holder.append(threading.get_ident())
+        client.hold(NEWER)
+
+    worker.is_gated = True
+    with meanwhile(hold):
+        assert worker.load_begun.acquire(timeout=PATIENCE_S)
+        assert_means(client, FIRST)
+        for _layer in NEWER:
+            worker.load_may_end.release()
+    assert waits[holder[0]] == {0.0}
+
+
 def test_a_fallback_computes_calls_of_every_view(worker: Worker, transport: str) -> None:
-    # The client's layers as they are, and all the others behind them.
-    fallback = GrowingArithmetic({**FIRST, 2: range(6)})
+    # More than the worker's, in another order.
+    fallback = GrowingArithmetic({0: (4, 2, 1, 0, 3), 1: range(6), 2: range(6)})
     with moeshm.connect(worker.address, transport=transport, fallback=fallback) as client:
         with pytest.raises(InvalidCall, match="the fallback does not hold expert 5 of layer 0"):
             client.hold(NEWER)
@@ -497,3 +648,28 @@ def test_a_fallback_computes_calls_of_every_view(worker: Worker, transport: str)
         assert_means(client, {0: (2, 0), 2: (3, 5)}, view)
         assert_means(client, FIRST)
         assert client.stats().fallback_calls == 36
+
+
+@pytest.mark.parametrize("held", [{0: (0, 1), 1: (5, 1)}, {0: (0, 1, 2)}])
+def test_a_fallback_that_lacks_an_expert_is_refused(
+    worker: Worker, transport: str, held: Experts
+) -> None:
+    with pytest.raises(SettingError, match=r"the fallback does not hold expert \d of layer \d"):
+        moeshm.connect(worker.address, transport=transport, fallback=GrowingArithmetic(held))
+
+
+def test_a_fallback_of_another_model_is_refused(worker: Worker, transport: str) -> None:
+    """At once, or with the view whose layers it has otherwise."""
+    fallback = GrowingArithmetic({**FIRST, 2: range(6)})
+    layers = dict(fallback.layers)
+    fallback.layers = {**layers, 1: msgspec.structs.replace(layers[1], top_k=2)}
+    with pytest.raises(SettingError, match="has layer 1 with top_k=2, and the worker with 3"):
+        moeshm.connect(worker.address, transport=transport, fallback=fallback)
+    geglu = msgspec.structs.replace(layers[2], activation=Activation.GEGLU)
+    fallback.layers = {**layers, 2: geglu}
+    with moeshm.connect(worker.address, transport=transport, fallback=fallback) as client:
+        with pytest.raises(InvalidCall, match="layer 2 with activation=geglu, and the worker with"):
+            client.hold({2: (3,)})
+        # The worker was told.
+        some_call(client)
+        assert worker.held() == listed(FIRST)

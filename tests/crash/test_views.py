@@ -90,7 +90,7 @@ def test_two_engines_call_on_while_one_of_them_changes_what_is_held(
                 finally:
                     is_over.set()
         log = process.log.read_until("loaded 3 experts of 2 layers")
-        assert "layer 3 loaded (2 of 2)" in log
+        assert "layer 3: 2 more experts loaded" in log
         process.log.read_until("dropped")
         process.signal(signal.SIGTERM)
         assert process.wait() == 0

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 import moeshm
-from moeshm import protocol, session
+from moeshm import orders, protocol, session
 from moeshm.dtypes import DType
 from moeshm.errors import InvalidCall, WorkerDied, WorkerFailed
 from moeshm.session import ControlSocket, Session
@@ -34,13 +35,19 @@ def transport(request: pytest.FixtureRequest) -> str:
 def lied_to(
     folder: Path, transport: str, lie: Callable[[Session, int], None]
 ) -> Iterator[moeshm.ExpertClient]:
-    """A client whose worker answers its first call, of this id, with a lie, and then waits."""
+    """A client whose worker answers its first call or order, of this id, with a lie, and then
+    waits."""
 
     def serve() -> None:
         control = ControlSocket(listener.accept()[0])
         with session.accept(control, ArithmeticBackend().layers, "x", 64, PATIENCE_S) as opened:
             record = opened.transport.acquire(PATIENCE_S)
-            call_id, _ = protocol.read_call_header(record)
+            if record.type == protocol.ORDER:
+                order = orders.parse_order(record)
+                assert isinstance(order, orders.Hold)
+                call_id = order.call_id
+            else:
+                call_id, _ = protocol.read_call_header(record)
             record.release()
             lie(opened, call_id)
             # The client hangs up.
@@ -80,6 +87,12 @@ def nothing(opened: Session, _: int) -> None:
     opened.transport.write((), protocol.REPLY)
 
 
+def holding(opened: Session, call_id: int) -> None:
+    """What would answer an order; its header is that of rows that fit."""
+    layers = msgspec.msgpack.encode(dict(ArithmeticBackend().layers))
+    replying(layers, status=4)(opened, call_id)
+
+
 LIES: dict[str, tuple[Callable[[Session, int], None], str]] = {
     "another call's id": (replying(call_id=999), "a reply to call 999, which is not open"),
     "fewer rows": (
@@ -93,6 +106,9 @@ LIES: dict[str, tuple[Callable[[Session, int], None], str]] = {
     "another version": (replying(version=2), "reply version 2"),
     "more rows than came": (replying(n_tokens=2**32 - 1), "4294967295 tokens"),
     "a byte too many": (replying(ROWS + b"x"), "holds 193 bytes"),
+    "what a view holds": (holding, "answered by what a view holds, not rows"),
+    "an age of computing": (replying(compute_ns=2**63 - 1), "9223372036854775807 ns to compute"),
+    "just too long": (replying(compute_ns=10**15 + 1), "no call lasts so long"),
     "another type": (other_type, "record type 1"),
     "nothing": (nothing, "record type 2 of 0 bytes"),
 }
@@ -130,3 +146,32 @@ def test_a_reply_that_comes_twice_ends_the_session(tmp_path: Path, transport: st
         np.testing.assert_array_equal(result, INPUTS.hidden_states)
         with pytest.raises(WorkerDied, match="a reply to call 1, which is not open"):
             client.compute(*INPUTS)
+
+
+def held_as(**fields: Any) -> Callable[[Session, int], None]:
+    """An answer to an order, of layers that are right but for this."""
+
+    def lie(opened: Session, call_id: int) -> None:
+        layers = {FREE: msgspec.structs.replace(ArithmeticBackend().layers[FREE], **fields)}
+        parts = protocol.pack_held(call_id, layers)
+        opened.transport.write(parts, protocol.REPLY)
+
+    return lie
+
+
+@pytest.mark.parametrize(
+    ("lie", "says"),
+    [
+        (replying(), "rows of 192 bytes answer an order"),
+        (held_as(num_experts=1, top_k=1, experts=()), "says it holds cannot be: experts must lie"),
+        (other_type, "record type 1"),
+    ],
+)
+def test_an_answer_to_an_order_that_cannot_be_ends_the_session(
+    tmp_path: Path, transport: str, lie: Callable[[Session, int], None], says: str
+) -> None:
+    with lied_to(tmp_path, transport, lie) as client:
+        with pytest.raises(WorkerDied, match=says):
+            client.hold({FREE: (1,)})
+        with pytest.raises(WorkerDied):
+            client._link.views.hold({FREE: (1,)}, 1.0)

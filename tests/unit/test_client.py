@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import moeshm
-from moeshm import orders, protocol, session, settings
+from moeshm import handshake, orders, protocol, session, settings
 from moeshm.call import CallFuture
-from moeshm.client import choose
+from moeshm.choice import choose
 from moeshm.dtypes import DType
 from moeshm.errors import (
     ClientClosed,
@@ -180,7 +180,7 @@ def test_a_session_lost_with_another_calls_error_names_its_cause(
 ) -> None:
     with worker.connect(transport) as client:
         future = client.submit(*make_inputs(FREE, 1))
-        worker.sessions[-1].control.send(protocol.Goodbye("lunch break"), [], PATIENCE_S)
+        worker.sessions[-1].control.send(handshake.Goodbye("lunch break"), [], PATIENCE_S)
         worker.sessions[-1].close()
         with pytest.raises(WorkerDied, match="lunch break"):
             future.result()

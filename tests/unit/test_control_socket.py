@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from moeshm import protocol, session
+from moeshm import handshake, session
 from moeshm.errors import (
     ProtocolError,
     SessionError,
     SettingError,
 )
-from moeshm.protocol import Refusal, Welcome
+from moeshm.handshake import Refusal, Welcome
 from moeshm.session import ControlSocket
 from tests.wire import (
     HELLO,
@@ -130,7 +130,7 @@ def test_a_broken_handshake_is_refused_and_its_fds_closed(
     attack(right)
     before = n_fds()
     with pytest.raises(kind, match=says) as caught:
-        control.receive(0.01, protocol.MAX_HELLO_BYTES)
+        control.receive(0.01, handshake.MAX_HELLO_BYTES)
     assert type(caught.value) is kind
     assert n_fds() == before
 

@@ -16,7 +16,7 @@ from moeshm.backends import GrowingBackend, Ids, cpu
 from moeshm.backends.cpu import CpuBackend
 from moeshm.backends.null import NullBackend
 from moeshm.backends.reference import ReferenceBackend, reference_ffn
-from moeshm.checkpoint import ExpertLayer
+from moeshm.checkpoint import ExpertLayer, ExpertWeights
 from moeshm.dtypes import Array, FloatArray
 from tests.checkpoints import NUM_EXPERTS, STORAGES, random_layer
 from tests.wire import PATIENCE_S, meanwhile
@@ -167,6 +167,37 @@ def test_calls_while_experts_come_and_go(
                 assert n_calls.acquire(timeout=PATIENCE_S)
         finally:
             is_over.set()
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+def test_to_remove_does_not_wait_for_weights_that_are_prepared(
+    is_small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that serves removes; another may be busy with a whole layer."""
+    backend = build(part(LAYER, [0, 1]), is_small)
+    held = backend._layers[0]
+    prepare = held._prepare
+    begun, may_end, is_removed = threading.Event(), threading.Event(), threading.Event()
+
+    def slowly(weights: ExpertWeights) -> ExpertWeights:
+        begun.set()
+        assert may_end.wait(PATIENCE_S)
+        return prepare(weights)
+
+    def remove() -> None:
+        assert begun.wait(PATIENCE_S)
+        backend.remove(0, [1])
+        is_removed.set()
+
+    monkeypatch.setattr(held, "_prepare", slowly)
+    added: list[int] = []
+    with meanwhile(lambda: added.extend(backend.add(0, part(LAYER, [4]))), remove):
+        try:
+            assert is_removed.wait(PATIENCE_S)
+        finally:
+            may_end.set()
+    assert added == [1]
+    assert_slots(backend, LAYER, {0: 0, 1: 4})
 
 
 def test_who_can_grow() -> None:

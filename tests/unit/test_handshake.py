@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeshm import protocol
+from moeshm import handshake
 from moeshm.errors import ProtocolError
-from moeshm.layers import LayerInfo
-from moeshm.protocol import ControlMessage, Goodbye, Hello, Refusal, Welcome
+from moeshm.handshake import ControlMessage, Goodbye, Hello, Refusal, Welcome
+from moeshm.layers import LayerInfo, fingerprint_of
 from tests.wire import dense_info, partial_info
 
 HELLO = Hello(protocol=1, version="0.1", transport="auto", batch_capacity=64)
@@ -37,20 +37,40 @@ def changed(message: Any, **fields: Any) -> Any:
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda each: type(each).__name__)
 def test_a_message_arrives_as_it_left(message: ControlMessage) -> None:
-    assert protocol.decode_control(protocol.encode_control(message)) == message
+    assert handshake.decode_control(handshake.encode_control(message)) == message
 
 
 def test_the_largest_models_fit() -> None:
     layers = {number: dense_info(7168, 256, 8) for number in range(3, 61)}
-    data = protocol.encode_control(changed(WELCOME, layers=layers))
-    assert len(data) < protocol.MAX_CONTROL_BYTES // 16
-    decoded = protocol.decode_control(data)
+    data = handshake.encode_control(changed(WELCOME, layers=layers))
+    assert len(data) < handshake.MAX_CONTROL_BYTES // 16
+    decoded = handshake.decode_control(data)
     assert isinstance(decoded, Welcome)
     assert decoded.layers == layers
 
 
+def test_a_worker_that_does_not_say_so_takes_no_orders() -> None:
+    older = msgspec.to_builtins(WELCOME, str_keys=False)
+    del older["takes_orders"]
+    decoded = handshake.decode_control(msgspec.msgpack.encode(older))
+    assert isinstance(decoded, Welcome)
+    assert not decoded.takes_orders
+    assert decoded == WELCOME
+
+
+def test_a_placement_that_the_worker_does_not_hold() -> None:
+    handshake.check_placement(HELLO, WELCOME.layers)
+    layers = WELCOME.layers
+    held = fingerprint_of({number: info.experts for number, info in layers.items()})
+    handshake.check_placement(changed(HELLO, placement=held), layers)
+    other = changed(HELLO, placement="0123456789abcdef")
+    says = f"gives this worker '0123456789abcdef', and it holds {held}: .* was applied last"
+    with pytest.raises(ProtocolError, match=says):
+        handshake.check_placement(other, layers)
+
+
 def test_a_hello_fits_its_limit() -> None:
-    assert len(protocol.encode_control(HELLO)) < protocol.MAX_HELLO_BYTES // 4
+    assert len(handshake.encode_control(HELLO)) < handshake.MAX_HELLO_BYTES // 4
 
 
 # --- what is refused ----------------------------------------------------------------------
@@ -71,15 +91,15 @@ def test_a_hello_fits_its_limit() -> None:
 )
 def test_a_hello_that_cannot_be_answered(message: ControlMessage, says: str) -> None:
     with pytest.raises(ProtocolError, match=says):
-        protocol.check_hello(message)
+        handshake.check_hello(message)
 
 
 def test_a_version_cannot_forge_a_log_line() -> None:
     with pytest.raises(ProtocolError) as caught:
-        protocol.check_hello(changed(HELLO, protocol=9, version="1\nworker: all is well"))
+        handshake.check_hello(changed(HELLO, protocol=9, version="1\nworker: all is well"))
     assert "\n" not in str(caught.value)
     with pytest.raises(ProtocolError) as caught:
-        protocol.decode_control(msgspec.msgpack.encode({"type": "a\nb"}))
+        handshake.decode_control(msgspec.msgpack.encode({"type": "a\nb"}))
     assert "\n" not in str(caught.value)
 
 
@@ -108,7 +128,7 @@ def _layer(**fields: Any) -> dict[int, LayerInfo]:
 )
 def test_a_welcome_that_cannot_be_used(fields: dict[str, Any], n_fds: int, says: str) -> None:
     with pytest.raises(ProtocolError, match=says):
-        protocol.check_welcome(changed(WELCOME, **fields), n_fds)
+        handshake.check_welcome(changed(WELCOME, **fields), n_fds)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +150,7 @@ def test_a_welcome_with_an_impossible_layer(field: str, value: Any) -> None:
     plain = msgspec.to_builtins(WELCOME)
     plain["layers"] = {1: {**msgspec.to_builtins(dense_info(16, 4, 2)), field: value}}
     with pytest.raises(ProtocolError, match="no handshake message"):
-        protocol.decode_control(msgspec.msgpack.encode(plain))
+        handshake.decode_control(msgspec.msgpack.encode(plain))
 
 
 def _map(*pairs: bytes) -> bytes:
@@ -167,7 +187,7 @@ _encode = msgspec.msgpack.encode
 )
 def test_anything_else_is_no_message(data: bytes) -> None:
     with pytest.raises(ProtocolError, match="no handshake message"):
-        protocol.decode_control(data)
+        handshake.decode_control(data)
 
 
 def test_a_declared_length_takes_no_memory() -> None:
@@ -179,14 +199,14 @@ def test_a_declared_length_takes_no_memory() -> None:
     name = _encode("experts")
     data = _encode(lying).replace(name + b"\x90", name + b"\xdd" + struct.pack(">I", 2**32 - 1))
     with pytest.raises(ProtocolError, match="experts"):
-        protocol.decode_control(data)
+        handshake.decode_control(data)
 
 
 def decode_hostile(data: bytes) -> None:
     """A message or a ProtocolError, which the checks then pass or refuse."""
     try:
-        message = protocol.decode_control(data)
-        protocol.check_hello(message)
+        message = handshake.decode_control(data)
+        handshake.check_hello(message)
     except ProtocolError:
         pass
 
@@ -200,7 +220,7 @@ def decode_hostile(data: bytes) -> None:
 def test_mutated_messages(
     message: ControlMessage, mutations: list[tuple[int, int]], length: int
 ) -> None:
-    data = bytearray(protocol.encode_control(message))
+    data = bytearray(handshake.encode_control(message))
     for at, value in mutations:
         data[at % len(data)] = value
     decode_hostile(bytes(data))

@@ -104,7 +104,7 @@ _EXPERTS = st.dictionaries(
 _STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("hold"), _EXPERTS),
-        st.tuples(st.just("hold aside"), _EXPERTS),
+        st.tuples(st.just("offer"), st.integers(0, 99)),
         st.tuples(st.just("fail"), _EXPERTS),
         st.tuples(st.just("lease"), st.none()),
         st.tuples(st.just("release"), st.integers(0, 99)),
@@ -123,10 +123,9 @@ def test_any_holds_and_releases(steps: Sequence[tuple[str, object]]) -> None:
     for what, argument in steps:
         before = held(backend)
         load.loaded.clear()
-        if what in ("hold", "hold aside"):
+        if what == "hold":
             experts: Experts = argument  # type: ignore[assignment]
-            default = experts if what == "hold" else default
-            views.append((holdings.hold(experts, what == "hold"), experts))
+            views.append((holdings.hold(experts), experts))
             assert sorted(load.loaded) == sorted(set(listed(experts)) - set(before))
         elif what == "fail":
             missing = set(listed(argument)) - set(before)  # type: ignore[arg-type]
@@ -138,6 +137,9 @@ def test_any_holds_and_releases(steps: Sequence[tuple[str, object]]) -> None:
                 assert held(backend) == before
         elif what == "lease":
             views.append((holdings.lease(), default))
+        elif what == "offer" and views:
+            view, default = views[argument % len(views)]  # type: ignore[operator]
+            holdings.offer(view)
         elif views:
             holdings.release(views.pop(argument % len(views))[0])  # type: ignore[operator]
         assert held(backend) == listed(default, *(experts for _, experts in views))
@@ -151,11 +153,14 @@ def test_any_holds_and_releases(steps: Sequence[tuple[str, object]]) -> None:
 # --- sessions -----------------------------------------------------------------------------
 
 
-def test_a_new_session_gets_the_newest_view(backend: GrowingArithmetic) -> None:
+def test_a_new_session_gets_the_view_that_was_offered_last(backend: GrowingArithmetic) -> None:
     holdings = Holdings(backend, load)
-    assert_means(holdings, holdings.lease(), FIRST)
     newest = {1: (1, 5), 2: (4,)}
     view = holdings.hold(newest)
+    # To hold one changes nothing for others.
+    assert_means(holdings, holdings.lease(), FIRST)
+    holdings.offer(view)
+    holdings.release(view)
     assert holdings.lease() is view
     assert_means(holdings, view, newest)
 
@@ -222,12 +227,60 @@ def test_a_release_meanwhile_drops_nothing_that_is_waited_for(
     backend: GrowingArithmetic, waiting: Waiting
 ) -> None:
     # The default becomes a view without expert 2, and nobody else lists it.
-    waiting.holdings.release(waiting.holdings.hold({1: (5,)}))
+    view = waiting.holdings.hold({1: (5,)})
+    waiting.holdings.offer(view)
+    waiting.holdings.release(view)
     assert held(backend) == [(0, 2), (1, 5)]
     waiting.load.may_end.release()
     assert waiting.is_over.wait(PATIENCE_S)
     assert_means(waiting.holdings, waiting.views[0], {0: (5, 2)})
-    assert held(backend) == [(0, 2), (0, 5)]
+    assert held(backend) == [(0, 2), (0, 5), (1, 5)]
+
+
+@pytest.mark.parametrize("n_loaded", [0, 1])
+def test_what_nobody_wants_any_more_is_not_loaded(
+    backend: GrowingArithmetic, n_loaded: int
+) -> None:
+    """It is asked again before each layer; those that were loaded are dropped."""
+    load = CountingLoad()
+    answers = iter([True] * n_loaded + [False])
+    holdings = Holdings(backend, load)
+    with pytest.raises(InvalidCall, match="nobody waits any more"):
+        holdings.hold({0: (4, 5), 2: (1,)}, lambda: next(answers))
+    assert load.loaded == [(0, 4), (0, 5)][: 2 * n_loaded]
+    assert held(backend) == listed(FIRST)
+
+
+def test_nobody_waits_for_what_is_dropped(backend: GrowingArithmetic) -> None:
+    """The backend may be busy; a session that only begins, or releases, needs nothing of it."""
+    holdings = Holdings(backend, load)
+    view = holdings.hold({2: (3,)})
+    begun, may_end = threading.Event(), threading.Event()
+    remove = backend.remove
+
+    def slowly(layer: int, slots: Sequence[int]) -> None:
+        begun.set()
+        assert may_end.wait(PATIENCE_S)
+        remove(layer, slots)
+
+    backend.remove = slowly  # type: ignore[method-assign]
+    with meanwhile(lambda: holdings.release(view)):
+        try:
+            assert begun.wait(PATIENCE_S)
+            is_over = threading.Event()
+
+            def others() -> None:
+                holdings.release(holdings.lease())
+                # What is on its way out is loaded anew.
+                assert_means(holdings, holdings.hold({2: (3,)}), {2: (3,)})
+                is_over.set()
+
+            with meanwhile(others):
+                assert is_over.wait(PATIENCE_S)
+                may_end.set()
+        finally:
+            may_end.set()
+    assert held(backend) == listed(FIRST, {2: (3,)})
 
 
 # --- what cannot be -----------------------------------------------------------------------
@@ -291,7 +344,8 @@ def test_without_a_loader_experts_stay_and_none_come(
         holdings.hold({0: (1, 5)})
     part = holdings.hold({0: (1, 0)})
     np.testing.assert_array_equal(part.tables[0], [1, 0, -1])
-    # All the others are nobody's now, and could not be loaded again.
+    # All the others would be nobody's, and could not be loaded again.
+    holdings.offer(part)
     holdings.release(holdings.hold(FIRST))
     holdings.release(part)
     assert held(backend) == listed(FIRST)

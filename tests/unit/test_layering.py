@@ -18,12 +18,12 @@ LAYERS = {
         "errors settings process signals files layers dtypes segment kernels"
         " _version _atomics _formats _inputs _mapping _end _ring"
     ),
-    "L1 session": "_wire protocol orders session transport",
+    "L1 session": "_wire protocol orders handshake session transport",
     "L2 compute": "checkpoint backends",
     "L3 policy": "placement swaps routing_stats policy",
     "L4 engine": (
-        "client call windows arrays link held fallback reconnect offload supervisor worker views"
-        " holdings daemon stats logs metrics integrations diagnosis"
+        "client choice call windows arrays link held fallback reconnect offload supervisor worker"
+        " views holdings daemon stats logs metrics integrations diagnosis"
     ),
     # `moeshm` itself is the public names: who imports them imports everything.
     "L5 user": "cli demo bench moeshm __main__",

@@ -5,12 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeshm.errors import ProtocolError
-from moeshm.orders import MAX_ORDER_BYTES, Hold, Order, Release, pack_order, parse_order
+from moeshm.errors import InvalidCall, ProtocolError
+from moeshm.orders import (
+    MAX_ORDER_BYTES,
+    Hold,
+    Offer,
+    Order,
+    Release,
+    check_experts,
+    pack_order,
+    parse_order,
+)
 from moeshm.protocol import CALL, ORDER
 from tests.wire import message
 
@@ -21,7 +31,7 @@ def parse(data: bytes, kind: int = ORDER) -> Order:
     return parse_order(message(data, kind))
 
 
-@pytest.mark.parametrize("order", [HOLD, Hold(2**64 - 1, 2**32 - 1, {}), Release(0)])
+@pytest.mark.parametrize("order", [HOLD, Hold(2**64 - 1, 2**32 - 1, {}), Release(0), Offer(5)])
 def test_an_order_arrives_as_it_left(order: Order) -> None:
     assert parse(pack_order(order)) == order
 
@@ -61,6 +71,7 @@ def changed(**fields: Any) -> bytes:
         (changed(experts={0: "all"}), "no order"),
         (changed(experts=[[0]]), "no order"),
         (msgspec.msgpack.encode({"type": "release", "view": 2**63}), "view or layer"),
+        (msgspec.msgpack.encode({"type": "offer", "view": -1}), "view or layer -1"),
     ],
 )
 def test_an_order_that_cannot_be_is_refused(data: bytes, says: str) -> None:
@@ -93,3 +104,25 @@ def parse_hostile(data: bytes) -> None:
     if isinstance(order, Hold):
         assert 0 <= order.call_id < 1 << 64
         assert all(0 <= layer < 1 << 32 for layer in order.experts)
+
+
+@pytest.mark.parametrize(
+    ("experts", "says"),
+    [
+        ({-1: [0]}, r"layer: -1; it must be a whole number, 0\.\.4294967295"),
+        ({2**32: [0]}, "layer: 4294967296"),
+        ({"x": [0]}, "layer: 'x'"),
+        ({3: [2**70]}, r"expert of layer 3: 1180591620717411303424; .* 0\.\.1048575"),
+        ({3: [0, -1]}, "expert of layer 3: -1"),
+        ({3: [0.5]}, r"expert of layer 3: 0\.5"),
+    ],
+)
+def test_what_no_order_can_carry_is_not_packed(experts: Any, says: str) -> None:
+    with pytest.raises(InvalidCall, match=says):
+        check_experts(experts)
+
+
+def test_any_whole_numbers_can_be_ordered() -> None:
+    numbers = np.arange(3)
+    assert check_experts({numbers[2]: numbers, 0: range(1)}) == {2: (0, 1, 2), 0: (0,)}
+    assert pack_order(Hold(1, 1, check_experts({2: numbers})))

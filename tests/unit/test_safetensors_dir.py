@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moeshm.checkpoint import TensorDirectory
+from moeshm.checkpoint import ModelDirectory, TensorDirectory
+from moeshm.demo import tiny_moe_path
 from moeshm.dtypes import Array
 from moeshm.errors import CheckpointError
 from tests.checkpoints import save_safetensors, write_shards
@@ -190,3 +194,69 @@ def test_an_index_that_points_to_the_wrong_file(tmp_path: Path) -> None:
     index.write_text(index.read_text().replace("model-00001", "model-00002"))
     with pytest.raises(CheckpointError, match=r"00002-of-00003\.safetensors: no tensor 'a\.weigh"):
         TensorDirectory(tmp_path).tensor("a.weight")
+
+
+# --- files that change ------------------------------------------------------------------
+
+
+def replace(path: Path) -> None:
+    """By another file of the same content."""
+    other = path.with_suffix(".new")
+    other.write_bytes(path.read_bytes())
+    other.replace(path)
+
+
+def write_over(path: Path) -> None:
+    """The last byte, in place, a moment later."""
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    seen = path.stat()
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize("change", [replace, write_over, Path.unlink])
+@pytest.mark.parametrize("which", ["index", "first shard", "second shard"])
+def test_a_file_that_changed_is_noticed(
+    tmp_path: Path, change: Callable[[Path], None], which: str
+) -> None:
+    write_shards(tmp_path, TENSORS, 2)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    paths = [tmp_path / "model.safetensors.index.json", *shards]
+    path = paths[["index", "first shard", "second shard"].index(which)]
+    directory = TensorDirectory(tmp_path)
+    first = directory.tensor("a.weight")
+    directory.check_unchanged()
+    change(path)
+    with pytest.raises(CheckpointError, match=f"{path.name} has changed since the worker started"):
+        directory.check_unchanged()
+    # What was read is of the file that there was.
+    if change is not write_over:
+        np.testing.assert_array_equal(first, F32)
+
+
+@pytest.mark.parametrize("was_there", [True, False])
+def test_a_shard_that_is_opened_later_is_the_one_of_the_beginning(
+    tmp_path: Path, was_there: bool
+) -> None:
+    write_shards(tmp_path, TENSORS, 3)
+    shard = sorted(tmp_path.glob("*.safetensors"))[-1]
+    aside = shard.read_bytes()
+    if not was_there:
+        shard.unlink()
+    directory = TensorDirectory(tmp_path)
+    shard.with_suffix(".new").write_bytes(aside)
+    shard.with_suffix(".new").replace(shard)
+    with pytest.raises(CheckpointError, match="has changed since the worker started; start it"):
+        directory.tensor("c.weight")
+
+
+def test_experts_are_not_loaded_from_a_checkpoint_that_changed(tmp_path: Path) -> None:
+    for source in tiny_moe_path().iterdir():
+        shutil.copy(source, tmp_path)
+    model = ModelDirectory(tmp_path)
+    first = model.load(experts={0: (1,)}).layers[0].expert(0)
+    replace(next(tmp_path.glob("*.safetensors")))
+    with pytest.raises(CheckpointError, match="has changed since the worker started"):
+        model.load(experts={0: (2,)})
+    assert first.gate_proj.any()

@@ -26,7 +26,7 @@ from moeshm.errors import (
     SegmentError,
     SessionError,
 )
-from moeshm.protocol import Goodbye, Hello, Welcome
+from moeshm.handshake import Goodbye, Hello, Welcome
 from moeshm.session import ControlSocket, Session
 from moeshm.transport.shared import SharedTransport
 from tests.wire import (
@@ -106,6 +106,7 @@ def test_a_session_opens_with_the_transport_wished_for(
         assert client.transport.name == worker.transport.name == client.welcome.transport == given
         assert client.welcome.stepped_down == ""
         assert client.welcome.layers == LAYERS
+        assert client.welcome.takes_orders
         client.transport.write((b"hello",), 1)
         assert take(worker.transport) == (1, b"hello")
         worker.transport.write((b"you",), 2)

@@ -1,0 +1,117 @@
+"""The handshake: who the two sides are, what they wish and offer, and how a session may end.
+
+Messages are msgpack, tagged by type, cut into packets of a SOCK_SEQPACKET socket; what is in them
+is checked here. docs/protocol.md lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from .errors import ProtocolError
+from .layers import LayerInfo, fingerprint_of
+from .protocol import MAX_TOKENS, check_layers, decode
+
+#: Both sides must speak the same.
+PROTOCOL_VERSION = 1
+MAX_CONTROL_BYTES = 16 << 20
+#: Of a client's first message: nobody knows yet who it is.
+MAX_HELLO_BYTES = 4096
+
+
+class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):
+    """The client's first message: who it is and what it wishes."""
+
+    protocol: int
+    version: str
+    #: "auto", "shared" or "stream".
+    transport: str
+    #: Most tokens that it wants to send in one call; the rings are sized for it.
+    batch_capacity: int
+    #: `layers.fingerprint_of` the experts that it takes the worker to hold; empty for any.
+    placement: str = ""
+
+
+class Welcome(msgspec.Struct, tag="welcome", frozen=True, kw_only=True):
+    """The worker's answer; the fds come with it: two rings' segments, or one stream socket."""
+
+    protocol: int
+    version: str
+    backend: str
+    #: "shared" or "stream".
+    transport: str
+    #: Why not the transport that was wished for; empty when it is.
+    stepped_down: str
+    epoch: int
+    #: Most tokens in one call: by the worker's memory, and by the rings' size.
+    max_tokens: int
+    layers: dict[int, LayerInfo]
+    #: It knows `orders`, and calls of other views than 0; one that does not say so does not.
+    takes_orders: bool = False
+
+
+class Refusal(msgspec.Struct, tag="refusal", frozen=True):
+    """The worker's answer when there will be no session."""
+
+    reason: str
+
+
+class Goodbye(msgspec.Struct, tag="goodbye", frozen=True):
+    """The last word of a worker that ends a session on purpose."""
+
+    reason: str
+
+
+ControlMessage = Hello | Welcome | Refusal | Goodbye
+_decoder: msgspec.msgpack.Decoder[ControlMessage] = msgspec.msgpack.Decoder(ControlMessage)
+encode_control = msgspec.msgpack.Encoder().encode
+
+
+def decode_control(data: bytes) -> ControlMessage:
+    """A handshake message; ProtocolError when it is none."""
+    return decode(_decoder, data, "handshake message")
+
+
+def check_hello(hello: ControlMessage) -> Hello:
+    """ProtocolError unless it is a Hello that this version can answer."""
+    if not isinstance(hello, Hello):
+        raise ProtocolError(f"expected hello, got {type(hello).__name__.lower()}")
+    if hello.protocol != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"the client speaks protocol {hello.protocol} (moeshm {hello.version!r}), this worker "
+            f"{PROTOCOL_VERSION}; install the same moeshm on both sides"
+        )
+    if hello.transport not in ("auto", "shared", "stream"):
+        raise ProtocolError(f"transport {hello.transport!r}; choose auto, shared or stream")
+    if not 1 <= hello.batch_capacity <= MAX_TOKENS:
+        raise ProtocolError(f"batch_capacity={hello.batch_capacity}; it must be 1..{MAX_TOKENS}")
+    return hello
+
+
+def check_placement(hello: Hello, layers: Mapping[int, LayerInfo]) -> None:
+    """ProtocolError unless the worker holds the experts that the client takes it to hold."""
+    held = fingerprint_of({number: info.experts for number, info in layers.items()})
+    if hello.placement not in ("", held):
+        raise ProtocolError(
+            f"the client's placement gives this worker {hello.placement!r}, and it holds {held}: "
+            "start it with --placement and the client's file, or, if its experts were moved "
+            "meanwhile, use the placement that was applied last"
+        )
+
+
+def check_welcome(welcome: Welcome, n_fds: int) -> Welcome:
+    """ProtocolError unless a client of this version can work with it."""
+    wanted = {"shared": 2, "stream": 1}.get(welcome.transport)
+    if welcome.protocol != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"the worker speaks protocol {welcome.protocol} (moeshm {welcome.version!r}), this "
+            f"client {PROTOCOL_VERSION}; install the same moeshm on both sides"
+        )
+    if wanted is None or n_fds != wanted:
+        raise ProtocolError(f"transport {welcome.transport!r} came with {n_fds} fds")
+    if not 1 <= welcome.max_tokens <= MAX_TOKENS or not 0 <= welcome.epoch < 1 << 64:
+        raise ProtocolError(f"max_tokens={welcome.max_tokens}, epoch={welcome.epoch}")
+    check_layers(welcome.layers)
+    return welcome
