@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -159,12 +160,23 @@ def test_workers_drop_what_a_placement_takes_from_them(tmp_path: Path) -> None:
         then = rule(10, shift=2)
         offload.apply(then).result(timeout_s=60)
         for address, name in ((a, "a"), (b, "b")):
-            with moeshm.connect(address, placement=then.fingerprint(name)) as client:
+            with _once_offered(address, then.fingerprint(name)) as client:
                 held = {number: info.experts for number, info in client.layers.items()}
             assert held == then.experts_of(name)
         # And an offload may begin with it.
         with ExpertOffload({"a": a, "b": b}, then, local=BACKEND) as other:
             assert_exact(other, 1, draw_call(1))
+
+
+def _once_offered(address: str, fingerprint: str) -> moeshm.ExpertClient:
+    """A client, as soon as the worker has read what it shall tell newcomers."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return moeshm.connect(address, placement=fingerprint)
+        except HandshakeRefused:
+            if time.monotonic() > deadline:
+                raise
 
 
 def test_a_placement_that_fits_nothing_is_refused_at_once(tmp_path: Path) -> None:
