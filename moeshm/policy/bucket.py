@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from ..dtypes import DType
 from .fit import DRIFT_RATIO, DRIFT_SAMPLES, FEW_SAMPLES, OUTLIER_RATIO
 from .losses import Losses
 from .model import CostModel
@@ -28,6 +29,9 @@ RUN_OFF = 8
 TRY_BELOW = 1.5
 #: ...while tries have cost no more than this share of the bucket's time, and one forward.
 TRY_SHARE = 0.02
+#: The best candidate of a transport and format that was never measured in the bucket is worth one
+#: up to here: a calibration that had bad luck once must not keep a whole way out.
+PATH_BELOW = 4.0
 #: What is further away may only seem so, by a calibration that had bad luck: it is tried after so
 #: many forwards, once that is expected to cost no more than this share of the time spent.
 FAR_AFTER = 1000
@@ -37,6 +41,11 @@ FAR_SHARE = 0.003
 #: then counts as much as all before.
 RETRY_BELOW = 1.15
 RETRY_EVERY = 32
+#: Forwards of a try over another transport or format, of which the first are not learnt from: a way
+#: that was not used for a while has cold memory and a worker's thread that sleeps. Short forwards
+#: are disturbed more, and can be had more of.
+TRY_RUN, TRY_COLD = 2, 1
+SHORT_TRY_RUN, SHORT_TRY_COLD = 6, 3
 #: How strongly a candidate that was measured once or twice is judged by the others.
 SHRINKAGE = 0.5
 #: ...if it is off by no more than this factor; where the model is that wrong, it has no say.
@@ -133,7 +142,12 @@ class Bucket:
         self._spent_ns = self._tried_ns = 0.0
         #: Length of the present run of forwards that took too long (positive) or too short.
         self._run = 0
+        #: Whether nothing was left to do at the last look.
+        self._is_settled = False
+        #: Forwards of the present try that are still not learnt from.
+        self._n_cold = 0
         if len(choices) == 1:
+            self._is_settled = True
             self._incumbent = self.current
             self.next_review = math.inf
 
@@ -141,6 +155,8 @@ class Bucket:
 
     def review(self, work: Work) -> None:
         """Decide anew what to take."""
+        self._is_settled = False
+        self._n_cold = 0
         if abs(self._run) >= SUSPICIOUS_RUN and self._incumbent is not None:
             # Perhaps a drift: what is known of the others may be as old as what fails here.
             self.current = self._incumbent
@@ -160,12 +176,19 @@ class Bucket:
         if tried is not None:
             self.current = tried.option
             self.n_tries += 1
+            self._begin_try(tried, incumbent)
         elif incumbent.option.n >= FEW_SAMPLES:
+            self._is_settled = True
             self.next_review = self.n_calls + self._review_every
             if incumbent.expected_ns < SHORT_NS:
                 self._review_every = min(2 * self._review_every, REVIEW_SHORT_EVERY)
             return
         self._review_every = REVIEW_EVERY
+
+    def _begin_try(self, tried: Estimate, incumbent: Estimate) -> None:
+        """How many forwards it takes, and from which on they count."""
+        n_forwards, self._n_cold = _run_of(tried, incumbent)
+        self.next_review = self.n_calls + n_forwards
 
     def look_again(self) -> None:
         """Something new is known: decide with the next forward."""
@@ -237,26 +260,36 @@ class Bucket:
 
     def _pick_try(self, estimates: list[Estimate], incumbent: Estimate) -> Estimate | None:
         best = min(estimates, key=_expected)
+        known = {_path_of(option) for option in self._options.values() if option.n}
+        first_of_path = [
+            min(group, key=_expected)
+            for path, group in _by_path(estimates).items()
+            if path not in known
+        ]
         affordable_ns = TRY_SHARE * self._spent_ns + incumbent.expected_ns - self._tried_ns
         worth_trying = [
             each
             for each in estimates
             if each is not incumbent
-            and self._is_open(each, incumbent.expected_ns, each is best)
+            and self._is_open(each, incumbent.expected_ns, each is best, each in first_of_path)
             and (
-                each.expected_ns - incumbent.expected_ns < affordable_ns
+                _run_of(each, incumbent)[0] * (each.expected_ns - incumbent.expected_ns)
+                < affordable_ns
                 # Expected to pay for itself.
                 or each.expected_ns < (1 - MOST_MARGIN) * incumbent.expected_ns
             )
         ]
         return min(worth_trying, key=_expected, default=None)
 
-    def _is_open(self, estimate: Estimate, incumbent_ns: float, is_best: bool) -> bool:
+    def _is_open(
+        self, estimate: Estimate, incumbent_ns: float, is_best: bool, is_first_of_path: bool
+    ) -> bool:
         """Whether more should be known of it."""
         option = estimate.option
         if option.n < ENOUGH:
             extra_ns = min(estimate.unseen_ns, estimate.expected_ns) - incumbent_ns
-            is_near = estimate.unseen_ns < TRY_BELOW * incumbent_ns
+            limit = PATH_BELOW if is_first_of_path else TRY_BELOW
+            is_near = estimate.unseen_ns < limit * incumbent_ns
             is_cheap = self.n_calls > FAR_AFTER and extra_ns < FAR_SHARE * self._spent_ns
             return is_near or is_cheap
         if is_best and option.n < RUN_OFF:
@@ -271,13 +304,14 @@ class Bucket:
         elapsed_ns, busy_ns = float(times.elapsed_ns), float(times.busy_ns)
         self._spent_ns += elapsed_ns
         incumbent = self._incumbent
-        if (
-            elapsed_ns < SHORT_NS
-            and self.n_calls % LEARN_EVERY
-            and self.next_review > self.n_calls + 1  # settled
-        ):
+        if elapsed_ns < SHORT_NS and self._is_settled and self.n_calls % LEARN_EVERY:
             return
         option = self._options.get(choice)
+        if self._n_cold and option is self.current:
+            self._n_cold -= 1
+            if incumbent is not None:
+                self._tried_ns += max(0.0, elapsed_ns - incumbent.elapsed_ns)
+            return
         if option is not None:
             if incumbent is not None and incumbent.work is not None:
                 expected_ns = self._correction(incumbent) * self._model.predict_ns(
@@ -369,6 +403,26 @@ class Bucket:
             return f"measured: {words}"
         is_near = estimate.unseen_ns < TRY_BELOW * incumbent_ns
         return f"predicted: {words}, {'to be tried' if is_near else 'too far to be tried yet'}"
+
+
+def _run_of(tried: Estimate, incumbent: Estimate) -> tuple[int, int]:
+    """Forwards of a try, and how many of them are not learnt from."""
+    if _path_of(tried.option) == _path_of(incumbent.option):
+        return 1, 0
+    if max(tried.expected_ns, incumbent.expected_ns) < SHORT_NS:
+        return SHORT_TRY_RUN, SHORT_TRY_COLD
+    return TRY_RUN, TRY_COLD
+
+
+def _path_of(option: Option) -> tuple[str, DType]:
+    return option.choice.transport, option.choice.wire_dtype
+
+
+def _by_path(estimates: list[Estimate]) -> dict[tuple[str, DType], list[Estimate]]:
+    groups: dict[tuple[str, DType], list[Estimate]] = {}
+    for each in estimates:
+        groups.setdefault(_path_of(each.option), []).append(each)
+    return groups
 
 
 def _expected(estimate: Estimate) -> float:

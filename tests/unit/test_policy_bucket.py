@@ -133,3 +133,21 @@ def test_while_a_drift_is_suspected_nothing_old_is_trusted(
     taken = drive(bucket, 100, lambda candidate, _: factor * elapsed_ms(candidate, 0))
     assert set(taken) == {1, 2, 3, 4}
     assert bucket.n_switches == 0
+
+
+def test_another_transport_is_tried_until_it_is_warm() -> None:
+    """A way that was not used for a while is slow at first; only its later forwards count."""
+    choices = [Choice(transport, DType.F32, 1024) for transport in ("shared", "stream")]
+    bucket = Bucket(SHAPE, choices, FlatModel(), Losses())
+    taken: list[str] = []
+    for _ in range(400):
+        bucket.n_calls += 1
+        if bucket.n_calls >= bucket.next_review:
+            bucket.review(WORK)
+        choice = bucket.current.choice
+        is_cold = choice.transport == "stream" and taken[-1:] != ["stream"]
+        elapsed_ns = (8 if choice.transport == "stream" else 10) * MS + is_cold * 9 * MS
+        bucket.observe(WORK, choice, Times(1, 0, elapsed_ns, 0, 0, elapsed_ns))
+        taken.append(choice.transport)
+    assert taken[0] == "shared"
+    assert taken[-100:] == ["stream"] * 100

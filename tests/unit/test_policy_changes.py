@@ -10,7 +10,7 @@ import pytest
 
 from moeshm.dtypes import DType
 from moeshm.policy import Choice, Chooser, Policy, Times
-from moeshm.policy.bucket import SHORT_NS
+from moeshm.policy.bucket import SHORT_NS, TRY_COLD
 from moeshm.policy.rules import bucket_of, candidates
 
 from .policy_simulator import (
@@ -211,4 +211,6 @@ def test_many_threads_may_use_one_chooser() -> None:
     assert chooser.stats().reopened == 0
     buckets = {bucket_of(each.work.rows): each.work for own in forwards for each in own}
     verdicts = [each for work in buckets.values() for each in chooser.explain(SHAPE, work)]
-    assert sum(each.n_measured for each in verdicts) == sum(map(len, forwards))
+    n_measured, n_forwards = sum(each.n_measured for each in verdicts), sum(map(len, forwards))
+    n_cold = TRY_COLD * chooser.stats().tries
+    assert n_forwards - n_cold <= n_measured <= n_forwards

@@ -10,7 +10,7 @@ import pytest
 
 from moeshm.dtypes import DType
 from moeshm.policy import Choice, Chooser, Path, Policy, Times, Work
-from moeshm.policy.bucket import SHORT_NS
+from moeshm.policy.bucket import SHORT_NS, TRY_COLD
 from moeshm.policy.rules import candidates
 
 from .policy_simulator import (
@@ -115,7 +115,7 @@ def test_two_ways_that_are_alike_do_not_alternate() -> None:
     links = {"shared": LINKS["shared"], "stream": LINKS["shared"]}
     chooser = Chooser(Policy(mode="batched"), PATHS)
     drive(chooser, make_forwards(64, 1e5), World(links=links, noise=0.1), Random(0))
-    assert chooser.stats().switches <= 1
+    assert chooser.stats().switches <= 2
 
 
 def test_tries_stay_within_their_budget() -> None:
@@ -207,17 +207,14 @@ def test_what_calibration_finds_decides_the_first_choice() -> None:
 def test_explain_agrees_with_what_is_chosen() -> None:
     chooser, random = Chooser(Policy(), PATHS), Random(1)
     for forward in make_forwards(512, 1e6):
-        tries = chooser.stats().tries
         (choice,), _ = drive(chooser, [forward], FINE, random)
         verdicts = chooser.explain(SHAPE, forward.work)
         (chosen,) = (each for each in verdicts if each.is_chosen)
-        if chooser.stats().tries == tries:
-            assert Choice(*chosen[:3]) == choice
-        else:
-            (tried,) = (each for each in verdicts if each.why.startswith("being tried"))
-            assert Choice(*tried[:3]) == choice
+        tried = [each for each in verdicts if each.why.startswith("being tried")]
+        assert Choice(*(tried or [chosen])[0][:3]) == choice
         assert all((each.measured_ns is None) == (each.n_measured == 0) for each in verdicts)
-    assert sum(each.n_measured for each in verdicts) == N_FORWARDS
+    n_cold = TRY_COLD * chooser.stats().tries
+    assert N_FORWARDS - n_cold <= sum(each.n_measured for each in verdicts) < N_FORWARDS
     assert chosen.expected_ns < 1.06 * min(each.expected_ns for each in verdicts)
     assert chosen.measured_ns == pytest.approx(chosen.expected_ns, rel=0.01)
     assert len(verdicts) == len(candidates(Policy(), list(PATHS.values()), DType.F32, 512))
@@ -233,7 +230,7 @@ def test_explain_gives_reasons() -> None:
     (chosen,) = (each for each in after if each.is_chosen)
     assert chosen.why == "fastest as measured" or chosen.why.startswith("kept: within ")
     reasons = {each.why.partition(":")[0] for each in after if not each.is_chosen}
-    assert reasons == {"predicted", "measured"}
+    assert {"predicted"} < reasons <= {"predicted", "measured", "being tried"}
     assert any(each.why.endswith("too far to be tried yet") for each in after)
 
 
