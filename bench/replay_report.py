@@ -14,6 +14,7 @@ from . import report as common
 from .report import make_table, number
 from .schema import (
     Candidate,
+    Overlap,
     PolicyReport,
     Reduction,
     ReplayReport,
@@ -58,6 +59,16 @@ def print_policy(report: PolicyReport, console: Console, is_explained: bool) -> 
         words += [str(row.n_measured), "yes" * row.is_chosen, row.why]
         table.add_row(*words, end_section=is_last)
     console.print(table)
+    console.print(_overlap_table(report.overlaps))
+
+
+def _overlap_table(rows: Sequence[Overlap]) -> Table:
+    columns = ("forward µs", "hot part alone µs", "cold part alone µs", "× the longer")
+    table = make_table("Side by side", "tokens", *columns)
+    for row in rows:
+        figures = (row.forward_us, row.local_us, row.remote_us, row.overlap_ratio)
+        table.add_row(str(row.n_tokens), *map(number, figures))
+    return table
 
 
 def plot_replay(report: ReplayReport, path: Path) -> None:

@@ -113,9 +113,16 @@ class Trace(NamedTuple):
 
     def without_hot(self, placement: Placement) -> Trace:
         """The same with -1 in place of every hot expert."""
+        return self._without(placement, hot=True)
+
+    def without_cold(self, placement: Placement) -> Trace:
+        """The same with -1 in place of every cold expert."""
+        return self._without(placement, hot=False)
+
+    def _without(self, placement: Placement, hot: bool) -> Trace:
         ids = self.topk_ids.copy()
         for layer, chosen in enumerate(ids):
-            chosen[placement.is_hot(layer)[chosen]] = -1
+            chosen[placement.is_hot(layer)[chosen] == hot] = -1
         return self._replace(topk_ids=ids)
 
     def save(self, path: str | os.PathLike[str]) -> None:

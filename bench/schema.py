@@ -215,6 +215,18 @@ class ReplayReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     reductions: list[Reduction]
 
 
+class Overlap(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """How well the two parts of a forward run side by side; medians over its forwards."""
+
+    n_tokens: int
+    forward_us: float
+    #: The same tokens without their cold experts, and without their hot ones.
+    local_us: float
+    remote_us: float
+    #: `forward_us` over the longer of the two.
+    overlap_ratio: float
+
+
 class PolicyReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The one object of `moeshm bench policy --json`."""
 
@@ -222,3 +234,4 @@ class PolicyReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     trace: TraceSummary
     remote_speed: float
     results: list[Candidate]
+    overlaps: list[Overlap]

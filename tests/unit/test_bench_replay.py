@@ -452,6 +452,10 @@ def test_policy_explains_every_candidate_and_chooses_one(tmp_path: Path) -> None
         assert chosen.n_measured > 0
         assert chosen.measured_us is not None
         assert chosen.why
+    assert [each.n_tokens for each in found.overlaps] == [1, 100]
+    for each in found.overlaps:
+        longer = max(each.local_us, each.remote_us)
+        assert each.overlap_ratio == pytest.approx(each.forward_us / longer)
     every, chosen_only = (
         shown(lambda console, e=e: replay_report.print_policy(found, console, e))  # type: ignore[misc]
         for e in (True, False)

@@ -171,6 +171,10 @@ def test_without_hot_only_the_cold_experts_are_left() -> None:
         assert left.ravel().tolist() == expected
     assert np.array_equal(cold.topk_weights, trace.topk_weights)
     assert cold[2:] == trace[2:]
+    # Each pair is in one of the two parts.
+    hot = trace.without_cold(placement)
+    assert np.array_equal(np.maximum(hot.topk_ids, cold.topk_ids), trace.topk_ids)
+    assert np.array_equal(np.minimum(hot.topk_ids, cold.topk_ids), np.full_like(hot.topk_ids, -1))
 
 
 @given(
