@@ -19,6 +19,9 @@ COMMANDS = {
     "bench": "Measure this machine: how fast bytes and calls pass between two processes.",
 }
 
+#: Where output is no terminal, a table gets the room it needs.
+FILE_COLUMNS = 110
+
 
 class _LazyGroup(click.Group):
     """Imports a command only when it is called: `worker` must choose its environment first, and

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from . import FILE_COLUMNS
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
     from ..routing_stats import RoutingStats
 
 _UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-#: Where output is no terminal, a table gets the room it needs.
-FILE_COLUMNS = 110
 _ONLY_WITHOUT_WATCH = ("model", "budget", "workers", "replicas", "floor")
 _ONLY_WITH_WATCH = ("placement", "gain", "max_swaps", "interval_s", "steps")
 

@@ -16,7 +16,7 @@ from ..placement import Placement
 from ..routing_stats import RoutingStats
 from ..signals import signals_as_bytes
 from ..swaps import Swap, apply_swaps, propose_swaps
-from .place import FILE_COLUMNS
+from . import FILE_COLUMNS
 
 if TYPE_CHECKING:
     from rich.console import Console
