@@ -417,7 +417,7 @@ def test_a_load_that_takes_too_long_is_taken_back(
     worker: Worker, client: moeshm.ExpertClient
 ) -> None:
     worker.is_gated = True
-    with pytest.raises(DeadlineExceeded, match=r"not loaded within 0\.05 s; allow more time"):
+    with pytest.raises(DeadlineExceeded, match=r"not loaded within 0\.0\d+ s; allow more time"):
         client.hold(NEWER, timeout_s=0.05)
     assert_means(client, FIRST)
     worker.is_gated = False
