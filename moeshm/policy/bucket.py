@@ -259,6 +259,19 @@ class Bucket:
         return self._losses.expected_ns(estimate.option.choice.transport) > 0
 
     def _pick_try(self, estimates: list[Estimate], incumbent: Estimate) -> Estimate | None:
+        affordable_ns = TRY_SHARE * self._spent_ns + incumbent.expected_ns - self._tried_ns
+        worth_trying = [
+            each
+            for each in self._open_ones(estimates, incumbent)
+            if _run_of(each, incumbent)[0] * (each.expected_ns - incumbent.expected_ns)
+            < affordable_ns
+            # Expected to pay for itself.
+            or each.expected_ns < (1 - MOST_MARGIN) * incumbent.expected_ns
+        ]
+        return min(worth_trying, key=_expected, default=None)
+
+    def _open_ones(self, estimates: list[Estimate], incumbent: Estimate) -> list[Estimate]:
+        """Those of which more should be known, if a try can be afforded."""
         best = min(estimates, key=_expected)
         known = {_path_of(option) for option in self._options.values() if option.n}
         first_of_path = [
@@ -266,20 +279,12 @@ class Bucket:
             for path, group in _by_path(estimates).items()
             if path not in known
         ]
-        affordable_ns = TRY_SHARE * self._spent_ns + incumbent.expected_ns - self._tried_ns
-        worth_trying = [
+        return [
             each
             for each in estimates
             if each is not incumbent
             and self._is_open(each, incumbent.expected_ns, each is best, each in first_of_path)
-            and (
-                _run_of(each, incumbent)[0] * (each.expected_ns - incumbent.expected_ns)
-                < affordable_ns
-                # Expected to pay for itself.
-                or each.expected_ns < (1 - MOST_MARGIN) * incumbent.expected_ns
-            )
         ]
-        return min(worth_trying, key=_expected, default=None)
 
     def _is_open(
         self, estimate: Estimate, incumbent_ns: float, is_best: bool, is_first_of_path: bool
@@ -361,6 +366,7 @@ class Bucket:
         estimates = self._estimates(work)
         incumbent = self._incumbent_of(estimates) or self._pick_incumbent(estimates)
         best_ns = min(map(_expected, estimates))
+        open_ones = self._open_ones(estimates, incumbent)
         verdicts = []
         for each in estimates:
             option = each.option
@@ -368,7 +374,7 @@ class Bucket:
             if is_chosen:
                 why = self._why_chosen(each, best_ns)
             else:
-                why = self._why_not(each, incumbent.expected_ns)
+                why = self._why_not(each, incumbent.expected_ns, each in open_ones)
             verdicts.append(
                 Verdict(
                     *option.choice,
@@ -392,7 +398,7 @@ class Bucket:
             return f"kept until a better one is measured: {share:.0%} from the best"
         return "fastest as measured" if estimate.option.n else "fastest as predicted"
 
-    def _why_not(self, estimate: Estimate, incumbent_ns: float) -> str:
+    def _why_not(self, estimate: Estimate, incumbent_ns: float, is_open: bool) -> str:
         change = estimate.expected_ns / incumbent_ns - 1
         words = f"{abs(change):.0%} {'slower' if change >= 0 else 'faster'}"
         if self._has_losses(estimate):
@@ -401,8 +407,7 @@ class Bucket:
             return f"being tried: {words}"
         if estimate.option.n:
             return f"measured: {words}"
-        is_near = estimate.unseen_ns < TRY_BELOW * incumbent_ns
-        return f"predicted: {words}, {'to be tried' if is_near else 'too far to be tried yet'}"
+        return f"predicted: {words}, {'to be tried' if is_open else 'too far to be tried yet'}"
 
 
 def _run_of(tried: Estimate, incumbent: Estimate) -> tuple[int, int]:
