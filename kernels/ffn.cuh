@@ -1,0 +1,125 @@
+// What every kernel of the experts agrees on: a call, an expert's memory, the activation.
+//
+// Passed by whoever compiles, so that loops unroll and modules are few, one a layer shape:
+//   WEIGHT       bf16, f16 or float: the format of the weights
+//   HIDDEN       hidden_size, a multiple of 8
+//   INNER        intermediate_size, padded with zeros to a multiple of 64
+//   ACTIVATION   moeshm.layers.Activation: 0 swiglu, 1 geglu, 2 geglu_tanh, 3 swiglu_clamped
+//   HAS_BIAS     0 or 1
+#pragma once
+
+#include "portable.cuh"
+
+// Rows of gate_proj and up_proj, and columns of down_proj's rows, are that long in memory.
+#define HIDDEN_PADDED ((HIDDEN + 63) / 64 * 64)
+
+// The codes of moeshm.dtypes.DType, for formats that are only known when a kernel runs.
+enum { F32 = 0, F16 = 1, BF16 = 2 };
+
+// One call, by value. A pair is a token's slot: pair = token * top_k + slot.
+struct Call {
+    const void* x;         // [n_tokens, HIDDEN], in x_dtype
+    const int* ids;        // [n_tokens, top_k]: slots of `experts`; -1 for none
+    const float* weights;  // [n_tokens, top_k]; where the id is -1, anything
+    void* out;             // [n_tokens, HIDDEN], in out_dtype
+    const u64* experts;    // by slot: where its block is
+    void* inner;           // [n_pairs, INNER]: activation(gate, up); float32 or WEIGHT
+    void* partial;         // [n_pairs, HIDDEN]: the experts' outputs, unweighted; prefill only
+    int n_tokens;
+    int top_k;
+    int n_slots;           // ids are below it
+    int x_dtype;
+    int out_dtype;
+    float alpha;           // of swiglu_clamped
+    float limit;
+};
+
+// Where the pairs of each expert are, written by the kernel `route`.
+struct Route {
+    int* begin;    // [n_slots + 1]: an expert's pairs are pairs[begin[slot]] to pairs[begin[slot + 1]]
+    int* pairs;    // [n_pairs]: each in rising order; those without an expert are nowhere
+    int* n_tiles;  // [1]
+    int* tiles;    // [max_tiles, 2]: an expert's slot, and where in `pairs` its tile starts
+};
+
+// Weights of 16 bits lie in blocks: every 8 rows of a matrix are cut into blocks of 32 columns, 512
+// bytes one behind the other. A warp reads a block at once, as a part of a fragment of a matrix
+// instruction: on an H100, row by row the same weights came at 2.8 TB/s, so at 3.0.
+#define IS_BLOCKED (sizeof(WEIGHT) == 2)
+
+// Where in a matrix with rows of n_columns the value (row, k) is. The 7 behind it are its row's next,
+// if k is a multiple of 8. Of a multiple of 8 rows, or of 32 of k, all are one distance away.
+DEVICE long long weight_index(int row, int k, int n_columns) {
+    if (!IS_BLOCKED) return (long long)row * n_columns + k;
+    return (long long)(row / 8) * 8 * n_columns + (k / 32 * 8 + row % 8) * 32 + k % 32;
+}
+
+// How far on it is at row, k + distance, a multiple of 32.
+DEVICE long long weight_distance(int distance) { return IS_BLOCKED ? distance * 8 : distance; }
+
+// An expert's block, each part 16-byte aligned: gate_proj [INNER, HIDDEN_PADDED], up_proj the same,
+// down_proj [HIDDEN_PADDED, INNER], all WEIGHT, padded with zeros and laid out by weight_index; with HAS_BIAS then gate_bias
+// [INNER], up_bias [INNER], down_bias [HIDDEN_PADDED] as float32.
+struct Expert {
+    const WEIGHT* gate;
+    const WEIGHT* up;
+    const WEIGHT* down;
+    const float* gate_bias;
+    const float* up_bias;
+    const float* down_bias;
+};
+
+DEVICE Expert expert_at(u64 address) {
+    const u64 matrix = (u64)INNER * HIDDEN_PADDED;
+    Expert expert;
+    expert.gate = (const WEIGHT*)address;
+    expert.up = expert.gate + matrix;
+    expert.down = expert.up + matrix;
+    expert.gate_bias = (const float*)(expert.down + matrix);
+    expert.up_bias = expert.gate_bias + INNER;
+    expert.down_bias = expert.up_bias + INNER;
+    return expert;
+}
+
+// By CUDA's fast functions: a few units in the last place off, far below what float32 sums lose,
+// and without the exact division's branches, which a prefill kernel waits for.
+DEVICE float sigmoid(float value) {
+#if defined(MOESHM_SIMT) || defined(__HIP__)
+    return 1.0f / (1.0f + expf(-value));
+#else
+    return __fdividef(1.0f, 1.0f + __expf(-value));
+#endif
+}
+
+// `gate` and `up` with their biases; the formulas and their sources are in moeshm/layers.py.
+DEVICE float activate(const Call& call, float gate, float up) {
+#if ACTIVATION == 0
+    return gate * sigmoid(gate) * up;
+#elif ACTIVATION == 1
+    return 0.5f * gate * (1.0f + erff(gate * 0.70710678118654752f)) * up;
+#elif ACTIVATION == 2
+    float cubic = 0.79788456080286536f * (gate + 0.044715f * gate * gate * gate);
+    return 0.5f * gate * (1.0f + tanhf(cubic)) * up;
+#else
+    // Written so that NaN passes through.
+    gate = gate > call.limit ? call.limit : gate;
+    up = up > call.limit ? call.limit : up < -call.limit ? -call.limit : up;
+    return gate * sigmoid(call.alpha * gate) * (up + 1.0f);
+#endif
+}
+
+// One element of an array whose format is known at run time.
+DEVICE float load_as_float(const void* array, long long index, int dtype) {
+    if (dtype == BF16) return widen(((const bf16*)array)[index]);
+    if (dtype == F16) return widen(((const f16*)array)[index]);
+    return ((const float*)array)[index];
+}
+
+DEVICE void store_float(void* array, long long index, int dtype, float value) {
+    if (dtype == BF16)
+        ((bf16*)array)[index] = narrow<bf16>(value);
+    else if (dtype == F16)
+        ((f16*)array)[index] = narrow<f16>(value);
+    else
+        ((float*)array)[index] = value;
+}

@@ -1,0 +1,203 @@
+"""Compiles kernels for the host and launches them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from moeshm.backends.gpu.abi import Call, Route
+from moeshm.kernels import source
+
+from . import memory
+
+#: Which thread and block runs first; a number is the seed of a random order.
+Order = Literal["forward", "reverse"] | int
+
+_FOLDER = Path(__file__).parent
+# What undefined behaviour traps: a GPU does not forgive alignment either.
+_FLAGS = (
+    *("-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-fno-exceptions", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE"),
+)
+# Locals start as huge numbers, not as the zeros that they happen to find; who needs too much stack
+# meets the inaccessible page below it, however big the step.
+_KERNEL_FLAGS = (
+    *("-ftrivial-auto-var-init=pattern", "-fstack-clash-protection"),
+    *("-DMOESHM_SIMT", "-include", "simt.h"),
+    *("-fsanitize=alignment,bounds-strict", "-fsanitize-undefined-trap-on-error"),
+)
+_ERROR_BYTES = 4096
+_ORDERS = {"forward": 0, "reverse": 1}
+_RANDOM = 2
+#: The scheduler's state is the process's.
+_lock = threading.Lock()
+
+
+class KernelError(Exception):
+    """A launch did what a GPU forbids, or would wait forever."""
+
+
+class _Request(ctypes.Structure):
+    """`simt_request` of launch.h."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_void_p),
+        ("call", ctypes.c_void_p),
+        ("route", ctypes.c_void_p),
+        ("call_bytes", ctypes.c_uint32),
+        ("route_bytes", ctypes.c_uint32),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32),
+        ("shared_bytes", ctypes.c_uint64),
+        ("seed", ctypes.c_uint64),
+        ("order", ctypes.c_int32),
+        ("error_bytes", ctypes.c_uint32),
+        ("error", ctypes.c_void_p),
+        ("fault_address", ctypes.c_uint64),
+        ("fault_code", ctypes.c_uint64),
+    )
+
+
+class Module:
+    """Kernels that were compiled together."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._library = ctypes.CDLL(str(path))
+
+    def launch(
+        self,
+        kernel: str,
+        grid: int | tuple[int, int, int],
+        block: int,
+        shared: int,
+        call: Call,
+        route: Route | None = None,
+        *,
+        order: Order = "forward",
+    ) -> None:
+        """Run every block of `kernel`, of `block` threads and `shared` bytes of dynamic memory.
+
+        KernelError where the kernel reaches for memory that is not there or not aligned, or where
+        threads wait for others that do not come.
+        """
+        error = ctypes.create_string_buffer(_ERROR_BYTES)
+        request = _Request(
+            kernel=ctypes.cast(self._library[kernel], ctypes.c_void_p),
+            call=ctypes.addressof(call),
+            route=ctypes.addressof(route := route or Route()),
+            call_bytes=ctypes.sizeof(Call),
+            route_bytes=ctypes.sizeof(Route),
+            grid=(grid, 1, 1) if isinstance(grid, int) else grid,
+            block=block,
+            shared_bytes=shared,
+            seed=order if isinstance(order, int) else 0,
+            order=_RANDOM if isinstance(order, int) else _ORDERS[order],
+            error_bytes=_ERROR_BYTES,
+            error=ctypes.addressof(error),
+        )
+        with _lock:
+            is_done = self._library.simt_run(ctypes.byref(request))
+        if not is_done:
+            raise KernelError(f"{kernel}, {self._explain(error.value.decode(), request)}")
+
+    def _explain(self, error: str, request: _Request) -> str:
+        """The error with lines of the source, and with what is known of an address."""
+        source_file = self.path.with_suffix(".cu")
+        lines = source_file.read_text().splitlines()
+        if request.fault_address:
+            address = request.fault_address
+            error += f": {address:#x}, {memory.describe(address)}"
+        for line in _lines_of(self.path, request.fault_code) if request.fault_code else ():
+            error += f", in line {line}"
+
+        def quote(found: re.Match[str]) -> str:
+            return f"{found[0]} `{lines[int(found[1]) - 1].strip()}`"
+
+        return re.sub(r"in line (\d+)", quote, error) + f" ({source_file})"
+
+
+def _lines_of(path: Path, code: int) -> list[int]:
+    """The lines of an instruction, from the innermost function that was inlined outwards."""
+    if (tool := shutil.which("addr2line")) is None:
+        return []
+    command = [tool, "-i", "-e", str(path), hex(code)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [int(line) for line in re.findall(rf"{path.stem}\.cu:(\d+)", text)]
+
+
+def compile(name: str, macros: Mapping[str, object], warp: int = 32) -> Module:
+    """The kernels of `name`, as `decode_mma.cu`, with these macros and `warp` lanes."""
+    return compile_text(source(name), macros, warp, name=name)
+
+
+def compile_text(
+    text: str, macros: Mapping[str, object], warp: int = 32, *, name: str = "text.cu"
+) -> Module:
+    """The kernels of a source that includes nothing and has the structs of kernels/ffn.cuh."""
+    flags = [*_FLAGS, *_KERNEL_FLAGS, f"-I{_FOLDER}", f"-DWARP={warp}"]
+    flags += [f"-D{macro}={value}" for macro, value in macros.items()]
+    text += '\n#define SIMT_MODULE\n#include "launch.h"\n'
+    return Module(_build(text, flags, [str(_scheduler(warp))], Path(name).stem))
+
+
+@functools.cache
+def _scheduler(warp: int) -> Path:
+    names = sorted(path.name for path in _FOLDER.glob("*.cpp"))
+    text = "".join(f'#include "{name}"\n' for name in names)
+    flags = [*_FLAGS, "-O3", "-fvisibility=default", f"-I{_FOLDER}", f"-DWARP={warp}"]
+    return _build(text, flags, [], "scheduler")
+
+
+def _build(text: str, flags: list[str], libraries: list[str], stem: str) -> Path:
+    compiler = _find_compiler()
+    digest = hashlib.sha256("\0".join((compiler, text, *flags, *libraries, _shim())).encode())
+    target = _cache() / f"{stem}-{digest.hexdigest()[:20]}.so"
+    if not target.exists():
+        # Renamed into place: another process must never load a half-written module.
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            written = Path(folder) / target.name
+            written.with_suffix(".cu").write_text(text)
+            command = [compiler, *flags, "-x", "c++", str(written.with_suffix(".cu")), "-x", "none"]
+            command += [*libraries, "-o", str(written)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise KernelError(f"{stem} does not compile: {done.stderr}")
+            written.with_suffix(".cu").replace(target.with_suffix(".cu"))
+            written.replace(target)
+    return target
+
+
+@functools.cache
+def _shim() -> str:
+    """The shim's own sources, which every module depends on."""
+    names = (path for path in sorted(_FOLDER.iterdir()) if path.suffix in {".h", ".cpp"})
+    return "\0".join(path.read_text() for path in names)
+
+
+@functools.cache
+def _find_compiler() -> str:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise KernelError("no C++ compiler: g++ is not on PATH; apt install g++")
+    return compiler
+
+
+@functools.cache
+def _cache() -> Path:
+    """Where modules are kept from run to run, with the sources that errors quote."""
+    folder = Path(tempfile.gettempdir()) / f"moeshm-simt-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise KernelError(f"{folder} belongs to somebody else; set TMPDIR")
+    return folder
