@@ -18,7 +18,7 @@ from pathlib import Path
 
 from . import process, protocol, session
 from .backends import Backend
-from .errors import AddressInUse, MoeshmError
+from .errors import AddressInUse, DeviceLost, MoeshmError
 from .holdings import Holdings, Load
 from .session import ControlSocket
 from .signals import signals_as_bytes
@@ -55,26 +55,41 @@ class Daemon:
         self._turns = Turns()
         self._draining = threading.Event()
         self._threads: set[threading.Thread] = set()
+        self._device_lost: DeviceLost | None = None
         self._max_tokens = _max_tokens(backend)
         self._listener, self._inode = _listen(self._path)
 
     def run(self) -> None:
-        """Serve; returns once everything that was begun is finished."""
+        """Serve; returns once everything that was begun is finished.
+
+        DeviceLost, then as well: the backend's device computes no call any more.
+        """
         try:
-            with signals_as_bytes() as signals, selectors.DefaultSelector() as selector:
+            losses, self._loss_writer = socket.socketpair()
+            with (
+                losses,
+                self._loss_writer,
+                signals_as_bytes() as signals,
+                selectors.DefaultSelector() as selector,
+            ):
                 selector.register(self._listener, selectors.EVENT_READ)
                 selector.register(signals, selectors.EVENT_READ)
+                selector.register(losses, selectors.EVENT_READ)
                 if self._lifeline >= 0:
                     selector.register(self._lifeline, selectors.EVENT_READ)
                 notify_systemd("READY=1")
                 _log.info("listening at unix:%s", self._path)
-                self._accept_until_told(selector, signals)
+                self._accept_until_told(selector, signals, losses)
         finally:
             notify_systemd("STOPPING=1")
             self._stop_listening()
             self._drain()
+        if self._device_lost is not None:
+            raise self._device_lost
 
-    def _accept_until_told(self, selector: selectors.BaseSelector, signals: socket.socket) -> None:
+    def _accept_until_told(
+        self, selector: selectors.BaseSelector, signals: socket.socket, losses: socket.socket
+    ) -> None:
         while True:
             for key, _ in selector.select():
                 if key.fileobj is self._listener:
@@ -82,6 +97,8 @@ class Daemon:
                 elif key.fileobj is signals:
                     name = signal.Signals(signals.recv(1)[0]).name
                     _log.info("%s: draining", name)
+                    return
+                elif key.fileobj is losses:
                     return
                 else:
                     _log.info("whoever started this worker is gone: draining")
@@ -145,6 +162,11 @@ class Daemon:
         )
         server = SessionServer(opened, views, self._turns, self._draining)
         why = server.serve()
+        if server.device_lost is not None:
+            self._device_lost = server.device_lost
+            # It is closed when the worker drains already.
+            with contextlib.suppress(OSError):
+                self._loss_writer.send(b"\0")
         return f"session ended after {server.calls} calls, {server.rows} rows: {why}"
 
     def _stop_listening(self) -> None:

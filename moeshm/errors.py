@@ -109,3 +109,18 @@ class ClientClosed(CallError, RuntimeError):
 
 class CheckpointError(MoeshmError, ValueError):
     """A checkpoint lacks a tensor, misshapes one, or has a layout moeshm does not know."""
+
+
+# --- GPUs -------------------------------------------------------------------------------
+
+
+class DeviceError(MoeshmError, RuntimeError):
+    """A GPU is not there, or refused what was asked of it."""
+
+
+class OutOfDeviceMemory(DeviceError, MemoryError):
+    """What was to be kept on a GPU does not fit; says what was needed and what was free."""
+
+
+class DeviceLost(DeviceError):
+    """Every further call on the GPU fails in this process, which has to be started anew."""

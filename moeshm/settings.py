@@ -16,6 +16,8 @@ TRANSPORTS = ("auto", "stream", "shared")
 WIRE_DTYPES = ("auto", "f32", "f16", "bf16")
 MAX_BATCH_CAPACITY = 4096
 LOG_LEVELS = ("debug", "info", "warning", "error")
+#: GPU kernels for calls of few and of many tokens (docs/gpu.md).
+KERNELS = {"decode": ("fma", "mma"), "prefill": ("fma", "mma", "wgmma")}
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +39,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 120.0
     #: How long connecting and the handshake may take, in seconds.
     connect_timeout_s: float = 10.0
+    #: Of a worker on a GPU, for experiments: which kernels, like `decode=fma,prefill=mma`.
+    kernels: str = "auto"
     log_level: str = "info"
 
     @classmethod
@@ -58,6 +62,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         check_choice("MOESHM_TRANSPORT", self.transport, TRANSPORTS)
         check_choice("MOESHM_WIRE_DTYPE", self.wire_dtype, WIRE_DTYPES)
         check_choice("MOESHM_LOG_LEVEL", self.log_level, LOG_LEVELS)
+        parse_kernels(self.kernels)
         check_range("MOESHM_TOLERANCE", self.tolerance, 0, 1)
         check_range("MOESHM_BATCH_CAPACITY", self.batch_capacity, 1, MAX_BATCH_CAPACITY)
         check_range("MOESHM_SPIN_US", self.spin_us, 0, 1e6)
@@ -79,6 +84,18 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     """SettingError unless it lies between the two, both allowed."""
     if not low <= value <= high:
         raise SettingError(f"{name}={value!r}; it must lie in {low:g}..{high:g}")
+
+
+def parse_kernels(text: str) -> dict[str, str]:
+    """`"decode=fma,prefill=mma"` as a dict, `"auto"` as an empty one; SettingError."""
+    wanted: dict[str, str] = {}
+    for part in () if text == "auto" else text.split(","):
+        kind, _, kernels = part.strip().partition("=")
+        if kernels not in KERNELS.get(kind, ()):
+            known = ", ".join(f"{each}={'|'.join(names)}" for each, names in KERNELS.items())
+            raise SettingError(f"MOESHM_KERNELS={text!r}: {part!r}; choose auto, or of {known}")
+        wanted[kind] = kernels
+    return wanted
 
 
 def _parse(name: str, text: str, default: Any) -> Any:

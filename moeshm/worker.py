@@ -15,6 +15,7 @@ from .errors import (
     CallError,
     Corrupt,
     DeadlineExceeded,
+    DeviceLost,
     InvalidCall,
     MoeshmError,
     PeerDied,
@@ -108,6 +109,8 @@ class SessionServer:
         self._turns = turns
         self._draining = draining
         self._compute_ns = 0
+        #: Why this worker's device will compute no call any more; the session ends with it.
+        self.device_lost: DeviceLost | None = None
         self.calls = 0
         self.rows = 0
 
@@ -150,6 +153,8 @@ class SessionServer:
                 slice_s = self._answer_orders()
                 continue
             self._answer(record)
+            if self.device_lost is not None:
+                return str(self.device_lost)
             if self._orders:
                 slice_s = self._answer_orders()
             if self._compute_ns > _LONG_CALL_NS and self._session.peer_is_gone():
@@ -257,6 +262,9 @@ class SessionServer:
         except InvalidCall:
             raise
         except Exception as error:
+            if isinstance(error, DeviceLost):
+                # Another, without the frames.
+                self.device_lost = DeviceLost(str(error))
             _log.exception("layer %d: the backend failed", call.layer)
             raise WorkerFailed(f"{type(error).__name__}: {error}") from None
 

@@ -1,13 +1,25 @@
-"""Guards around every test and around the whole run: nothing may remain of them."""
+"""What holds for every test: nothing may remain of it, and a GPU is used only where one is."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 
-from . import leaks
+from . import gpus, leaks
+
+
+def pytest_collection_finish() -> None:
+    # A test module may be collected on any machine, and for runs that use no GPU.
+    if "cupy" in sys.modules:
+        raise pytest.UsageError("a test module imports CuPy at its top; import it in the tests")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (reason := gpus.why_none()):
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""What computes experts: reference (float64 oracle), cpu, null (for benchmarks).
+"""What computes experts: reference (float64 oracle), cpu, gpu, null (for benchmarks).
 
 Every backend is a `Backend`; the serve loop, the fallback and the tests know nothing more.
 """
@@ -23,7 +23,7 @@ Weights = npt.NDArray[np.float32]
 class Backend(Protocol):
     """Computes the routed experts of the layers it holds."""
 
-    #: Short name for logs, stats and the handshake: "cpu", "reference", "null".
+    #: Short name for logs, stats and the handshake: "cpu", "gpu", "reference", "null".
     name: str
     #: Layer number to what is held of it.
     layers: Mapping[int, LayerInfo]

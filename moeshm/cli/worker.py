@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import DeviceError, DeviceLost
 from ..process import open_pidfd, usable_cpus
 
 if TYPE_CHECKING:
     from ..backends import Backend
+    from ..backends.gpu.cupy_device import CupyDevice
     from ..checkpoint import ExpertLayer, ModelDirectory
 
 _log = logging.getLogger("moeshm")
@@ -36,11 +40,22 @@ def _ranges(
         raise click.BadParameter(str(error)) from None
 
 
+def _device(_context: click.Context, _option: click.Parameter, name: str) -> str:
+    if re.fullmatch(r"cpu|auto|(cuda|hip)(:\d+)?", name) is None:
+        raise click.BadParameter(f"{name!r} is not cpu, auto, cuda:N or hip:N")
+    return name
+
+
 @click.command()
 @click.option("--model", required=True, metavar="DIR", help="A Hugging Face model directory.")
 @click.option("--listen", required=True, metavar="unix:PATH", help="Where engines connect.")
 @click.option(
-    "--device", type=click.Choice(["cpu"]), default="cpu", show_default=True, help="Computes here."
+    "--device",
+    callback=_device,
+    default="cpu",
+    show_default=True,
+    metavar="cpu|cuda:N|hip:N|auto",
+    help="Computes here; auto is the first GPU, else the CPU.",
 )
 @click.option("--layers", callback=_ranges, metavar="0-23", help="MoE layers to hold; all.")
 @click.option(
@@ -70,7 +85,7 @@ def worker(
     """Serve a model's routed experts to engines on this machine until SIGTERM.
 
     SIGTERM lets the calls that are on their way finish, and exits with 0; a second one ends it at
-    once.
+    once. It exits with 70 when its GPU computes no more in this process: start it anew.
     """
     threads = threads or usable_cpus()
     if threads > 1 and "numpy" not in sys.modules:
@@ -85,8 +100,32 @@ def worker(
     lifeline = -1 if until_exit_of is None else _open_parent(until_exit_of)
     chosen = _choose_experts(experts, placement, name, layers)
     directory = ModelDirectory(model)
-    backend = load_backend(directory, device, layers, chosen, threads, show_progress=not quiet)
-    Daemon(backend, listen, lifeline, functools.partial(load_more, directory)).run()
+    gpu = _open_gpu(device)
+    backend = load_backend(directory, gpu, layers, chosen, threads, show_progress=not quiet)
+    load = functools.partial(load_more, directory, touches=gpu is None)
+    try:
+        Daemon(backend, listen, lifeline, load).run()
+    except DeviceLost as error:
+        _log.critical("%s", error)
+        sys.exit(os.EX_SOFTWARE)
+
+
+def _open_gpu(device: str) -> CupyDevice | None:
+    """The GPU to compute on; None for the CPU."""
+    if device == "cpu":
+        return None
+    from ..backends.gpu.cupy_device import open_device
+
+    try:
+        gpu = open_device(device)
+    except DeviceError as error:
+        if device != "auto":
+            raise
+        _log.info("device auto is the CPU: %s", error)
+        return None
+    features = gpu.features
+    _log.info("device %s is %s: %s, %s", device, gpu.name, features.name, features.arch)
+    return gpu
 
 
 def _open_parent(pid: int) -> int:
@@ -126,17 +165,16 @@ def _choose_experts(
 
 def load_backend(
     model: ModelDirectory,
-    device: str,
+    gpu: CupyDevice | None,
     layers: tuple[int, ...] | None,
     experts: Mapping[int, tuple[int, ...]] | None,
     threads: int,
     show_progress: bool,
 ) -> Backend:
-    """Read the experts' weights layer by layer: a bar on a terminal, plain lines elsewhere."""
+    """The experts where they are computed, read layer by layer: a bar on a terminal, plain lines
+    elsewhere. `gpu`: None for the CPU."""
     from rich.console import Console
     from rich.progress import Progress
-
-    from ..backends.cpu import CpuBackend
 
     start = time.monotonic()
     loaded = model.load(layers, experts).layers
@@ -144,36 +182,65 @@ def load_backend(
     if console.is_terminal and show_progress:
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("loading", total=len(loaded))
-            for number in _touch(loaded):
-                progress.update(task, advance=1, description=f"layer {number}")
+            backend = _build(
+                loaded,
+                gpu,
+                threads,
+                lambda n: progress.update(task, advance=1, description=f"layer {n}"),
+            )
     else:
-        _touch_and_log(loaded, logging.INFO if show_progress else logging.DEBUG)
+        level = logging.INFO if show_progress else logging.DEBUG
+        done = itertools.count(1)
+        backend = _build(
+            loaded,
+            gpu,
+            threads,
+            lambda n: _log.log(level, "layer %d loaded (%d of %d)", n, next(done), len(loaded)),
+        )
     _log.info(
-        "%s: %d layers, %d experts, %.1f MiB on %s with %d threads, in %.1f s",
+        "%s: %d layers, %d experts, %.1f MiB on %s, in %.1f s",
         model.path,
         len(loaded),
         sum(map(len, loaded.values())),
         sum(layer.nbytes for layer in loaded.values()) / 2**20,
-        device,
-        threads,
+        f"cpu with {threads} threads" if gpu is None else gpu.name,
         time.monotonic() - start,
     )
-    return CpuBackend(loaded, threads)
+    return backend
+
+
+def _build(
+    loaded: Mapping[int, ExpertLayer],
+    gpu: CupyDevice | None,
+    threads: int,
+    on_layer: Callable[[int], None],
+) -> Backend:
+    """The backend; `on_layer` is told each layer's number once its weights are there."""
+    if gpu is None:
+        from ..backends.cpu import CpuBackend
+
+        for number in _touch(loaded):
+            on_layer(number)
+        return CpuBackend(loaded, threads)
+    from ..backends.gpu.backend import GpuBackend
+    from ..settings import current, parse_kernels
+
+    backend = GpuBackend(loaded, gpu, parse_kernels(current().kernels), on_layer)
+    backend.warm_up()
+    return backend
 
 
 def load_more(
-    model: ModelDirectory, experts: Mapping[int, Sequence[int]]
+    model: ModelDirectory, experts: Mapping[int, Sequence[int]], touches: bool
 ) -> Mapping[int, ExpertLayer]:
-    """What clients ask for while the worker serves; each layer shows in the log."""
+    """What clients ask for while the worker serves; each layer shows in the log.
+
+    `touches`: bring the weights into memory here; else whoever uploads them does.
+    """
     loaded = model.load(experts=experts).layers
-    for number in _touch(loaded):
+    for number in _touch(loaded) if touches else loaded:
         _log.info("layer %d: %d more experts loaded", number, len(loaded[number]))
     return loaded
-
-
-def _touch_and_log(loaded: Mapping[int, ExpertLayer], level: int) -> None:
-    for done, number in enumerate(_touch(loaded), 1):
-        _log.log(level, "layer %d loaded (%d of %d)", number, done, len(loaded))
 
 
 def _touch(loaded: Mapping[int, ExpertLayer]) -> Iterator[int]:

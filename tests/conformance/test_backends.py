@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from moeshm.backends import Backend, Ids, Weights, cpu
+from moeshm.backends.gpu.backend import GpuBackend
 from moeshm.backends.reference import ReferenceBackend, reference_ffn
 from moeshm.checkpoint import ExpertLayer
 from moeshm.dtypes import Array, DType, narrow, widen
 from moeshm.layers import Activation
 from tests.checkpoints import STORAGES, random_layer
+from tests.simt.device import SimtDevice
 
 Layers = Mapping[int, ExpertLayer]
 Build = Callable[[Layers], Backend]
@@ -33,18 +35,34 @@ def threaded_cpu(layers: Layers) -> Backend:
         return cpu.CpuBackend(layers, threads=3)
 
 
+def simt_gpu(layers: Layers) -> Backend:
+    """The GPU's kernels, run on the host."""
+    return GpuBackend(layers, SimtDevice())
+
+
+def real_gpu(layers: Layers) -> Backend:
+    from moeshm.backends.gpu.cupy_device import open_device
+
+    return GpuBackend(layers, open_device("auto"))
+
+
 BACKENDS: dict[str, Build] = {
     "reference": ReferenceBackend,
     "cpu": cpu.CpuBackend,
     "cpu-streamed": streamed_cpu,
     "cpu-threaded": threaded_cpu,
+    "gpu-simt": simt_gpu,
+    "gpu": real_gpu,
 }
+_PARAMETERS = [
+    pytest.param(name, marks=[pytest.mark.gpu] if name == "gpu" else []) for name in BACKENDS
+]
 
 #: Relative Frobenius error by the coarser of the weights' and the activations' format.
 TOLERANCE = {DType.F32: 1e-5, DType.F16: 3e-3, DType.BF16: 1e-2}
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=_PARAMETERS)
 def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Build:
     monkeypatch.setattr(cpu, "PARALLEL_MIN", 0)
     return BACKENDS[request.param]

@@ -37,6 +37,7 @@ def test_nothing_set_gives_the_defaults() -> None:
         ("MOESHM_SPIN_US", "1e3", "spin_us", 1000.0),
         ("MOESHM_TIMEOUT_S", "0.5", "timeout_s", 0.5),
         ("MOESHM_CONNECT_TIMEOUT_S", "3600", "connect_timeout_s", 3600.0),
+        ("MOESHM_KERNELS", "Decode=FMA, prefill=wgmma", "kernels", "decode=fma, prefill=wgmma"),
         ("MOESHM_LOG_LEVEL", "DEBUG", "log_level", "debug"),
     ],
 )
@@ -57,6 +58,10 @@ def test_a_variable_sets_its_field(
         ("MOESHM_TRANSPORT", "", "choose auto"),
         ("MOESHM_WIRE_DTYPE", "f64", "choose auto, f32, f16, bf16"),
         ("MOESHM_LOG_LEVEL", "loud", "choose debug, info, warning, error"),
+        ("MOESHM_KERNELS", "fma", r"'fma'; choose auto, or of decode=fma\|mma, "),
+        ("MOESHM_KERNELS", "decode=wgmma", r"'decode=wgmma'; .*prefill=fma\|mma\|wgmma"),
+        ("MOESHM_KERNELS", "decode=fma,route=mma", "'route=mma'; choose auto"),
+        ("MOESHM_KERNELS", "decode=fma,", "''; choose auto"),
         ("MOESHM_TOLERANCE", "-0.1", r"it must lie in 0\.\.1"),
         ("MOESHM_TOLERANCE", "1.1", r"it must lie in 0\.\.1"),
         ("MOESHM_TOLERANCE", "nan", r"it must lie in 0\.\.1"),
@@ -83,6 +88,12 @@ def test_a_bad_value_is_named_with_what_is_allowed(variable: str, text: str, all
 def test_an_unknown_variable_is_named_with_those_that_exist(variable: str) -> None:
     with pytest.raises(SettingError, match=f"^{variable} is no setting; known are .*MOESHM_TRANSP"):
         Settings.from_environment({variable: "x"})
+
+
+def test_kernels() -> None:
+    assert settings.parse_kernels("auto") == {}
+    found = settings.parse_kernels("decode=fma, prefill=wgmma")
+    assert found == {"decode": "fma", "prefill": "wgmma"}
 
 
 def test_a_field_and_a_variable_that_is_not_ours() -> None:

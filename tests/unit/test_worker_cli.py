@@ -108,6 +108,37 @@ def test_layers(tmp_path: Path, notify: NotifySocket, layers: str, held: list[in
         end(process)
 
 
+@pytest.fixture
+def no_cupy(tmp_path: Path) -> dict[str, str]:
+    """An environment in which CuPy cannot be imported, whether it is installed or not."""
+    (tmp_path / "cupy.py").write_text("raise ImportError('none for this test')")
+    return {"PYTHONPATH": str(tmp_path)}
+
+
+def test_auto_is_the_cpu_where_there_is_no_gpu(
+    tmp_path: Path, notify: NotifySocket, no_cupy: dict[str, str]
+) -> None:
+    environment = {**notify.environment, **no_cupy}
+    with running(command(tmp_path, "--device", "auto"), environment=environment) as process:
+        assert notify.receive(process) == "READY=1"
+        with moeshm.connect(f"unix:{tmp_path / 'w.sock'}") as client:
+            assert client.layers.keys() == {0, 1, 2, 3}
+        log = end(process)
+    assert "device auto is the CPU: no CuPy for device auto (none for this test)" in log
+    assert "MiB on cpu with" in log
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "hip:1"])
+def test_a_gpu_without_cupy(tmp_path: Path, device: str, no_cupy: dict[str, str]) -> None:
+    with running(command(tmp_path, "--device", device), environment=no_cupy) as process:
+        said = process.log.read_rest()
+        assert process.wait() == 1
+    assert said.startswith(
+        f"moeshm: no CuPy for device {device} (none for this test); pip install "
+    )
+    assert len(said.splitlines()) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_it_with_status_0(
     tmp_path: Path, notify: NotifySocket, number: signal.Signals
@@ -177,7 +208,8 @@ def test_a_bad_model_directory_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        (("--device", "abacus"), 2, "'abacus' is not .*'?cpu"),
+        (("--device", "abacus"), 2, "'abacus' is not cpu, auto, cuda:N or hip:N"),
+        (("--device", "cuda:"), 2, "'cuda:' is not cpu, auto, cuda:N or hip:N"),
         (("--layers", "0-x"), 2, "'0-x' .* no number or range like 0-23"),
         (("--layers", "3-1"), 2, "'3-1' .* counts down; write 1-3"),
         (("--layers", "0-9"), 1, "layers 4, 5, 6, 7, 8, 9 .*0-3"),

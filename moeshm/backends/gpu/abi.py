@@ -1,0 +1,37 @@
+"""What kernels are called with: the structs of kernels/ffn.cuh, field by field."""
+
+from __future__ import annotations
+
+import ctypes
+
+
+class Call(ctypes.Structure):
+    """One call; addresses are the device's, 0 where a kernel does not use them."""
+
+    _fields_ = (
+        ("x", ctypes.c_uint64),
+        ("ids", ctypes.c_uint64),
+        ("weights", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("experts", ctypes.c_uint64),
+        ("inner", ctypes.c_uint64),
+        ("partial", ctypes.c_uint64),
+        ("n_tokens", ctypes.c_int32),
+        ("top_k", ctypes.c_int32),
+        ("n_slots", ctypes.c_int32),
+        ("x_dtype", ctypes.c_int32),
+        ("out_dtype", ctypes.c_int32),
+        ("alpha", ctypes.c_float),
+        ("limit", ctypes.c_float),
+    )
+
+
+class Route(ctypes.Structure):
+    """Where `route` puts the pairs of each expert."""
+
+    _fields_ = (
+        ("begin", ctypes.c_uint64),
+        ("pairs", ctypes.c_uint64),
+        ("n_tiles", ctypes.c_uint64),
+        ("tiles", ctypes.c_uint64),
+    )

@@ -1,0 +1,212 @@
+"""The experts on the device: their blocks, and by layer and slot where these are."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ...checkpoint.layer import ExpertLayer
+from ...errors import CheckpointError, OutOfDeviceMemory
+from ...layers import LayerInfo
+from .choice import Shape
+from .device import Device, Memory
+from .packing import pack
+
+#: Pinned memory through which weights go to the device, a part at a time: as long as one takes may
+#: a call have to wait.
+STAGING_BYTES = 8 << 20
+#: Blocks start at multiples of it.
+_ALIGNMENT = 256
+#: What drivers allocate device memory in.
+_PAGE_BYTES = 2 << 20
+#: Left free for compiled modules, and for what they need when they run.
+MARGIN_BYTES = 128 << 20
+
+
+class BlockPool:
+    """Device memory in blocks of one size: what is given back is taken again.
+
+    Blocks are allocated in slabs; a slab is freed when all of its blocks are back.
+    """
+
+    def __init__(self, device: Device, block_bytes: int) -> None:
+        self._device = device
+        self._step = _round_up(block_bytes, _ALIGNMENT)
+        self._slabs: dict[int, Memory] = {}
+        #: By the address of each slab that has some.
+        self._free: dict[int, list[int]] = {}
+
+    def bytes_for(self, n_blocks: int) -> int:
+        """What has to be allocated for so many more blocks."""
+        return _round_up(max(0, n_blocks - self._n_free()) * self._step, _PAGE_BYTES)
+
+    def take(self, n_blocks: int) -> list[int]:
+        """Addresses of so many blocks."""
+        n_new = n_blocks - self._n_free()
+        if n_new > 0:
+            slab = self._device.allocate(n_new * self._step)
+            self._slabs[slab.address] = slab
+            self._free[slab.address] = [slab.address + i * self._step for i in range(n_new)]
+        taken: list[int] = []
+        for address in list(self._free):
+            blocks = self._free[address]
+            n_taken = min(len(blocks), n_blocks - len(taken))
+            taken += blocks[:n_taken]
+            del blocks[:n_taken]
+            if not blocks:
+                del self._free[address]
+        return taken
+
+    def give_back(self, addresses: Sequence[int]) -> None:
+        """Nothing on the device uses these blocks any more."""
+        for address in addresses:
+            base = max(slab for slab in self._slabs if slab <= address)
+            blocks = self._free.setdefault(base, [])
+            blocks.append(address)
+            if len(blocks) * self._step == self._slabs[base].nbytes:
+                del self._free[base]
+                self._slabs.pop(base).close()
+
+    def _n_free(self) -> int:
+        return sum(map(len, self._free.values()))
+
+
+class DeviceLayer:
+    """The experts of one layer: where each slot's block is, here and on the device."""
+
+    def __init__(self, device: Device, info: LayerInfo, has_bias: bool) -> None:
+        self.info = info
+        self.shape = Shape.of(info, has_bias)
+        self.table = device.allocate(8 * info.num_experts)
+        #: Addresses by slot; 0 for one that is taken and not there yet.
+        self.blocks: dict[int, int] = {}
+        #: What the ids of calls are below.
+        self.n_slots = 1
+
+    def take_slots(self, n_slots: int) -> list[int]:
+        """The lowest slots that are free."""
+        free = (slot for slot in itertools.count() if slot not in self.blocks)
+        slots = list(itertools.islice(free, n_slots))
+        self.blocks.update(dict.fromkeys(slots, 0))
+        return slots
+
+
+class DeviceExperts:
+    """The experts of all layers, which come and go while calls use others.
+
+    `turn`: held by whoever uses the device's stream.
+    """
+
+    def __init__(self, device: Device, turn: threading.Lock) -> None:
+        self._device = device
+        self._turn = turn
+        #: For everything but the content of memory.
+        self._changing = threading.Lock()
+        self._uploading = threading.Lock()
+        self._staging = device.pin(STAGING_BYTES)
+        self._pools: dict[int, BlockPool] = {}
+        self.layers: dict[int, DeviceLayer] = {}
+
+    def check_room(self, n_blocks: Mapping[Shape, int], other_bytes: int) -> None:
+        """OutOfDeviceMemory unless so many experts and so many other bytes fit."""
+        with self._changing:
+            needed = other_bytes + sum(
+                self._pool(shape).bytes_for(n) for shape, n in n_blocks.items()
+            )
+        free = self._device.free_bytes()
+        if needed + MARGIN_BYTES > free:
+            raise OutOfDeviceMemory(
+                f"{sum(n_blocks.values())} experts need {_size(needed)} with what calls use, and "
+                f"{_size(MARGIN_BYTES)} for kernels, but {_size(free)} of "
+                f"{_size(self._device.features.total_bytes)} are free on {self._device.name} "
+                f"({self._device.features.name}); hold fewer experts there"
+            )
+
+    def add_layer(self, number: int, info: LayerInfo, has_bias: bool) -> DeviceLayer:
+        """The layer, without experts if it is new. CheckpointError: it was without biases."""
+        with self._changing:
+            if number not in self.layers:
+                self.layers[number] = DeviceLayer(self._device, info, has_bias)
+            layer = self.layers[number]
+        if has_bias and not layer.shape.has_bias:
+            raise CheckpointError(
+                f"layer {number} was loaded without biases, and now comes an expert with some; "
+                "start the worker anew"
+            )
+        return layer
+
+    def add(self, number: int, experts: ExpertLayer) -> list[int]:
+        """Upload experts of a layer that is here; the slot of each.
+
+        Where it fails, nothing has changed. Calls wait for a part of a matrix at most.
+        """
+        layer = self.layers[number]
+        with self._changing:
+            blocks = self._pool(layer.shape).take(len(experts))
+            slots = layer.take_slots(len(experts))
+        try:
+            for local_id, block in enumerate(blocks):
+                self._upload(layer.shape, experts, local_id, block)
+            self._write_table(layer, dict(zip(slots, blocks, strict=True)))
+        except BaseException:
+            with self._changing:
+                self._forget(layer, slots, blocks)
+            raise
+        with self._changing:
+            layer.blocks.update(zip(slots, blocks, strict=True))
+            layer.n_slots = max(layer.blocks, default=0) + 1
+        return slots
+
+    def remove(self, number: int, slots: Sequence[int]) -> None:
+        """Forget the experts in these slots, which no call uses."""
+        layer = self.layers[number]
+        with self._changing:
+            self._forget(layer, slots, [layer.blocks[slot] for slot in slots])
+            layer.n_slots = max(layer.blocks, default=0) + 1
+
+    def _forget(self, layer: DeviceLayer, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        for slot in slots:
+            del layer.blocks[slot]
+        self._pool(layer.shape).give_back(blocks)
+
+    def _pool(self, shape: Shape) -> BlockPool:
+        return self._pools.setdefault(shape.block_bytes, BlockPool(self._device, shape.block_bytes))
+
+    def _upload(self, shape: Shape, experts: ExpertLayer, local_id: int, block: int) -> None:
+        with self._uploading:
+            weights = experts.expert(local_id)
+            for offset, n_bytes in pack(shape, weights, self._staging.array):
+                self._copy(block + offset, n_bytes)
+
+    def _write_table(self, layer: DeviceLayer, blocks: Mapping[int, int]) -> None:
+        with self._uploading:
+            for slot, block in blocks.items():
+                self._staging.array[:8].view(np.uint64)[0] = block
+                self._copy(layer.table.address + 8 * slot, 8)
+
+    def _copy(self, to: int, n_bytes: int) -> None:
+        """The first bytes of the staging memory, which is free again afterwards."""
+        with self._turn:
+            self._device.copy_in(to, self._staging.address, n_bytes)
+            self._device.wait()
+
+
+def has_bias(layer: ExpertLayer) -> bool:
+    """True when any of its experts has one."""
+    experts = map(layer.expert, range(len(layer)))
+    return any(
+        bias is not None
+        for each in experts
+        for bias in (each.gate_bias, each.up_bias, each.down_bias)
+    )
+
+
+def _round_up(n_bytes: int, unit: int) -> int:
+    return -(-n_bytes // unit) * unit
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB"

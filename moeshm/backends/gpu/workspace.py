@@ -1,0 +1,136 @@
+"""The memory that calls use, allocated when layers are loaded, and how a call lies in it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+from ...dtypes import DType
+from ...errors import InvalidCall
+from .choice import MAX_PAIRS, MOST_FEW_TOKENS, Plan, Shape, Size
+from .device import Device, HostMemory, Memory
+
+#: Tokens that are computed together, where memory allows it.
+MAX_TOKENS = 4096
+#: Of the device's memory, what the workspace may take at most.
+_SHARE = 1 / 16
+_ALIGNMENT = 256
+_N_REGIONS = 10
+
+
+class Layout(NamedTuple):
+    """Offsets of a call's arrays in device memory, each a multiple of 256.
+
+    Up to `inner`, pinned memory has the same layout. What comes after it is there for `route`.
+    """
+
+    ids: int
+    weights: int
+    x: int
+    out: int
+    inner: int
+    partial: int
+    begin: int
+    pairs: int
+    n_tiles: int
+    tiles: int
+
+
+def lay_out(shape: Shape, plan: Plan, size: Size, out_dtype: DType) -> Layout:
+    """Where a call's arrays are."""
+    kept = plan.kept_dtype.itemsize
+    sizes = [
+        4 * size.n_pairs,
+        4 * size.n_pairs,
+        plan.x_dtype.itemsize * size.n_tokens * shape.hidden,
+        out_dtype.itemsize * size.n_tokens * shape.hidden,
+        kept * size.n_pairs * shape.inner,
+        kept * size.n_pairs * shape.hidden,
+        4 * (size.n_slots + 1),
+        4 * size.n_pairs,
+        4,
+    ]
+    padded = (-(-n_bytes // _ALIGNMENT) * _ALIGNMENT for n_bytes in sizes)
+    return Layout(*itertools.accumulate(padded, initial=0))
+
+
+def _bytes_per_token(shape: Shape, top_k: int) -> tuple[int, int]:
+    """Most bytes of a token that a layout takes, in pinned and in device memory."""
+    host = 8 * top_k + 8 * shape.hidden
+    # Of a pair: float32 of both kinds, its number, and two tiles at most.
+    return host, host + top_k * (4 * shape.inner + 4 * shape.hidden + 20)
+
+
+def _fixed_bytes(n_slots: int) -> int:
+    return _N_REGIONS * _ALIGNMENT + 4 * (n_slots + 1)
+
+
+class Workspace:
+    """Memory of the device and pinned memory, which calls use one after the other.
+
+    Both keep their size, whatever the sizes of calls: long calls are cut into parts that fit.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._limit = int(device.features.total_bytes * _SHARE)
+        self._memory: Memory | None = None
+        self._host: HostMemory | None = None
+
+    @property
+    def address(self) -> int:
+        """Of the device memory."""
+        assert self._memory is not None
+        return self._memory.address
+
+    @property
+    def host(self) -> HostMemory:
+        """The pinned memory."""
+        assert self._host is not None
+        return self._host
+
+    def bytes_for(self, shape: Shape, top_k: int, n_slots: int) -> tuple[int, int]:
+        """Pinned and device memory that calls to such a layer are to have."""
+        host, device = _bytes_per_token(shape, top_k)
+        fixed = _fixed_bytes(n_slots)
+        n_tokens = min(MAX_TOKENS, (self._limit - fixed) // device)
+        n_tokens = max(n_tokens, MOST_FEW_TOKENS)
+        return fixed + n_tokens * host, fixed + n_tokens * device
+
+    def missing_bytes(self, host_bytes: int, device_bytes: int) -> int:
+        """What `resize` to these would allocate of device memory, before anything is freed."""
+        return device_bytes if self._is_too_small(host_bytes, device_bytes) else 0
+
+    def resize(self, host_bytes: int, device_bytes: int) -> bool:
+        """Have at least these; True when the memory is another than before.
+
+        For whoever uses the device's stream.
+        """
+        if not self._is_too_small(host_bytes, device_bytes):
+            return False
+        memory, host = self._device.allocate(device_bytes), self._device.pin(host_bytes)
+        for old in (self._memory, self._host):
+            if old is not None:
+                old.close()
+        self._memory, self._host = memory, host
+        return True
+
+    def most_tokens(self, shape: Shape, top_k: int, n_slots: int) -> int:
+        """That can be computed together. InvalidCall: not even one."""
+        assert self._memory is not None
+        host, device = _bytes_per_token(shape, top_k)
+        fixed = _fixed_bytes(n_slots)
+        n_tokens = min(
+            MAX_TOKENS,
+            MAX_PAIRS // top_k,
+            (len(self.host.array) - fixed) // host,
+            (self._memory.nbytes - fixed) // device,
+        )
+        if n_tokens < 1:
+            raise InvalidCall(f"top_k={top_k} is more than this layer's calls have memory for")
+        return n_tokens
+
+    def _is_too_small(self, host_bytes: int, device_bytes: int) -> bool:
+        if self._memory is None or self._host is None:
+            return True
+        return len(self._host.array) < host_bytes or self._memory.nbytes < device_bytes

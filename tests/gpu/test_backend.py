@@ -1,0 +1,146 @@
+"""The backend on a GPU: what no made-up device can show, and the conformance suite does not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moeshm
+from moeshm import checkpoint
+from moeshm.backends import Backend, Ids, Weights
+from moeshm.backends.cpu import CpuBackend
+from moeshm.backends.gpu.backend import GpuBackend
+from moeshm.backends.gpu.cupy_device import open_device
+from moeshm.backends.gpu.device import Device
+from moeshm.backends.reference import reference_ffn
+from moeshm.demo import tiny_moe_path
+from moeshm.demo.decoder import Decoder, ExpertsFn, generate
+from moeshm.dtypes import DType, FloatArray, narrow
+from tests.checkpoints import random_layer
+from tests.conformance.test_backends import TOLERANCE, assert_close, compute, draw_call
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[2]
+PROMPT = b"import os\n\n\ndef find_files(folder, pattern):\n"
+
+#: Reads where no memory is.
+_ILLEGAL = """
+import numpy as np
+from moeshm.backends.gpu.abi import Call, Route
+from moeshm.backends.gpu.choice import Shape
+from moeshm.backends.gpu.cupy_device import open_device
+from moeshm.dtypes import DType
+from moeshm.errors import DeviceLost
+from moeshm.layers import Activation
+
+device = open_device("auto")
+shape = Shape(64, 64, DType.F32, Activation.SWIGLU, False)
+module = device.compile("convert.cu", shape.macros())
+memory = device.allocate(1 << 20)
+for _ in range(2):
+    try:
+        call = Call(x=16, out=16, n_tokens=64)
+        module.launch("convert", 1, 256, 0, call, Route())
+        device.wait()
+    except DeviceLost as error:
+        print(error)
+"""
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    """The first GPU."""
+    with warnings.catch_warnings():
+        # CuPy may warn of what is installed beside it.
+        warnings.simplefilter("ignore")
+        yield open_device("auto")
+
+
+@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("n_tokens", [1, 16, 300])
+def test_cupys_arrays_are_used_in_place(device: Device, dtype: DType, n_tokens: int) -> None:
+    import cupy
+
+    layer = random_layer(1, hidden_size=256, intermediate_size=192, weight_dtype=dtype)
+    hidden, ids, weights = draw_call(2, layer, n_tokens, 2)
+    hidden = narrow(hidden, dtype)
+    out: Any = cupy.asarray(narrow(np.full(hidden.shape, np.nan, np.float32), dtype))
+    given: list[Any] = [*(cupy.asarray(each) for each in (hidden, ids, weights)), out]
+    GpuBackend({0: layer}, device).ffn(0, *given)
+    assert_close(cupy.asnumpy(out), reference_ffn(layer, hidden, ids, weights), TOLERANCE[dtype])
+
+
+def test_memory_stays_as_it_is(device: Device) -> None:
+    """The device's own count, which includes what the driver takes for kernels."""
+    layer = random_layer(3, hidden_size=256, intermediate_size=192, top_k=4, num_experts=16)
+    backend = GpuBackend({0: layer}, device)
+    backend.warm_up()
+    hidden, ids, weights = draw_call(4, layer, 3000, 4)
+    out = np.empty_like(hidden)
+
+    def call(n_tokens: int) -> None:
+        backend.ffn(0, hidden[:n_tokens], ids[:n_tokens], weights[:n_tokens], out[:n_tokens])
+
+    for n_tokens in (1, 40, 3000):
+        call(n_tokens)
+    before = device.free_bytes()
+    for n_tokens in np.random.default_rng(5).integers(1, 3001, 10_000).tolist():
+        call(n_tokens)
+    assert device.free_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", DType)
+def test_every_run_gives_the_same_bits(device: Device, dtype: DType) -> None:
+    layer = random_layer(6, hidden_size=512, intermediate_size=320, weight_dtype=dtype)
+    for n_tokens in (1, 7, 32, 33, 500):
+        hidden, ids, weights = draw_call(7, layer, n_tokens, 2)
+        hidden = narrow(hidden, dtype)
+        backend = GpuBackend({0: layer}, device)
+        first = compute(backend, hidden, ids, weights, dtype)
+        for _ in range(5):
+            np.testing.assert_array_equal(compute(backend, hidden, ids, weights, dtype), first)
+
+
+def test_an_illegal_address_loses_the_device() -> None:
+    """In a process of its own, which cannot use the device afterwards."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ILLEGAL], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert "is lost" in first
+    assert "start it anew" in second
+
+
+def test_the_demos_text_is_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy, in float32, and through a worker."""
+    monkeypatch.setenv("MOESHM_KERNELS", "decode=fma,prefill=fma")
+    layers = checkpoint.load(tiny_moe_path()).layers
+    expected = text(in_process(CpuBackend(layers, 1)))
+    with moeshm.spawn_worker(tiny_moe_path(), device="auto", timeout_s=600) as client:
+        found = text(client.compute)
+    assert found == expected
+
+
+def in_process(backend: Backend) -> ExpertsFn:
+    """The experts of a decoder."""
+
+    def compute(layer: int, hidden_states: FloatArray, ids: Ids, weights: Weights) -> FloatArray:
+        out = np.empty_like(hidden_states)
+        backend.ffn(layer, hidden_states, ids, weights, out)
+        return out
+
+    return compute
+
+
+def text(experts: ExpertsFn) -> bytes:
+    """What the demo's model writes."""
+    return bytes(token for token, _ in generate(Decoder(tiny_moe_path(), experts), PROMPT, 200))

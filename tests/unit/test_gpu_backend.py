@@ -1,0 +1,446 @@
+"""The GPU backend without a GPU: its memory, its arrays, experts that come and go, its errors."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moeshm.backends import Backend, GrowingBackend, Ids, Weights
+from moeshm.backends.cpu import CpuBackend
+from moeshm.backends.gpu import workspace
+from moeshm.backends.gpu.abi import Call
+from moeshm.backends.gpu.backend import _MAX_JOBS, GpuBackend
+from moeshm.backends.reference import reference_ffn
+from moeshm.checkpoint import ExpertLayer, load
+from moeshm.demo import tiny_moe_path
+from moeshm.demo.decoder import Decoder, ExpertsFn, generate
+from moeshm.dtypes import Array, DType, FloatArray, narrow
+from moeshm.errors import (
+    CheckpointError,
+    DeviceLost,
+    InvalidCall,
+    OutOfDeviceMemory,
+    SettingError,
+)
+from tests.checkpoints import random_layer
+from tests.conformance.test_backends import TOLERANCE, assert_close, compute, draw_call
+from tests.simt.device import FEATURES, IdleDevice, SimtDevice
+from tests.unit.test_gpu_experts import part
+from tests.wire import meanwhile
+
+LAYER = random_layer(1)
+#: A wavefront of 64, and no matrix instructions.
+WIDE = FEATURES._replace(arch="gfx90a", warp=64, has_mma=False)
+
+
+class OnDevice:
+    """An array that says it is in device memory; the shim's is the host's."""
+
+    def __init__(self, array: Array, **interface: Any) -> None:
+        self.array = array
+        self.__cuda_array_interface__ = {
+            "shape": array.shape,
+            "typestr": array.dtype.str,
+            "data": (array.ctypes.data, False),
+            "strides": None if array.flags.c_contiguous else array.strides,
+            "version": 3,
+            "stream": None,
+            **interface,
+        }
+
+
+def aligned(array: Array, offset: int = 0) -> Array:
+    """A copy that starts at a multiple of 16, or so many bytes after one."""
+    memory = np.zeros(array.nbytes + 32, np.uint8)
+    start = -memory.ctypes.data % 16 + offset
+    result: Array = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    result[...] = array
+    return result
+
+
+# --- memory ---------------------------------------------------------------------------------
+
+
+def test_memory_does_not_grow_with_the_variety_of_calls() -> None:
+    layer = random_layer(2, weight_dtype=DType.BF16, top_k=4)
+    device = IdleDevice()
+    backend = GpuBackend({0: layer}, device)
+    backend.warm_up()
+    before = (device.device_bytes, device.pinned_bytes, device.n_allocations, len(device.compiled))
+    rng = np.random.default_rng(3)
+    hidden, ids, weights = draw_call(4, layer, 5000, 4)
+    rows = {dtype: narrow(hidden, dtype) for dtype in DType}
+    out, formats = np.empty_like(hidden), list(DType)
+    for n_tokens in rng.integers(1, 5001, 10_000).tolist():
+        dtype, top_k = formats[rng.integers(3)], int(rng.integers(1, 5))
+        call = (rows[dtype][:n_tokens], ids[:n_tokens, :top_k], weights[:n_tokens, :top_k])
+        backend.ffn(0, *call, out[:n_tokens])
+    found = (device.device_bytes, device.pinned_bytes, device.n_allocations, len(device.compiled))
+    assert found == before
+    assert len(backend._jobs) <= _MAX_JOBS
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 7])
+@pytest.mark.parametrize("dtype", DType)
+def test_long_calls_are_cut_into_parts(
+    monkeypatch: pytest.MonkeyPatch, top_k: int, dtype: DType
+) -> None:
+    monkeypatch.setattr(workspace, "MAX_TOKENS", 40)
+    layer = random_layer(5, weight_dtype=dtype)
+    call = draw_call(6, layer, 130, top_k)
+    found = compute(GpuBackend({0: layer}, SimtDevice()), *call)
+    assert_close(found, reference_ffn(layer, *call), TOLERANCE[dtype])
+
+
+def test_memory_is_freed_with_the_backend() -> None:
+    device = IdleDevice()
+    backend = GpuBackend({0: LAYER}, device)
+    compute(backend, *draw_call(7, LAYER, 1, 2))
+    assert device.device_bytes
+    del backend
+    assert (device.device_bytes, device.pinned_bytes) == (0, 0)
+
+
+def test_a_small_device_gets_a_small_workspace() -> None:
+    layer = random_layer(2, hidden_size=64, intermediate_size=64, top_k=6)
+    small = IdleDevice(FEATURES._replace(total_bytes=160 << 20))
+    large = IdleDevice()
+    backends = [GpuBackend({0: layer}, device) for device in (small, large)]
+    assert small.device_bytes < 12 << 20 < large.device_bytes
+    call = draw_call(7, layer, 4096, 6)
+    for backend in backends:
+        compute(backend, *call)
+
+
+def test_a_layer_with_larger_calls_comes_later() -> None:
+    device = SimtDevice()
+    backend = GpuBackend({0: LAYER}, device)
+    call = draw_call(8, LAYER, 5, 2)
+    before = compute(backend, *call)
+    wide = random_layer(7, hidden_size=200, intermediate_size=136, top_k=6)
+    assert backend.add(1, wide) == [0, 1, 2, 3, 4, 5]
+    hidden, ids, weights = draw_call(9, wide, 50, 6)
+    out = np.full_like(hidden, np.nan)
+    backend.ffn(1, hidden, ids, weights, out)
+    assert_close(out, reference_ffn(wide, hidden, ids, weights), 1e-5)
+    np.testing.assert_array_equal(compute(backend, *call), before)
+    assert list(backend.layers) == [0]
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_allocated() -> None:
+    device = SimtDevice(FEATURES._replace(total_bytes=100 << 20))
+    with pytest.raises(OutOfDeviceMemory, match=r"6 experts need .* hold fewer experts there"):
+        GpuBackend({0: LAYER}, device)
+    assert device.device_bytes == 0
+
+
+def test_experts_that_do_not_fit_later() -> None:
+    device = SimtDevice()
+    backend = GpuBackend({0: part(LAYER, [0])}, device)
+    before = device.device_bytes
+    device.features = FEATURES._replace(total_bytes=before + (129 << 20))
+    with pytest.raises(MemoryError, match="5 experts need"):
+        backend.add(0, part(LAYER, [1, 2, 3, 4, 5]))
+    assert device.device_bytes == before
+    device.features = FEATURES._replace(total_bytes=before + (131 << 20))
+    assert backend.add(0, part(LAYER, [1, 2, 3, 4, 5])) == [1, 2, 3, 4, 5]
+
+
+# --- what calls need ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_dtype", DType)
+def test_after_warm_up_nothing_is_compiled(weight_dtype: DType) -> None:
+    layer = random_layer(2, weight_dtype=weight_dtype, num_experts=20, top_k=8)
+    device = IdleDevice()
+    # Other experts may come later.
+    backend = GpuBackend({0: part(layer, [3]), 1: part(layer, [])}, device)
+    assert device.compiled == []
+    backend.warm_up()
+    compiled = list(device.compiled)
+    assert {"convert.cu", "route.cu", "combine.cu", "decode_fma.cu", "prefill_fma.cu"} <= set(
+        compiled
+    )
+    assert ("decode_mma.cu" in compiled) == (weight_dtype is not DType.F32)
+    for expert in range(20):
+        backend.add(1, part(layer, [expert]))
+        for n_tokens in (*range(1, 40, 1 + expert), 64, 100, 300, 700, 4000, 9000):
+            for top_k in (1, 2, 3, 5, 8):
+                for dtype in DType:
+                    hidden = np.zeros((n_tokens, layer.info.hidden_size), dtype.numpy)
+                    ids = np.zeros((n_tokens, top_k), np.int32)
+                    backend.ffn(1, hidden, ids, np.ones(ids.shape, np.float32), hidden.copy())
+    assert device.compiled == compiled
+
+
+@pytest.mark.parametrize("kernels", [{}, {"decode": "fma"}, {"prefill": "fma"}])
+def test_kernels_that_are_asked_for(kernels: dict[str, str]) -> None:
+    layer = random_layer(2, weight_dtype=DType.BF16)
+    device = SimtDevice()
+    backend = GpuBackend({0: layer}, device, kernels)
+    for n_tokens in (2, 130):
+        call = draw_call(3, layer, n_tokens, 2)
+        assert_close(compute(backend, *call), reference_ffn(layer, *call), TOLERANCE[DType.BF16])
+    for kind in ("decode", "prefill"):
+        assert f"{kind}_{kernels.get(kind, 'mma')}.cu" in device.compiled
+
+
+def test_kernels_that_the_device_has_not() -> None:
+    with pytest.raises(SettingError, match=r"prefill=wgmma, which SIMT shim \(simt\) cannot run"):
+        GpuBackend({0: LAYER}, SimtDevice(), {"prefill": "wgmma"})
+
+
+@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("n_tokens", [1, 5, 40])
+def test_wavefronts_of_64(dtype: DType, n_tokens: int) -> None:
+    layer = random_layer(9, weight_dtype=dtype, hidden_size=72, intermediate_size=136)
+    call = draw_call(10, layer, n_tokens, 3)
+    device = SimtDevice(WIDE)
+    assert_close(compute(GpuBackend({0: layer}, device), *call), reference_ffn(layer, *call), 1e-5)
+    assert not [file for file in device.compiled if "mma" in file and "fma" not in file]
+
+
+def test_the_demos_text_is_the_cpus() -> None:
+    """Greedy, with float32 all the way: every decode kernel, and a prefill first."""
+    layers = load(tiny_moe_path()).layers
+    wanted = {"decode": "fma", "prefill": "fma"}
+    found, expected = (
+        [
+            token
+            for token, _ in generate(Decoder(tiny_moe_path(), through(backend)), b"import " * 6, 40)
+        ]
+        for backend in (GpuBackend(layers, SimtDevice(), wanted), CpuBackend(layers, 1))
+    )
+    assert found == expected
+
+
+def through(backend: Backend) -> ExpertsFn:
+    """The experts of a decoder."""
+
+    def compute_rows(layer: int, rows: FloatArray, ids: Ids, weights: Weights) -> FloatArray:
+        out = np.full_like(rows, np.nan)
+        backend.ffn(layer, rows, ids, weights, out)
+        return out
+
+    return compute_rows
+
+
+# --- arrays in device memory ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_dtype", DType)
+@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("n_tokens", [1, 40])
+@pytest.mark.parametrize("where", ["x", "ids", "weights", "out", "x out", "x ids weights out"])
+def test_arrays_in_device_memory(
+    weight_dtype: DType, dtype: DType, n_tokens: int, where: str
+) -> None:
+    """In place, wherever the others are."""
+    layer = random_layer(11, weight_dtype=weight_dtype)
+    hidden, ids, weights = draw_call(12, layer, n_tokens, 2)
+    hidden = narrow(hidden, dtype)
+    expected = reference_ffn(layer, hidden, ids, weights)
+    backend = GpuBackend({0: layer}, SimtDevice())
+    out = narrow(np.full(hidden.shape, np.nan, np.float32), dtype)
+    arrays = {"x": aligned(hidden), "ids": ids, "weights": weights, "out": aligned(out)}
+    given: dict[str, Any] = {
+        name: OnDevice(array) if name in where.split() else array for name, array in arrays.items()
+    }
+    backend.ffn(0, given["x"], given["ids"], given["weights"], given["out"])
+    assert_close(arrays["out"], expected, max(TOLERANCE[dtype], TOLERANCE[weight_dtype]))
+
+
+def test_long_calls_in_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "MAX_TOKENS", 40)
+    hidden, ids, weights = draw_call(13, LAYER, 95, 2)
+    out = aligned(np.full_like(hidden, np.nan))
+    given: list[Any] = [OnDevice(each) for each in (aligned(hidden), ids, weights, out)]
+    GpuBackend({0: LAYER}, SimtDevice()).ffn(0, *given)
+    assert_close(out, reference_ffn(LAYER, hidden, ids, weights), 1e-5)
+
+
+def test_streams_that_fill_arrays_are_waited_for() -> None:
+    device = SimtDevice()
+    backend = GpuBackend({0: LAYER}, device)
+    hidden, ids, weights = draw_call(14, LAYER, 2, 2)
+    out = OnDevice(aligned(hidden), stream=None)
+    # Version 2 does not speak of streams.
+    old = OnDevice(weights, version=2)
+    del old.__cuda_array_interface__["stream"]
+    given: list[Any] = [OnDevice(aligned(hidden), stream=77), ids, old, out]
+    backend.ffn(0, *given)
+    assert device.waited_for == [77, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"typestr": "<f8"}, "hidden_states is <f8 in device memory; pass <f4, <f2, <u2"),
+        ({"strides": (8, 4)}, r"strides \(8, 4\) in device memory; pass a contiguous array"),
+    ],
+)
+def test_device_arrays_that_cannot_be_used(change: dict[str, Any], message: str) -> None:
+    backend = GpuBackend({0: LAYER}, SimtDevice())
+    hidden, ids, weights = draw_call(15, LAYER, 2, 2)
+    given: Any = OnDevice(aligned(hidden), **change)
+    with pytest.raises(InvalidCall, match=message):
+        backend.ffn(0, given, ids, weights, np.empty_like(hidden))
+
+
+def test_ids_in_device_memory_are_int32() -> None:
+    backend = GpuBackend({0: LAYER}, SimtDevice())
+    hidden, ids, weights = draw_call(15, LAYER, 2, 2)
+    given: Any = OnDevice(ids.astype(np.int64))
+    with pytest.raises(InvalidCall, match="topk_ids is <i8 in device memory; pass <i4"):
+        backend.ffn(0, hidden, given, weights, np.empty_like(hidden))
+
+
+def test_a_device_array_that_is_not_aligned() -> None:
+    backend = GpuBackend({0: LAYER}, SimtDevice())
+    hidden, ids, weights = draw_call(15, LAYER, 2, 2)
+    given: Any = OnDevice(aligned(hidden, 4))
+    with pytest.raises(InvalidCall, match=r"hidden_states starts at 0x.*4 in device memory"):
+        backend.ffn(0, given, ids, weights, np.empty_like(hidden))
+
+
+def test_device_arrays_of_an_odd_size() -> None:
+    layer = random_layer(16, hidden_size=33)
+    backend = GpuBackend({0: layer}, SimtDevice())
+    hidden, ids, weights = draw_call(17, layer, 2, 2)
+    given: Any = OnDevice(aligned(hidden))
+    with pytest.raises(
+        InvalidCall, match="hidden_size=33 is no multiple of 8; pass arrays in host"
+    ):
+        backend.ffn(0, given, ids, weights, np.empty_like(hidden))
+
+
+# --- experts that come and go ---------------------------------------------------------------
+
+
+def assert_slots(backend: GpuBackend, whole: ExpertLayer, slots: dict[int, int]) -> None:
+    """Each slot computes its expert of the whole layer."""
+    ids = np.array([[slot, -1] for slot in slots], np.int32)
+    hidden = np.random.default_rng(18).standard_normal((len(ids), 24), np.float32)
+    experts = np.array([[expert, -1] for expert in slots.values()], np.int32)
+    weights = np.ones(ids.shape, np.float32)
+    found = compute(backend, hidden, ids, weights)
+    assert_close(found, reference_ffn(whole, hidden, experts, weights), 1e-5)
+
+
+def test_experts_come_and_go() -> None:
+    backend = GpuBackend({0: part(LAYER, [2, 4])}, SimtDevice())
+    assert isinstance(backend, GrowingBackend)
+    assert backend.layers[0].experts == (2, 4)
+    assert backend.add(0, part(LAYER, [5, 0, 1])) == [2, 3, 4]
+    assert_slots(backend, LAYER, {0: 2, 1: 4, 2: 5, 3: 0, 4: 1})
+    backend.remove(0, [1, 2])
+    assert_slots(backend, LAYER, {0: 2, 3: 0, 4: 1})
+    assert backend.add(0, part(LAYER, [3])) == [1]
+    assert_slots(backend, LAYER, {0: 2, 1: 3, 3: 0, 4: 1})
+    assert backend.layers[0].experts == (2, 4)
+
+
+def test_a_layer_without_experts() -> None:
+    """All of its slots are empty."""
+    backend = GpuBackend({0: part(LAYER, [])}, SimtDevice())
+    hidden, ids, weights = draw_call(19, LAYER, 3, 2)
+    assert not compute(backend, hidden, np.full_like(ids, -1), weights).any()
+
+
+def test_biases_that_come_late() -> None:
+    backend = GpuBackend({0: part(LAYER, [0])}, SimtDevice())
+    with pytest.raises(CheckpointError, match="layer 0 was loaded without biases"):
+        backend.add(0, part(random_layer(1, has_bias=True), [1]))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 40])
+def test_calls_while_experts_come_and_go(n_tokens: int) -> None:
+    """The slots that a call uses do not change; the bits of its result neither."""
+    backend = GpuBackend({0: part(LAYER, [0, 1])}, SimtDevice())
+    hidden, _, weights = draw_call(20, LAYER, n_tokens, 2)
+    ids: Ids = np.tile(np.array([[0, 1]], np.int32), (n_tokens, 1))
+    expected = compute(backend, hidden, ids, weights)
+    is_over = threading.Event()
+
+    def change() -> None:
+        while not is_over.is_set():
+            backend.remove(0, backend.add(0, part(LAYER, [2, 3, 4])))
+
+    with meanwhile(change):
+        for _ in range(20):
+            np.testing.assert_array_equal(compute(backend, hidden, ids, weights), expected)
+        is_over.set()
+
+
+def test_several_threads_add_at_once() -> None:
+    backend = GpuBackend({0: part(LAYER, [])}, SimtDevice())
+    slots: dict[int, int] = {}
+    barrier = threading.Barrier(6)
+
+    def add(expert: int) -> None:
+        barrier.wait()
+        slots[backend.add(0, part(LAYER, [expert]))[0]] = expert
+
+    threads = [threading.Thread(target=add, args=(expert,)) for expert in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(slots) == list(range(6))
+    assert_slots(backend, LAYER, slots)
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+
+def test_an_error_is_that_calls_own() -> None:
+    device = IdleDevice()
+    backend = GpuBackend({0: LAYER}, device)
+    hidden, ids, weights = draw_call(21, LAYER, 2, 2)
+    out = np.empty_like(hidden)
+
+    def fail(kernel: str, call: Call) -> None:
+        raise DeviceLost(f"simt is lost in {kernel} with {call.n_tokens} tokens")
+
+    device.on_launch = fail
+    for _ in range(2):
+        with pytest.raises(DeviceLost, match="simt is lost in decode_gate_up with 2 tokens"):
+            backend.ffn(0, hidden, ids, weights, out)
+    launched: list[str] = []
+    device.on_launch = lambda kernel, _call: launched.append(kernel)
+    backend.ffn(0, hidden, ids, weights, out)
+    assert launched == ["decode_gate_up", "decode_down"]
+
+
+def test_progress_is_told_layer_by_layer() -> None:
+    told: list[int] = []
+    GpuBackend({5: LAYER, 2: LAYER}, SimtDevice(), on_layer=told.append)
+    assert told == [5, 2]
+
+
+def launches_of(layer: ExpertLayer, n_tokens: int, kernels: Sequence[str]) -> None:
+    """What one call launches."""
+    device, launched = IdleDevice(), list[str]()
+    backend = GpuBackend({0: layer}, device)
+    device.on_launch = lambda kernel, _call: launched.append(kernel)
+    call = draw_call(22, layer, n_tokens, 2)
+    compute(backend, *call)
+    assert launched == list(kernels)
+
+
+def test_few_launches() -> None:
+    layer = random_layer(2, weight_dtype=DType.BF16)
+    launches_of(layer, 1, ["decode_gate_up", "decode_down"])
+    launches_of(layer, 130, ["route", "prefill_gate_up", "prefill_down", "combine"])
+
+
+def test_values_of_a_layer_reach_the_kernels() -> None:
+    device, seen = IdleDevice(), list[tuple[float, float]]()
+    backend = GpuBackend({0: LAYER}, device)
+    device.on_launch = lambda _kernel, call: seen.append((call.alpha, call.limit))
+    compute(backend, *draw_call(23, LAYER, 1, 2))
+    assert seen == [pytest.approx((1.702, 7.0))] * 2

@@ -1,0 +1,440 @@
+"""The real GPU's device against a CuPy that is made up: what it calls, and what errors become."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moeshm.backends.gpu.abi import Call, Route
+from moeshm.backends.gpu.cupy_device import CupyDevice, open_device
+from moeshm.errors import DeviceError, DeviceLost, OutOfDeviceMemory
+
+STREAM = 4711
+A100 = {"name": b"A card", "major": 8, "minor": 0, "sharedMemPerBlockOptin": 163 << 10}
+H100 = {**A100, "major": 9, "sharedMemPerBlockOptin": 227 << 10}
+MI250 = {"name": b"A card", "gcnArchName": b"gfx90a:sramecc+:xnack-", "warpSize": 64}
+
+
+class CUDARuntimeError(RuntimeError):
+    """CuPy's errors are RuntimeErrors, too."""
+
+
+class FakeCupy:
+    """The parts of CuPy that are used, for one card; every call is noted."""
+
+    def __init__(self, properties: dict[str, Any], n_devices: int = 2) -> None:
+        self.is_hip = "gcnArchName" in properties
+        self.properties = {
+            "warpSize": 32,
+            "multiProcessorCount": 108,
+            "sharedMemPerBlock": 48 << 10,
+            "totalGlobalMem": 80 << 30,
+            **properties,
+        }
+        self.n_devices = n_devices
+        self.nvrtc_version = (12, 9)
+        self.calls: list[tuple[Any, ...]] = []
+        self.memory: dict[int, Any] = {}
+        #: By function: what it raises.
+        self.raises: dict[str, str] = {}
+        self.limits: list[tuple[str, int]] = []
+        self.modules: list[FakeModule] = []
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        """Be what `import cupy` gives."""
+        modules: dict[str, dict[str, Any]] = {
+            "cupy": {"RawModule": self.raw_module},
+            "cupy.cuda": {"Stream": lambda **_: SimpleNamespace(ptr=STREAM)},
+            "cupy.cuda.runtime": self._runtime(),
+            "cupy.cuda.driver": self._driver(),
+            "cupy.cuda.nvrtc": {"getVersion": lambda: self.nvrtc_version},
+            "cupy.cuda.compiler": {"CompileException": FakeCompileError},
+        }
+        for name, attributes in modules.items():
+            module = ModuleType(name)
+            vars(module).update(attributes)
+            patch.setitem(sys.modules, name, module)
+            parent, _, child = name.rpartition(".")
+            if parent:
+                setattr(sys.modules[parent], child, module)
+
+    def called(self, name: str) -> list[tuple[Any, ...]]:
+        """The arguments of each call."""
+        return [call[1:] for call in self.calls if call[0] == name]
+
+    def raw_module(self, code: str, options: tuple[str, ...]) -> FakeModule:
+        """CuPy's RawModule."""
+        self.modules.append(FakeModule(self, code, options))
+        return self.modules[-1]
+
+    def _runtime(self) -> dict[str, Any]:
+        functions: dict[str, Callable[..., Any]] = {
+            "getDeviceCount": lambda: self.n_devices,
+            "getDeviceProperties": lambda _index: self.properties,
+            "setDevice": lambda _index: None,
+            "memGetInfo": lambda: (5 << 30, 80 << 30),
+            "malloc": self._allocate,
+            "hostAlloc": lambda nbytes, _flags: self._allocate(nbytes),
+            "free": self.memory.pop,
+            "freeHost": self.memory.pop,
+            "memcpyAsync": lambda to, from_, nbytes, _kind, _stream: ctypes.memmove(
+                to, from_, nbytes
+            ),
+            "streamSynchronize": lambda _stream: None,
+            "deviceSynchronize": lambda: None,
+        }
+        noted = {name: self._noted(name, function) for name, function in functions.items()}
+        constants = {
+            "is_hip": self.is_hip,
+            "hostAllocDefault": 0,
+            "memcpyHostToDevice": 1,
+            "memcpyDeviceToHost": 2,
+            "streamLegacy": 0 if self.is_hip else 1,
+            "streamPerThread": 2,
+        }
+        return {**noted, **constants}
+
+    def _driver(self) -> dict[str, Any]:
+        return {
+            "launchKernel": self._noted("launchKernel", lambda *_: None),
+            "check_status": self._noted("check_status", lambda _status: None),
+        }
+
+    def _allocate(self, nbytes: int) -> int:
+        memory = ctypes.create_string_buffer(nbytes)
+        address = ctypes.addressof(memory)
+        self.memory[address] = memory
+        return address
+
+    def _noted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            self.calls.append((name, *arguments))
+            if name in self.raises:
+                raise CUDARuntimeError(self.raises[name])
+            return function(*arguments)
+
+        return call
+
+
+class FakeCompileError(Exception):
+    """CuPy's is no RuntimeError."""
+
+
+class FakeModule:
+    """CuPy's RawModule, of kernels that are numbered."""
+
+    def __init__(self, cupy: FakeCupy, code: str, options: tuple[str, ...]) -> None:
+        self.code = code
+        self.options = options
+        self._cupy = cupy
+
+    def compile(self) -> None:
+        """Not if it is told to."""
+        if "compile" in self._cupy.raises:
+            raise FakeCompileError(self._cupy.raises["compile"])
+
+    def get_function(self, name: str) -> Any:
+        """Takes limits of shared memory."""
+        cupy = self._cupy
+
+        class Kernel:
+            kernel = SimpleNamespace(ptr=len(name))
+
+            def __setattr__(self, attribute: str, value: int) -> None:
+                assert attribute == "max_dynamic_shared_size_bytes"
+                cupy.limits.append((name, value))
+
+        return Kernel()
+
+
+def opened(
+    patch: pytest.MonkeyPatch, properties: dict[str, Any], name: str = "auto"
+) -> tuple[FakeCupy, CupyDevice]:
+    """The card, and the device that uses it."""
+    cupy = FakeCupy(properties)
+    cupy.install(patch)
+    patch.setattr(ctypes, "CDLL", lambda _name: FakeDriver(cupy))
+    return cupy, open_device(name)
+
+
+class FakeDriver:
+    """libcuda.so.1, with the one function that is called through ctypes."""
+
+    def __init__(self, cupy: FakeCupy) -> None:
+        def launch(config: int, function: int, parameters: int, extra: int | None) -> int:
+            words = (ctypes.c_uint32 * 7).from_address(config)
+            stream, attributes = (ctypes.c_uint64 * 2).from_address(config + 32)
+            n_attributes = ctypes.c_uint32.from_address(config + 48).value
+            kind, _, value = (ctypes.c_int32 * 3).from_address(attributes)
+            assert (extra, stream, n_attributes, value) == (None, STREAM, 1, 1)
+            cupy.calls.append(("cuLaunchKernelEx", function, tuple(words), kind, *read(parameters)))
+            return 0
+
+        self.cuLaunchKernelEx = SimpleLaunch(launch)
+
+
+class SimpleLaunch:
+    """A function that can be told its argtypes."""
+
+    def __init__(self, function: Callable[..., int]) -> None:
+        self._function = function
+        self.argtypes: tuple[Any, ...] = ()
+
+    def __call__(self, *arguments: Any) -> int:
+        return self._function(*arguments)
+
+
+def read(parameters: int) -> tuple[int, int]:
+    """Of a kernel's arguments, the call's tokens and where the route's tiles are."""
+    call, route = (ctypes.c_uint64 * 2).from_address(parameters)
+    return Call.from_address(call).n_tokens, Route.from_address(route).tiles
+
+
+# --- opening --------------------------------------------------------------------------------
+
+
+def test_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    with pytest.raises(DeviceError, match=r"no CuPy for device cuda:0 .*'moeshm\[cuda12\]'"):
+        open_device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("properties", "name", "message"),
+    [
+        (A100, "cuda:2", "no GPU cuda:2; CuPy sees cuda:0, cuda:1"),
+        (MI250, "hip:7", "no GPU hip:7; CuPy sees hip:0, hip:1"),
+        (A100, "hip:0", r"the CuPy here is built for cuda; pip install .*moeshm\[rocm\]"),
+        (MI250, "cuda:0", r"the CuPy here is built for hip; pip install .*moeshm\[cuda13\]"),
+        (A100, "tpu", "device 'tpu'; choose cpu, auto, cuda:N or hip:N"),
+    ],
+)
+def test_devices_that_are_not_there(
+    monkeypatch: pytest.MonkeyPatch, properties: dict[str, Any], name: str, message: str
+) -> None:
+    with pytest.raises(DeviceError, match=message):
+        opened(monkeypatch, properties, name)
+
+
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCupy(A100, n_devices=0).install(monkeypatch)
+    with pytest.raises(DeviceError, match="no GPU cuda:0; CuPy sees none"):
+        open_device("auto")
+    cupy = FakeCupy(A100)
+    cupy.raises["getDeviceCount"] = "cudaErrorNoDevice"
+    cupy.install(monkeypatch)
+    with pytest.raises(DeviceError, match="no GPU for device auto: cudaErrorNoDevice"):
+        open_device("auto")
+
+
+@pytest.mark.parametrize(
+    ("properties", "name", "found"),
+    [
+        (A100, "auto", "cuda:0"),
+        (A100, "cuda", "cuda:0"),
+        (A100, "cuda:1", "cuda:1"),
+        (MI250, "auto", "hip:0"),
+        (MI250, "hip:1", "hip:1"),
+    ],
+)
+def test_names(
+    monkeypatch: pytest.MonkeyPatch, properties: dict[str, Any], name: str, found: str
+) -> None:
+    cupy, device = opened(monkeypatch, properties, name)
+    assert device.name == found
+    index = int(found[-1])
+    assert cupy.called("setDevice") == [(index,)]
+    device.use()
+    assert cupy.called("setDevice") == [(index,)] * 2
+
+
+@pytest.mark.parametrize(
+    ("properties", "arch", "warp", "shared_kib", "has"),
+    [
+        ({**A100, "major": 6, "minor": 1, "sharedMemPerBlockOptin": 48 << 10}, "sm_61", 32, 48, ""),
+        (A100, "sm_80", 32, 163, "mma"),
+        (H100, "sm_90", 32, 227, "mma overlap wgmma"),
+        ({**H100, "major": 12}, "sm_120", 32, 227, "mma overlap"),
+        ({**MI250, "sharedMemPerBlock": 64 << 10}, "gfx90a", 64, 64, ""),
+    ],
+)
+def test_features(
+    monkeypatch: pytest.MonkeyPatch,
+    properties: dict[str, Any],
+    arch: str,
+    warp: int,
+    shared_kib: int,
+    has: str,
+) -> None:
+    features = opened(monkeypatch, properties)[1].features
+    assert features.name == "A card"
+    assert (features.arch, features.warp, features.shared_bytes) == (arch, warp, shared_kib << 10)
+    assert (features.multiprocessors, features.total_bytes) == (108, 80 << 30)
+    names = [name for name in ("mma", "overlap", "wgmma") if getattr(features, f"has_{name}")]
+    assert names == has.split()
+
+
+def test_an_nvrtc_that_is_too_old_for_wgmma(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy = FakeCupy(H100)
+    cupy.nvrtc_version = (12, 6)
+    cupy.install(monkeypatch)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: FakeDriver(cupy))
+    assert not open_device("cuda:0").features.has_wgmma
+
+
+# --- memory ---------------------------------------------------------------------------------
+
+
+def test_memory_is_freed_by_close_or_with_its_last_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cupy, device = opened(monkeypatch, A100)
+    first, second, pinned = device.allocate(100), device.allocate(50), device.pin(8)
+    assert (first.nbytes, len(pinned.array)) == (100, 8)
+    first.close()
+    first.close()
+    assert cupy.called("free") == [(first.address,)]
+    address = second.address
+    del second
+    gc.collect()
+    assert cupy.called("free") == [(first.address,), (address,)]
+    pinned.close()
+    assert not cupy.memory
+    assert device.free_bytes() == 5 << 30
+
+
+def test_copies_go_over_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, device = opened(monkeypatch, A100)
+    memory, pinned = device.allocate(16), device.pin(16)
+    pinned.array[:] = np.arange(16)
+    device.copy_in(memory.address + 4, pinned.address + 4, 8)
+    pinned.array[:] = 0
+    device.copy_out(pinned.address, memory.address + 4, 8)
+    device.wait()
+    np.testing.assert_array_equal(pinned.array[:8], np.arange(4, 12))
+    assert [call[2:] for call in cupy.called("memcpyAsync")] == [(8, 1, STREAM), (8, 2, STREAM)]
+    assert cupy.called("streamSynchronize") == [(STREAM,)]
+
+
+@pytest.mark.parametrize(("properties", "legacy"), [(A100, 1), (MI250, 0)])
+def test_other_streams(
+    monkeypatch: pytest.MonkeyPatch, properties: dict[str, Any], legacy: int
+) -> None:
+    cupy, device = opened(monkeypatch, properties)
+    for stream in (1, 2, 12345):
+        device.wait_for_stream(stream)
+    assert cupy.called("streamSynchronize") == [(legacy,), (2,), (12345,)]
+
+
+# --- kernels --------------------------------------------------------------------------------
+
+
+def test_options_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, device = opened(monkeypatch, MI250)
+    device.compile("combine.cu", {"HIDDEN": 64, "WEIGHT": "bf16"})
+    assert cupy.modules[0].options == ("-std=c++17", "-DWARP=64", "-DHIDDEN=64", "-DWEIGHT=bf16")
+    assert "void __launch_bounds__(256) combine(Call call, Route)" in cupy.modules[0].code
+    assert '#include "' not in cupy.modules[0].code
+    cupy, device = opened(monkeypatch, H100)
+    device.compile("prefill_wgmma.cu", {})
+    assert cupy.modules[0].options[-1] == "--gpu-architecture=sm_90a"
+
+
+def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, device = opened(monkeypatch, A100)
+    cupy.raises["compile"] = "expected a ;"
+    with pytest.raises(DeviceError, match=r"combine\.cu does not compile for cuda:0: expected a ;"):
+        device.compile("combine.cu", {})
+
+
+@pytest.mark.parametrize("properties", [A100, MI250])
+def test_plain_launches(monkeypatch: pytest.MonkeyPatch, properties: dict[str, Any]) -> None:
+    device = opened(monkeypatch, properties)[1]
+    module = device.compile("combine.cu", {})
+    how: list[tuple[Any, ...]] = []
+
+    def note(*arguments: Any) -> None:
+        how.append((*arguments[:9], *read(arguments[9]), *arguments[10:]))
+
+    monkeypatch.setattr(device._launcher, "_launch", note)
+    module.launch("combine", 5, 256, 1000, Call(n_tokens=7), Route(tiles=99))
+    assert how == [(7, 5, 1, 1, 256, 1, 1, 1000, STREAM, 7, 99, 0)]
+
+
+def test_launches_that_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, device = opened(monkeypatch, H100)
+    module = device.compile("combine.cu", {})
+    module.launch("combine", 5, 256, 1000, Call(n_tokens=7), Route(tiles=99))
+    module.launch("route", 2, 512, 0, Call(n_tokens=8), Route(tiles=98))
+    programmatic_stream_serialization = 6
+    assert cupy.called("cuLaunchKernelEx") == [
+        (7, (5, 1, 1, 256, 1, 1, 1000), programmatic_stream_serialization, 7, 99),
+        (5, (2, 1, 1, 512, 1, 1, 0), programmatic_stream_serialization, 8, 98),
+    ]
+    assert cupy.called("check_status") == [(0,), (0,)]
+    assert not cupy.called("launchKernel")
+
+
+def test_shared_memory_is_allowed_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, device = opened(monkeypatch, A100)
+    module = device.compile("combine.cu", {})
+    for shared_bytes in (0, 60_000, 50_000, 70_000, 70_000):
+        module.launch("combine", 1, 32, shared_bytes, Call(), Route())
+    assert cupy.limits == [("combine", 60_000), ("combine", 70_000)]
+    cupy, device = opened(monkeypatch, MI250)
+    device.compile("combine.cu", {}).launch("combine", 1, 32, 60_000, Call(), Route())
+    assert cupy.limits == []
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+
+def test_an_error_that_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, device = opened(monkeypatch, A100)
+    cupy.raises["launchKernel"] = "CUDA_ERROR_INVALID_VALUE: invalid argument"
+    module = device.compile("combine.cu", {})
+    with pytest.raises(DeviceError, match=r"cuda:0 \(A card\): CUDA_ERROR_INVALID_VALUE") as raised:
+        module.launch("combine", 1, 32, 0, Call(), Route())
+    assert type(raised.value) is DeviceError
+    device.wait()
+
+
+def test_an_error_that_sticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, device = opened(monkeypatch, A100)
+    memory = device.allocate(10)
+    said = "cudaErrorIllegalAddress: an illegal memory access was encountered"
+    for name in ("streamSynchronize", "deviceSynchronize", "free"):
+        cupy.raises[name] = said
+    for _ in range(2):
+        with pytest.raises(
+            DeviceLost, match=rf"cuda:0 \(A card\) is lost: {said}; .* start it anew"
+        ):
+            device.wait()
+    # It goes with the process.
+    memory.close()
+
+
+@pytest.mark.parametrize(
+    ("properties", "said"),
+    [
+        (A100, "cudaErrorMemoryAllocation: out of memory"),
+        (MI250, "hipErrorOutOfMemory: out of memory"),
+    ],
+)
+def test_out_of_memory(
+    monkeypatch: pytest.MonkeyPatch, properties: dict[str, Any], said: str
+) -> None:
+    cupy, device = opened(monkeypatch, properties)
+    cupy.raises["malloc"] = cupy.raises["hostAlloc"] = said
+    with pytest.raises(OutOfDeviceMemory, match=f"{said}; hold fewer experts"):
+        device.allocate(1 << 40)
+    with pytest.raises(MemoryError, match=said):
+        device.pin(1 << 40)
