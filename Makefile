@@ -3,7 +3,8 @@
 # ARGS=...          passed to `moeshm demo` or to pytest
 # EXTRAS=...        pyproject.toml's extras to test with, commas between them (default: dev)
 # REQUIREMENTS=...  resolved together with the extras, like torch==2.13.0
-# PYTHON=... CC=... the interpreter to make .venv with, and the C compiler
+# PYTHON=...        the interpreter to make .venv with; for test-gpu, whose packages to use as they are
+# CC=...            the C compiler
 
 EXTRAS ?= dev
 VENV := .venv
@@ -15,7 +16,7 @@ INPUTS := pyproject.toml setup.py $(wildcard moeshm/*.pyx moeshm/*.pxd moeshm/*.
 INSTALLED := $(VENV)/.installed
 INSTALLED_EXTRAS := $(INSTALLED)-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: help demo test test-sanitized lint clean
+.PHONY: help demo test test-sanitized test-gpu kernel-page lint clean
 .DEFAULT_GOAL := help
 
 help: ## List these commands
@@ -30,6 +31,18 @@ test: $(INSTALLED_EXTRAS) ## Build and install in .venv, then run every test
 
 test-sanitized: $(INSTALLED_EXTRAS) ## Run the ring's tests under TSan, ASan and UBSan
 	tools/sanitized_tests.sh $(BIN)/python $(ARGS)
+
+test-gpu: ## Run the tests that need a GPU (EXTRAS=dev,cuda13 or another, or PYTHON=...)
+ifdef PYTHON
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(PYTHON) -m pytest -m gpu $(ARGS)
+else
+test-gpu: $(INSTALLED_EXTRAS)
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+endif
+
+kernel-page: $(INSTALLED_EXTRAS) ## Bring docs/kernels.md up to date (EXTRAS=dev,compilers)
+	$(BIN)/python -m tests.compile.page
 
 lint: $(INSTALLED_EXTRAS) ## ruff, mypy, stubtest and cython-lint; changes nothing
 	@failed=0; \
