@@ -250,7 +250,7 @@ def metadata(benchmark: str, plan: Plan) -> Meta:
         kernel=platform.release(),
         versions={
             "python": platform.python_version(),
-            **{package: _version(package) for package in _PACKAGES},
+            **{package: version_of(package) for package in _PACKAGES},
             "cc": native.compiler_version(),
         },
         seed=plan.seed,
@@ -264,7 +264,8 @@ def metadata(benchmark: str, plan: Plan) -> Meta:
     )
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None when it is absent."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -235,3 +235,53 @@ class PolicyReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     remote_speed: float
     results: list[Candidate]
     overlaps: list[Overlap]
+
+
+class GpuInfo(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The device of `moeshm bench kernels`, and what its limits are taken from."""
+
+    name: str
+    arch: str
+    multiprocessors: int
+    total_bytes: int
+    l2_bytes: int
+    versions: dict[str, str | None]
+    #: A large copy within the device's memory, bytes read and bytes written.
+    copy_gb_per_s: float
+    limit_gb_per_s: float
+    #: By format of the weights; empty where no datasheet says.
+    limit_tflops: dict[str, float]
+    limit_source: str
+
+
+class KernelRow(Timing, kw_only=True):
+    """One contender, shape, format and number of tokens of `moeshm bench kernels`."""
+
+    contender: str
+    shape: str
+    dtype: str
+    n_tokens: int
+    #: Experts that a call uses, mean over the calls.
+    distinct_experts: float | None = None
+    limit_us: float | None = None
+    limit_reason: str | None = None
+    limit_percent: float | None = None
+    gb_per_s: float | None = None
+    tflops: float | None = None
+    goal_us: float | None = None
+    #: `p50_us` over those of the peers in this run; below 1 is faster.
+    grouped_ratio: float | None = None
+    triton_ratio: float | None = None
+    relative_error: float | None = None
+    is_repeatable: bool | None = None
+    call_us: float | None = None
+    enqueue_us: float | None = None
+    plan: str | None = None
+
+
+class KernelReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The one object of `moeshm bench kernels --json`."""
+
+    meta: Meta
+    gpu: GpuInfo
+    results: list[KernelRow]

@@ -1,4 +1,4 @@
-"""`moeshm bench`: `ring` and `call` are here, `replay` and `policy` in files of their own."""
+"""`moeshm bench`: `ring` and `call` are here; `replay`, `policy` and `kernels` in their files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .bench_kernels import kernels
 from .bench_policy import policy
 from .bench_replay import replay
 from .bench_run import json_option, plot_option, seed_option, show, watched
@@ -22,7 +23,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
 
 @click.group()
 def bench() -> None:
-    """Measure this machine: how fast bytes and calls pass between two processes."""
+    """Measure this machine: how fast bytes and calls pass, and how fast its GPU computes."""
 
 
 def _shared_options(command: _Command) -> _Command:
@@ -122,3 +123,4 @@ def _run(
 
 bench.add_command(replay)
 bench.add_command(policy)
+bench.add_command(kernels)

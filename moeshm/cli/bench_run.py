@@ -59,7 +59,7 @@ def watched(n_steps: int, plot_path: Path | None) -> Iterator[Callable[[str], No
 def show(
     report: _Report,
     print_report: Callable[[_Report, Console], None],
-    plot: Callable[[_Report, Path], None],
+    plot: Callable[[_Report, Path], None] | None,
     as_json: bool,
     plot_path: Path | None,
 ) -> None:
@@ -71,5 +71,5 @@ def show(
         click.echo(msgspec.json.encode(report).decode())
     else:
         print_report(report, Console(width=None if sys.stdout.isatty() else _FILE_COLUMNS))
-    if plot_path is not None:
+    if plot is not None and plot_path is not None:
         plot(report, plot_path)
