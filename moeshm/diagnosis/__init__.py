@@ -90,14 +90,17 @@ def run_check(name: str, check: Callable[[], Finding | list[Finding]]) -> list[F
 
 def choose(findings: Iterable[Finding]) -> Auto:
     """The transport and device that `auto` picks where these are the findings."""
+    findings = list(findings)
     status = {finding.name: finding.status for finding in findings}
     blockers = [name for name in ESSENTIAL if status[name] == "missing"]
     if blockers:
         reason = f"moeshm cannot run without {', '.join(blockers)}"
         return Auto(None, None, reason, reason)
-    device_reason = "this version computes experts on the CPU only"
+    gpus = [name for name in status if name.startswith(("cuda:", "hip:"))]
+    device = gpus[0] if gpus else "cpu"
+    device_reason = "the first GPU that CuPy sees" if gpus else "CuPy sees no GPU"
     lacking = [name for name in SHARED_NEEDS if status[name] != "ok"]
     if lacking:
         reason = f"shared needs {', '.join(lacking)} to be ok"
-        return Auto("stream", "cpu", reason, device_reason)
-    return Auto("shared", "cpu", f"{', '.join(SHARED_NEEDS)} are ok", device_reason)
+        return Auto("stream", device, reason, device_reason)
+    return Auto("shared", device, f"{', '.join(SHARED_NEEDS)} are ok", device_reason)

@@ -14,7 +14,8 @@ from .finding import Finding, describe, read, size
 
 #: A page of device memory: what is exported to other processes is a multiple of it.
 _SLAB_BYTES = 2 << 20
-_NOT_NEEDED = "none needed: this version computes experts on the CPU only"
+_ON_CPU = "none needed: experts are computed on the CPU"
+_THROUGH_HOST = "none needed: activations go through the host's memory"
 #: What CuPy's HIP build only stubs out, whatever the card (GPU checks see the first two fail).
 ROCM_LACKS = (
     "hostRegister, IPC events, mallocAsync, cooperative launch, cuFuncSetAttribute, graph upload"
@@ -30,16 +31,18 @@ def check_gpus() -> list[Finding]:
     try:
         count = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:
-        return [Finding("gpu", "missing", describe(error), _NOT_NEEDED)]
+        return [Finding("gpu", "missing", describe(error), _ON_CPU)]
     if count == 0:
-        return [Finding("gpu", "missing", "CuPy sees none", _NOT_NEEDED)]
+        return [Finding("gpu", "missing", "CuPy sees none", _ON_CPU)]
     return [check_gpu(runtime, index) for index in range(count)]
 
 
 def check_gpu(runtime: Any, index: int) -> Finding:
-    """One GPU: name, architecture, memory, runtime, and what of it works when tried."""
+    """One GPU, under the name that --device takes: architecture, memory, runtime, and what of it
+    works when tried."""
     properties = runtime.getDeviceProperties(index)
     value = f"{_identity(runtime, properties)}, {_versions(runtime)}"
+    name = f"{'hip' if runtime.is_hip else 'cuda'}:{index}"
     before = runtime.getDevice()
     runtime.setDevice(index)
     try:
@@ -52,11 +55,11 @@ def check_gpu(runtime: Any, index: int) -> Finding:
     if works:
         value += f"; {', '.join(works)} work"
     if not fails:
-        return Finding(f"gpu{index}", "ok", value)
+        return Finding(name, "ok", value)
     value += f"; do not work: {', '.join(fails)}"
     if runtime.is_hip:
         value += f"; CuPy on ROCm lacks {ROCM_LACKS}"
-    return Finding(f"gpu{index}", "degraded", value, _NOT_NEEDED)
+    return Finding(name, "degraded", value, _THROUGH_HOST)
 
 
 def _identity(runtime: Any, properties: dict[str, Any]) -> str:
@@ -130,12 +133,12 @@ _ATTEMPTS: tuple[tuple[str, Callable[[Any], None]], ...] = (
 def _without_cupy(reason: str) -> Finding:
     found, extra = _find_hardware()
     if not found:
-        return Finding("gpu", "missing", "none found", _NOT_NEEDED)
+        return Finding("gpu", "missing", "none found", _ON_CPU)
     return Finding(
         "gpu",
         "degraded",
         f"{found} is here but CuPy is not ({reason})",
-        f"pip install {extra} to see what it supports; this version computes on the CPU only",
+        f"pip install {extra}, or let the CPU compute experts",
     )
 
 

@@ -93,9 +93,9 @@ Pretend = Callable[[FakeRuntime], FakeRuntime]
 def test_each_cuda_device_has_a_line(pretend: Pretend) -> None:
     runtime = pretend(FakeRuntime(count=2))
     first, second = gpus.check_gpus()
-    assert (first.name, second.name) == ("gpu0", "gpu1")
+    assert (first.name, second.name) == ("cuda:0", "cuda:1")
     assert first == Finding(
-        "gpu0",
+        "cuda:0",
         "ok",
         "NVIDIA H100 0, sm_90, 80.0 GiB, CUDA 13.2 (the driver's: 13.0); "
         "IPC memory, IPC events, pinned registration work",
@@ -108,7 +108,7 @@ def test_rocm_names_what_its_cupy_lacks(pretend: Pretend) -> None:
     refused = ("hostRegister", "ipcGetEventHandle")
     runtime = pretend(FakeRuntime(is_hip=True, refused=refused))
     (finding,) = gpus.check_gpus()
-    assert finding.status == "degraded"
+    assert (finding.name, finding.status) == ("hip:0", "degraded")
     assert finding.value.startswith("AMD Instinct MI300X, gfx942, 192.0 GiB, HIP 7.0; IPC memory")
     assert "IPC events (CudaError: hipErrorUnknown: ipcGetEventHandle)" in finding.value
     assert "mallocAsync" in finding.value
@@ -144,7 +144,7 @@ def test_an_nvidia_gpu_without_cupy(hardware: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "information").write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 11\n")
     (finding,) = gpus.check_gpus()
-    assert finding.status == "degraded"
+    assert (finding.name, finding.status) == ("gpu", "degraded")
     assert finding.value.startswith("NVIDIA H100 80GB HBM3 is here but CuPy is not")
     assert "pip install 'moeshm[cuda13]'" in finding.remedy
 
@@ -158,5 +158,5 @@ def test_an_amd_gpu_without_cupy(hardware: Path) -> None:
     (hardware / "dev").mkdir()
     (hardware / "dev" / "kfd").touch()
     (finding,) = gpus.check_gpus()
-    assert finding.status == "degraded"
+    assert (finding.name, finding.status) == ("gpu", "degraded")
     assert "pip install 'moeshm[rocm]'" in finding.remedy

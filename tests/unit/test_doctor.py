@@ -130,6 +130,11 @@ def test_auto_steps_down_to_stream_and_says_why(name: str, status: Status) -> No
     assert name in auto.transport_reason
 
 
+def test_auto_takes_the_first_gpu() -> None:
+    gpus = [Finding(name, "degraded", "") for name in ("hip:0", "hip:1")]
+    assert diagnosis.choose([*all_ok_but(), *gpus]).device == "hip:0"
+
+
 @pytest.mark.parametrize("name", ESSENTIAL)
 def test_auto_is_nothing_without_an_essential(name: str) -> None:
     auto = diagnosis.choose(all_ok_but(name))
