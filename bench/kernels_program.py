@@ -179,6 +179,16 @@ class _Runner:
         plan = Plan(0, 0, self._setup.repeats, 0.0, None, self._setup.seed)
         ready = [name for name in self._about if self._about[name]]
         harness.interleave(ready, plan, run)
+        for name in ready:
+            self._attempt(name, functools.partial(self._check_again, name))
+
+    def _check_again(self, name: str) -> None:
+        """ValueError: what was timed is not what was checked before, as where inputs were freed."""
+        before, after = self._about[name]["relative_error"], self._judge(self._prepared[name])
+        if after.relative_error > 2 * before + 1e-6:
+            raise ValueError(
+                f"error {after.relative_error:.2g} after it was timed, {before:.2g} before"
+            )
 
     def row(self, name: str) -> KernelRow:
         """What was found out about a contender."""

@@ -127,6 +127,8 @@ class TorchGraph:
         with torch.cuda.stream(side):
             compute()
         torch.cuda.synchronize()
+        # The graph knows addresses only: what they hold has to stay.
+        self._compute: Callable[[], Any] | None = compute
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             #: What `compute` returned: its memory is written by each launch.
@@ -144,6 +146,6 @@ class TorchGraph:
         """Give back its memory."""
         import torch
 
-        self.result = None
+        self.result = self._compute = None
         self._graph.reset()
         torch.cuda.empty_cache()

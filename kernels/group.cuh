@@ -21,8 +21,8 @@ struct Groups {
     u32 is_first[MAX_PAIRS / 32];
 };
 
-// A single token: each slot for itself, so that what waits for the weights is short. An expert that
-// is named twice is read twice.
+// A single token with at most 32 slots: each for itself, so that what waits for the weights is short.
+// An expert that is named twice is read twice.
 DEVICE void group_one_token(const Call& call, Groups& groups) {
     const int pair = threadIdx.x;
     u64 expert = 0;
@@ -92,7 +92,7 @@ DEVICE void split_visits(Groups& groups) {
 
 // Every thread of the block calls it; what it wrote may be read when it returns.
 DEVICE void group_pairs(const Call& call, Groups& groups) {
-    if (call.n_tokens == 1) return group_one_token(call, groups);
+    if (call.n_tokens == 1 && call.top_k <= 32) return group_one_token(call, groups);
     const int n_pairs = call.n_tokens * call.top_k;
     const int begin = threadIdx.x, step = blockDim.x;
     __shared__ int is_any_long;

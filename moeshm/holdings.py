@@ -14,7 +14,7 @@ import numpy as np
 
 from .backends import Backend, GrowingBackend
 from .checkpoint.layer import ExpertLayer
-from .errors import InvalidCall
+from .errors import DeviceLost, InvalidCall
 from .layers import LayerInfo, without_experts
 from .protocol import SlotTable
 
@@ -150,8 +150,14 @@ class Holdings:
     def _drop(self, unused: _Slots) -> None:
         """Take out of the backend what is in no slot of ours. Without the lock: whoever else needs
         it must not wait for the backend."""
-        if unused:
+        if not unused:
+            return
+        try:
             self._remove(unused)
+        except DeviceLost as error:
+            # What it held is gone, and the next call will say so.
+            _log.warning("experts were not dropped: %s", error)
+        else:
             _log.info("dropped %d experts", sum(map(len, unused.values())))
 
     def _make(self, wanted: Mapping[int, tuple[int, ...]]) -> View:

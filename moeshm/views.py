@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from . import protocol
 from .backends import Backend
-from .errors import CallError, CheckpointError, InvalidCall, WorkerFailed
+from .errors import CallError, CheckpointError, DeviceLost, InvalidCall, WorkerFailed
 from .holdings import Holdings, View
 from .layers import LayerInfo
 from .orders import MAX_VIEWS, Hold, Offer, Release
@@ -58,6 +58,8 @@ class SessionViews:
         self.shapes: dict[int, PlainShape] = protocol.plain_shapes(first.layers, first.tables)
         #: Orders that are not answered; the first one is being carried out.
         self.queue: collections.deque[_Load] = collections.deque()
+        #: Why the worker's device will keep no experts any more.
+        self.device_lost: DeviceLost | None = None
         self._lock = threading.Lock()
         self._is_over = False
 
@@ -138,6 +140,9 @@ class SessionViews:
         except MemoryError as error:
             load.error = WorkerFailed(f"no memory for more experts ({error}); hold fewer")
         except Exception as error:  # whatever it is, the client must hear of it
+            if isinstance(error, DeviceLost):
+                # Another, without the frames.
+                self.device_lost = DeviceLost(str(error))
             _log.exception("experts could not be loaded")
             load.error = WorkerFailed(f"{type(error).__name__}: {error}")
         else:

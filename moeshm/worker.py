@@ -139,6 +139,10 @@ class SessionServer:
         drain_until = math.inf
         slice_s = _IDLE_SLICE_S
         while True:
+            if self._views.device_lost is not None and not self._orders:
+                self.device_lost = self._views.device_lost
+            if self.device_lost is not None:
+                return str(self.device_lost)
             # Looked at first, so that what was sent before is answered.
             is_draining = self._draining.is_set()
             if is_draining:
@@ -153,8 +157,6 @@ class SessionServer:
                 slice_s = self._answer_orders()
                 continue
             self._answer(record)
-            if self.device_lost is not None:
-                return str(self.device_lost)
             if self._orders:
                 slice_s = self._answer_orders()
             if self._compute_ns > _LONG_CALL_NS and self._session.peer_is_gone():

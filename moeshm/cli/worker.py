@@ -101,9 +101,9 @@ def worker(
     chosen = _choose_experts(experts, placement, name, layers)
     directory = ModelDirectory(model)
     gpu = _open_gpu(device)
-    backend = load_backend(directory, gpu, layers, chosen, threads, show_progress=not quiet)
     load = functools.partial(load_more, directory, touches=gpu is None)
     try:
+        backend = load_backend(directory, gpu, layers, chosen, threads, show_progress=not quiet)
         Daemon(backend, listen, lifeline, load).run()
     except DeviceLost as error:
         _log.critical("%s", error)

@@ -12,7 +12,7 @@ import pytest
 import moeshm
 from moeshm.demo import tiny_moe_path
 from moeshm.errors import ConnectError, WorkerDied, WorkerFailed
-from tests.crash.lost_gpu_worker import FAILING, FATAL
+from tests.crash.lost_gpu_worker import FAILING, FATAL, LAST
 from tests.crash.processes import NotifySocket, Process, running
 
 HIDDEN_SIZE, TOP_K = 128, 4
@@ -29,7 +29,10 @@ def notify(tmp_path: Path) -> Iterator[NotifySocket]:
 @pytest.fixture
 def worker(tmp_path: Path, notify: NotifySocket) -> Iterator[Process]:
     """It warms up with calls that neither fail nor are fatal."""
+    experts = tmp_path / "experts.json"
+    experts.write_text('{"1": "0-7"}')
     command = ["-m", "tests.crash.lost_gpu_worker", "--model", str(tiny_moe_path())]
+    command += ["--experts", str(experts)]
     command += ["--device", "cuda:0", "--listen", f"unix:{tmp_path / 'w.sock'}"]
     with running(command, environment=notify.environment) as process:
         assert notify.receive(process) == "READY=1"
@@ -67,3 +70,14 @@ def test_a_lost_gpu_ends_the_worker(worker: Process, tmp_path: Path) -> None:
     log = worker.log.read_rest()
     assert "CRITICAL cuda:0 (a card) is lost: illegal address; start it anew" in log
     assert not (tmp_path / "w.sock").exists()
+
+
+def test_a_gpu_that_is_lost_when_experts_come_ends_the_worker(
+    worker: Process, tmp_path: Path
+) -> None:
+    with moeshm.connect(f"unix:{tmp_path / 'w.sock'}") as client:
+        compute(client, LAST)
+        with pytest.raises(WorkerFailed, match=r"DeviceLost: cuda:0 \(a card\) is lost: illegal"):
+            client.hold({1: [8, 9]})
+        assert worker.wait() == os.EX_SOFTWARE
+    assert "CRITICAL cuda:0 (a card) is lost" in worker.log.read_rest()

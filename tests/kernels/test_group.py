@@ -81,7 +81,7 @@ def check(module: Module, ids: Ids, n_slots: int, block: int, order: Order) -> N
 @pytest.mark.parametrize("n_slots", [1, 3, 40, 256, MAX_SLOTS])
 def test_every_pair_is_in_one_visit_of_its_expert(module: Module, n_slots: int, block: int) -> None:
     rng = np.random.default_rng(n_slots)
-    calls = [(1, 1), (1, 16), (2, 8), (7, 5), (32, 16), (MAX_PAIRS // 8, 8)]
+    calls = [(1, 1), (1, 16), (1, 32), (1, 300), (2, 8), (7, 5), (32, 16), (MAX_PAIRS // 8, 8)]
     for i, (n_tokens, top_k) in enumerate(calls):
         ids = rng.integers(-1, n_slots, (n_tokens, top_k), np.int32)
         check(module, ids, n_slots, block, ORDERS[i % len(ORDERS)])

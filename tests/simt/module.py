@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -195,9 +194,8 @@ def _find_compiler() -> str:
 
 @functools.cache
 def _cache() -> Path:
-    """Where modules are kept from run to run, with the sources that errors quote."""
-    folder = Path(tempfile.gettempdir()) / f"moeshm-simt-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise KernelError(f"{folder} belongs to somebody else; set TMPDIR")
+    """Where modules are kept from run to run, with the sources that errors quote; `make clean`
+    removes it."""
+    folder = _FOLDER.parents[1] / "build" / "simt"
+    folder.mkdir(parents=True, exist_ok=True)
     return folder

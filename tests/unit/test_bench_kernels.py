@@ -262,8 +262,8 @@ def test_contenders_are_checked_timed_in_turns_and_closed() -> None:
         assert (row.plan, row.call_us, row.enqueue_us) == ("recited", 9.0, 2.0)
         assert row.relative_error == pytest.approx(0.5 * (name == "wrong"), abs=0.01)
         assert row.limit_percent == pytest.approx(100 * (row.limit_us or 0) / 10.0)
-    # Two that are checked, one that says how many to time together, three repeats; per cell.
-    assert [each.launches for each in made] == [2 * (2 + 1 + 3)] * 2
+    # Two that are checked, one that says how many to time together, three repeats, two again.
+    assert [each.launches for each in made] == [2 * (2 + 1 + 3 + 2)] * 2
     assert [each.closed for each in made] == [2, 2]
 
 
@@ -291,6 +291,24 @@ def test_who_fails_is_a_row_with_its_error_and_the_others_go_on() -> None:
     assert rows[1, "failing"].error is None
     assert rows[4, "right"].error is rows[1, "right"].error is None
     assert rows[4, "absent"].error == "No module named 'triton'"
+
+
+def test_who_computes_something_else_when_timed_is_found_out() -> None:
+    class Spoilt(Recited):
+        def prepare(self, cell: Cell) -> Prepared:
+            honest = super().prepare(cell)
+
+            def launch() -> None:
+                honest.launch()
+                if self.launches > 2:
+                    ctypes.memset(honest.out, 0, cell.hidden_states.nbytes)
+
+            return honest._replace(launch=launch)
+
+    row = run({"spoilt": entry(Spoilt), "honest": entry(Recited)}).rows()
+    assert row[4, "spoilt"].error is not None
+    assert "after it was timed" in row[4, "spoilt"].error
+    assert row[4, "honest"].error is None
 
 
 def test_what_breaks_the_device_ends_the_measurement_and_is_named() -> None:
@@ -445,7 +463,7 @@ def test_the_program_says_one_thing_a_line(
     printed = capsys.readouterr().out.splitlines()
     lines: list[Line] = [msgspec.json.decode(text, type=Line) for text in printed]
     assert lines[0] == FoundGpu(GPU)
-    assert lines[1:-1] == [Began("right", 4)] * (1 + 3)
+    assert lines[1:-1] == [Began("right", 4)] * (1 + 3 + 1)
     assert isinstance(lines[-1], Measured)
     assert lines[-1].row.error is None
 

@@ -249,3 +249,33 @@ def test_what_does_not_fit_is_refused_with_sizes() -> None:
         "2.00 GiB are free on simt (SIMT shim); hold fewer experts there"
     )
     assert device.device_bytes == 0
+
+
+def test_experts_that_are_still_here_when_they_come_again() -> None:
+    """More slots than the model has experts: what one engine gives up, another asks for again."""
+    layer = random_layer(11)
+    device = SimtDevice()
+    experts = build(device, {0: layer})
+    again = experts.add(0, part(layer, [2, 0]))
+    third = experts.add(0, part(layer, [5]))
+    assert [*again, *third] == [6, 7, 8]
+    held = experts.layers[0]
+    assert held.n_slots == 9 <= held.capacity
+    table = read(held.table.address, 9 * 8).view(np.uint64).tolist()
+    assert table == [held.blocks[slot] for slot in range(9)]
+    experts.remove(0, [0, 2])
+    assert experts.add(0, part(layer, [2])) == [0]
+
+
+def test_what_needs_no_more_memory_fits_however_little_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = random_layer(12)
+    device = SimtDevice()
+    experts = build(device, {0: layer})
+    experts.remove(0, [3])
+    monkeypatch.setattr(device, "free_bytes", lambda: 1 << 20)
+    shape = experts.layers[0].shape
+    experts.check_room({shape: 1}, 0)
+    with pytest.raises(OutOfDeviceMemory):
+        experts.check_room({shape: 2}, 0)

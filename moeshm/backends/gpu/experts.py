@@ -86,6 +86,11 @@ class DeviceLayer:
         #: What the ids of calls are below.
         self.n_slots = 1
 
+    @property
+    def capacity(self) -> int:
+        """Slots of the table."""
+        return self.table.nbytes // 8
+
     def take_slots(self, n_slots: int) -> list[int]:
         """The lowest slots that are free."""
         free = (slot for slot in itertools.count() if slot not in self.blocks)
@@ -117,7 +122,8 @@ class DeviceExperts:
                 self._pool(shape).bytes_for(n) for shape, n in n_blocks.items()
             )
         free = self._device.free_bytes()
-        if needed + MARGIN_BYTES > free:
+        # What needs nothing more fits, however little is left.
+        if needed and needed + MARGIN_BYTES > free:
             raise OutOfDeviceMemory(
                 f"{sum(n_blocks.values())} experts need {_size(needed)} with what calls use, and "
                 f"{_size(MARGIN_BYTES)} for kernels, but {_size(free)} of "
@@ -150,14 +156,11 @@ class DeviceExperts:
         try:
             for local_id, block in enumerate(blocks):
                 self._upload(layer.shape, experts, local_id, block)
-            self._write_table(layer, dict(zip(slots, blocks, strict=True)))
+            self._enter(layer, dict(zip(slots, blocks, strict=True)))
         except BaseException:
             with self._changing:
                 self._forget(layer, slots, blocks)
             raise
-        with self._changing:
-            layer.blocks.update(zip(slots, blocks, strict=True))
-            layer.n_slots = max(layer.blocks, default=0) + 1
         return slots
 
     def remove(self, number: int, slots: Sequence[int]) -> None:
@@ -181,11 +184,30 @@ class DeviceExperts:
             for offset, n_bytes in pack(shape, weights, self._staging.array):
                 self._copy(block + offset, n_bytes)
 
-    def _write_table(self, layer: DeviceLayer, blocks: Mapping[int, int]) -> None:
+    def _enter(self, layer: DeviceLayer, blocks: Mapping[int, int]) -> None:
+        """Note where these slots' experts are, here and in the layer's table."""
         with self._uploading:
+            n_slots = max(blocks, default=0) + 1
+            if n_slots > layer.capacity:
+                self._enlarge(layer, n_slots)
             for slot, block in blocks.items():
                 self._staging.array[:8].view(np.uint64)[0] = block
                 self._copy(layer.table.address + 8 * slot, 8)
+            with self._changing:
+                layer.blocks.update(blocks)
+                layer.n_slots = max(layer.blocks, default=0) + 1
+
+    def _enlarge(self, layer: DeviceLayer, n_slots: int) -> None:
+        """Have a table for more slots than the model has experts: what one engine gave up may still
+        be here when another asks for it again."""
+        table = self._device.allocate(8 * max(n_slots, 2 * layer.capacity))
+        with self._changing:
+            blocks = [layer.blocks.get(slot, 0) for slot in range(layer.capacity)]
+        self._staging.array[: 8 * len(blocks)].view(np.uint64)[:] = blocks
+        self._copy(table.address, 8 * len(blocks))
+        with self._turn:
+            old, layer.table = layer.table, table
+        old.close()
 
     def _copy(self, to: int, n_bytes: int) -> None:
         """The first bytes of the staging memory, which is free again afterwards."""
