@@ -416,6 +416,26 @@ def test_an_error_is_that_calls_own() -> None:
     assert launched == ["decode_gate_up", "decode_down"]
 
 
+def test_a_call_that_is_interrupted_leaves_nothing_on_its_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = IdleDevice()
+    backend = GpuBackend({0: LAYER}, device)
+    hidden, ids, weights = draw_call(23, LAYER, 2, 2)
+    events: list[str] = []
+
+    def interrupt(kernel: str, _call: Call) -> None:
+        events.append(kernel)
+        if kernel == "decode_down":
+            raise KeyboardInterrupt
+
+    device.on_launch = interrupt
+    monkeypatch.setattr(device, "wait", lambda: events.append("wait"))
+    with pytest.raises(KeyboardInterrupt):
+        backend.ffn(0, hidden, ids, weights, np.empty_like(hidden))
+    assert events == ["decode_gate_up", "decode_down", "wait"]
+
+
 def test_progress_is_told_layer_by_layer() -> None:
     told: list[int] = []
     GpuBackend({5: LAYER, 2: LAYER}, SimtDevice(), on_layer=told.append)

@@ -55,7 +55,6 @@ class FakeCupy:
             "cupy.cuda.runtime": self._runtime(),
             "cupy.cuda.driver": self._driver(),
             "cupy.cuda.nvrtc": {"getVersion": lambda: self.nvrtc_version},
-            "cupy.cuda.compiler": {"CompileException": FakeCompileError},
         }
         for name, attributes in modules.items():
             module = ModuleType(name)
@@ -355,6 +354,17 @@ def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None
         device.compile("combine.cu", {})
 
 
+def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = opened(monkeypatch, MI250)[1]
+
+    def fail(_module: object) -> None:
+        raise OSError("Failed to run `hipcc` command")
+
+    monkeypatch.setattr(FakeModule, "compile", fail)
+    with pytest.raises(DeviceError, match=r"combine\.cu does not compile for hip:0: Failed to run"):
+        device.compile("combine.cu", {})
+
+
 @pytest.mark.parametrize("properties", [A100, MI250])
 def test_plain_launches(monkeypatch: pytest.MonkeyPatch, properties: dict[str, Any]) -> None:
     device = opened(monkeypatch, properties)[1]
@@ -426,6 +436,7 @@ def test_an_error_that_sticks(monkeypatch: pytest.MonkeyPatch) -> None:
     ("properties", "said"),
     [
         (A100, "cudaErrorMemoryAllocation: out of memory"),
+        (A100, "CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
         (MI250, "hipErrorOutOfMemory: out of memory"),
     ],
 )

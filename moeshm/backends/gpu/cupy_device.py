@@ -134,13 +134,13 @@ class CupyDevice:
         options = ["-std=c++17", *(f"-D{name}={value}" for name, value in definitions.items())]
         if file.endswith("_wgmma.cu"):
             options.append("--gpu-architecture=sm_90a")
-        from cupy.cuda.compiler import CompileException
-
         module = self._raw_module(code=source(file), options=tuple(options))
         with self._errors:
             try:
                 module.compile()
-            except CompileException as error:
+            except RuntimeError:
+                raise
+            except Exception as error:  # CuPy's own; or the system's, of hipcc or the cache
                 raise DeviceError(f"{file} does not compile for {self.name}: {error}") from error
         return _CupyModule(module, self._launcher, self._errors, self._runtime.is_hip)
 
@@ -159,7 +159,8 @@ class CupyDevice:
     def explain(self, error: RuntimeError) -> DeviceError:
         """The error as one of ours, with the device's name."""
         where = f"{self.name} ({self.features.name})"
-        if "MemoryAllocation" in str(error) or "OutOfMemory" in str(error):
+        # The runtime's, HIP's and the driver's name for it.
+        if re.search("MemoryAllocation|OutOfMemory|OUT_OF_MEMORY", str(error)):
             return OutOfDeviceMemory(f"{where}: {error}; hold fewer experts there")
         try:
             # After an error that sticks every call fails, this one too.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
 
 from ...dtypes import Array, DType, dtype_of, narrow
+from ...errors import DeviceError
 from .abi import Call, Route
 from .choice import Plan, Shape, Size, Step
 from .device import Bytes, Device, Module
@@ -83,6 +85,23 @@ class Job:
         out: Operand,
     ) -> None:
         """Compute the call with these values; returns when `out` is written."""
+        try:
+            self._run(device, layer, x, ids, weights, out)
+        except BaseException:
+            # As by Ctrl-C: what is on its way still uses what the next call writes.
+            with contextlib.suppress(DeviceError):
+                device.wait()
+            raise
+
+    def _run(
+        self,
+        device: Device,
+        layer: DeviceLayer,
+        x: Operand,
+        ids: Operand,
+        weights: Operand,
+        out: Operand,
+    ) -> None:
         call, at = self._call, self._layout
         call.experts = layer.table.address
         call.alpha = layer.info.activation_alpha
