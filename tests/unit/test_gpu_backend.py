@@ -464,3 +464,14 @@ def test_values_of_a_layer_reach_the_kernels() -> None:
     device.on_launch = lambda _kernel, call: seen.append((call.alpha, call.limit))
     compute(backend, *draw_call(23, LAYER, 1, 2))
     assert seen == [pytest.approx((1.702, 7.0))] * 2
+
+
+def test_a_layer_that_comes_later_leaves_no_other_less_memory() -> None:
+    """Of what a call's arrays take, one layer has more in pinned memory, another on the device."""
+    shared = workspace.Workspace(IdleDevice())
+    for wanted in ((1000, 50_000), (3000, 20_000), (2000, 60_000)):
+        missing = shared.missing_bytes(*wanted)
+        shared.resize(*wanted)
+        assert missing == shared.device_bytes
+    assert (len(shared.host.array), shared.device_bytes) == (3000, 60_000)
+    assert shared.missing_bytes(3000, 60_000) == 0

@@ -97,23 +97,32 @@ class Workspace:
         n_tokens = max(n_tokens, MOST_FEW_TOKENS)
         return fixed + n_tokens * host, fixed + n_tokens * device
 
+    @property
+    def device_bytes(self) -> int:
+        """Of the device memory; 0 at first."""
+        return 0 if self._memory is None else self._memory.nbytes
+
     def missing_bytes(self, host_bytes: int, device_bytes: int) -> int:
         """What `resize` to these would allocate of device memory, before anything is freed."""
-        return device_bytes if self._is_too_small(host_bytes, device_bytes) else 0
+        if self._host is not None and host_bytes <= len(self._host.array):
+            return device_bytes if device_bytes > self.device_bytes else 0
+        return max(device_bytes, self.device_bytes)
 
-    def resize(self, host_bytes: int, device_bytes: int) -> bool:
-        """Have at least these; True when the memory is another than before.
+    def resize(self, host_bytes: int, device_bytes: int) -> None:
+        """Have at least these, and never less than before. Jobs made earlier are of no use then.
 
         For whoever uses the device's stream.
         """
-        if not self._is_too_small(host_bytes, device_bytes):
-            return False
+        device_bytes = self.missing_bytes(host_bytes, device_bytes)
+        if device_bytes == 0:
+            return
+        if self._host is not None:
+            host_bytes = max(host_bytes, len(self._host.array))
         memory, host = self._device.allocate(device_bytes), self._device.pin(host_bytes)
         for old in (self._memory, self._host):
             if old is not None:
                 old.close()
         self._memory, self._host = memory, host
-        return True
 
     def most_tokens(self, shape: Shape, top_k: int, n_slots: int) -> int:
         """That can be computed together. InvalidCall: not even one."""
@@ -129,8 +138,3 @@ class Workspace:
         if n_tokens < 1:
             raise InvalidCall(f"top_k={top_k} is more than this layer's calls have memory for")
         return n_tokens
-
-    def _is_too_small(self, host_bytes: int, device_bytes: int) -> bool:
-        if self._memory is None or self._host is None:
-            return True
-        return len(self._host.array) < host_bytes or self._memory.nbytes < device_bytes
