@@ -167,24 +167,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, TWO_BLOCKS) decode_gate_up
         gate_up<bf16>(call, groups, tokens, sums);
 }
 
-// The weighted sum over each token's slots, in their order.
-DEVICE void combine_rows(const Call& call, const Groups& groups, const float* outputs,
-                         int first_row) {
-    for (int i = threadIdx.x; i < call.n_tokens * DOWN_ROWS; i += THREADS) {
-        const int token = i / DOWN_ROWS, row = i % DOWN_ROWS;
-        float sum = 0;
-        for (int pair = token * call.top_k; pair < (token + 1) * call.top_k; ++pair) {
-            if (groups.id[pair] < 0) continue;
-            float output = outputs[pair * DOWN_ROWS + row];
-#if HAS_BIAS
-            output += expert_at(call.experts[groups.id[pair]]).down_bias[first_row + row];
-#endif
-            sum += call.weights[pair] * output;
-        }
-        store_float(call.out, (long long)token * HIDDEN + first_row + row, call.out_dtype, sum);
-    }
-}
-
 // A block owns DOWN_ROWS rows of every expert's down_proj; a warp's task is ROWS of these, of one
 // visit.
 // Dynamic shared memory: float32 [n_pairs, DOWN_ROWS].
@@ -220,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TWO_BLOCKS) decode_down(Ca
                                  });
         }
         __syncthreads();
-        combine_rows(call, groups, outputs, first_row);
+        combine_rows<DOWN_ROWS, 1>(call, groups, outputs, first_row);
         __syncthreads();
     }
     wait();

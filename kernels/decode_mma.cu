@@ -13,9 +13,7 @@
 // Of k, that a warp multiplies at once: two blocks of weights.
 #define CHUNK 64
 // Chunks that are loaded together; another such batch is on its way meanwhile.
-#ifndef BATCH
 #define BATCH 2
-#endif
 // Fragments of 8 pairs that a visit has.
 #define COLUMNS (VISIT_PAIRS / 8)
 
@@ -206,28 +204,6 @@ extern "C" __global__ void __launch_bounds__(GATE_UP_WARPS * 32, 4)
 #define DOWN_BATCHES ((DOWN_CHUNKS + DOWN_SPLIT * BATCH - 1) / (DOWN_SPLIT * BATCH))
 #define DOWN_TEAMS (DOWN_WARPS / DOWN_SPLIT)
 
-// The weighted sum over each token's slots, in their order.
-DEVICE void combine_rows(const Call& call, const Groups& groups, const float* outputs, int tile) {
-    const int n_pairs = call.n_tokens * call.top_k;
-    for (int i = threadIdx.x; i < call.n_tokens * DOWN_ROWS; i += DOWN_WARPS * 32) {
-        const int token = i / DOWN_ROWS, row = i % DOWN_ROWS, h = tile * DOWN_ROWS + row;
-        if (h >= HIDDEN) continue;
-        float sum = 0;
-        for (int pair = token * call.top_k; pair < (token + 1) * call.top_k; ++pair) {
-            if (groups.id[pair] < 0) continue;
-            float output = 0;
-#pragma unroll
-            for (int split = 0; split < DOWN_SPLIT; ++split)
-                output += outputs[(split * n_pairs + pair) * DOWN_ROWS + row];
-#if HAS_BIAS
-            output += expert_at(call.experts[groups.id[pair]]).down_bias[h];
-#endif
-            sum += call.weights[pair] * output;
-        }
-        store_float(call.out, (long long)token * HIDDEN + h, call.out_dtype, sum);
-    }
-}
-
 // A block owns DOWN_ROWS rows of every expert's down_proj. Its teams of DOWN_SPLIT warps share out
 // the visits, and a team's warps the row. Dynamic shared memory: float32 [DOWN_SPLIT, n_pairs,
 // DOWN_ROWS], what each warp has for each pair.
@@ -285,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(DOWN_WARPS * 32, 16 / DOWN_WARPS)
                 }
             });
         __syncthreads();
-        combine_rows(call, groups, outputs, tile);
+        combine_rows<DOWN_ROWS, DOWN_SPLIT>(call, groups, outputs, tile * DOWN_ROWS);
         __syncthreads();
     }
     // What follows may take it that what came before this kernel has ended.

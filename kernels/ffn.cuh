@@ -58,8 +58,8 @@ DEVICE long long weight_index(int row, int k, int n_columns) {
 DEVICE long long weight_distance(int distance) { return IS_BLOCKED ? distance * 8 : distance; }
 
 // An expert's block, each part 16-byte aligned: gate_proj [INNER, HIDDEN_PADDED], up_proj the same,
-// down_proj [HIDDEN_PADDED, INNER], all WEIGHT, padded with zeros and laid out by weight_index; with HAS_BIAS then gate_bias
-// [INNER], up_bias [INNER], down_bias [HIDDEN_PADDED] as float32.
+// down_proj [HIDDEN_PADDED, INNER], all WEIGHT, padded with zeros and laid out by weight_index; with
+// HAS_BIAS then gate_bias [INNER], up_bias [INNER], down_bias [HIDDEN_PADDED] as float32.
 struct Expert {
     const WEIGHT* gate;
     const WEIGHT* up;

@@ -1,4 +1,5 @@
-// A block groups the pairs of a small call by expert, in shared memory: no kernel goes before.
+// A block groups the pairs of a small call by expert, and adds up what each token's gave, in shared
+// memory: no kernel goes before or after.
 #pragma once
 
 #include "ffn.cuh"
@@ -132,4 +133,29 @@ DEVICE void group_pairs(const Call& call, Groups& groups) {
     if (!is_any_long) return;
     if (begin == 0) split_visits(groups);
     __syncthreads();
+}
+
+// What a block of decode_down has of ROWS rows from `first_row` on, [SPLIT, n_pairs, ROWS], becomes
+// the weighted sum over each token's slots, in their order.
+template <int ROWS, int SPLIT>
+DEVICE void combine_rows(const Call& call, const Groups& groups, const float* outputs,
+                         int first_row) {
+    const int n_pairs = call.n_tokens * call.top_k;
+    for (int i = threadIdx.x; i < call.n_tokens * ROWS; i += blockDim.x) {
+        const int token = i / ROWS, row = i % ROWS, h = first_row + row;
+        if (h >= HIDDEN) continue;
+        float sum = 0;
+        for (int pair = token * call.top_k; pair < (token + 1) * call.top_k; ++pair) {
+            if (groups.id[pair] < 0) continue;
+            float output = 0;
+#pragma unroll
+            for (int split = 0; split < SPLIT; ++split)
+                output += outputs[(split * n_pairs + pair) * ROWS + row];
+#if HAS_BIAS
+            output += expert_at(call.experts[groups.id[pair]]).down_bias[h];
+#endif
+            sum += call.weights[pair] * output;
+        }
+        store_float(call.out, (long long)token * HIDDEN + h, call.out_dtype, sum);
+    }
 }

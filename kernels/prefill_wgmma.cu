@@ -7,9 +7,7 @@
 // Macros: TILE_ROWS (64 or 128), WEIGHT_ROWS (256; or 128, of which two blocks fit a
 // multiprocessor). Block: 256 threads. Dynamic shared memory: STAGES of
 // (TILE_ROWS + WEIGHT_ROWS) * 128 bytes, 1024 bytes for the list of tasks, and 1024 to align.
-#ifndef STAGES
 #define STAGES (WEIGHT_ROWS == 256 ? 4 : 3)
-#endif
 // With one block a multiprocessor, a warpgroup starts the next multiplication before its last one
 // ends; of two blocks, one multiplies while the other waits.
 #define BLOCKS (WEIGHT_ROWS == 256 ? 1 : 2)
