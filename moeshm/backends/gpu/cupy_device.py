@@ -112,9 +112,15 @@ class CupyDevice:
 
     def pin(self, nbytes: int) -> HostMemory:
         """As `Device.pin`."""
-        with self._errors:
-            address = self._runtime.hostAlloc(nbytes, self._runtime.hostAllocDefault)
-            return _HostMemory(address, nbytes, self._runtime.freeHost)
+        try:
+            with self._errors:
+                address = self._runtime.hostAlloc(nbytes, self._runtime.hostAllocDefault)
+        except OutOfDeviceMemory as error:
+            raise OutOfDeviceMemory(
+                f"{nbytes} bytes of the host's memory cannot be page-locked for {self.name}: "
+                f"{error.__cause__}; free some of it"
+            ) from error
+        return _HostMemory(address, nbytes, self._runtime.freeHost)
 
     def copy_in(self, to: int, source: int, nbytes: int) -> None:
         """As `Device.copy_in`."""
