@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 
 comma := ,
 # The install is editable: only what is compiled, and pyproject.toml, ask for another.
-INPUTS := pyproject.toml setup.py $(wildcard moeshm/*.pyx moeshm/*.pxd moeshm/*.h)
+INPUTS := pyproject.toml setup.py $(wildcard moeshm/*.pyx moeshm/*.pxd moeshm/*.h moeshm/backends/gpu/*.pyx)
 INSTALLED := $(VENV)/.installed
 INSTALLED_EXTRAS := $(INSTALLED)-$(subst $(comma),-,$(EXTRAS))
 
@@ -54,7 +54,7 @@ lint: $(INSTALLED_EXTRAS) ## ruff, mypy, stubtest and cython-lint; changes nothi
 
 clean: ## Remove everything these commands made, .venv included
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f moeshm/*.so moeshm/*.c
+	find moeshm -name '*.so' -delete -o -name '*.c' -delete
 	find moeshm kernels bench tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 $(INSTALLED): $(INPUTS)

@@ -1,4 +1,4 @@
-"""Builds every moeshm/*.pyx and finds the packages; everything else is in pyproject.toml.
+"""Builds every .pyx in moeshm/ and finds the packages; everything else is in pyproject.toml.
 
 MOESHM_SANITIZE=address|thread|undefined builds with that sanitizer.
 """
@@ -37,7 +37,7 @@ setup(
     ext_modules=cythonize(
         [
             Extension(
-                f"moeshm.{source.stem}",
+                ".".join(source.with_suffix("").parts),
                 [str(source)],
                 depends=headers,
                 include_dirs=["moeshm", np.get_include()],
@@ -45,7 +45,7 @@ setup(
                 extra_compile_args=compile_args,
                 extra_link_args=link_args,
             )
-            for source in sorted(sources.glob("*.pyx"))
+            for source in sorted(sources.rglob("*.pyx"))
         ],
         compiler_directives={
             "language_level": 3,

@@ -46,6 +46,8 @@ class HostTimes(NamedTuple):
 
     #: From the arrays of the host to those of the host.
     call_us: float
+    #: As that: the first of this size, once.
+    first_call_us: float
     #: Of the calls to the driver alone, which return before the device is done.
     enqueue_us: float
 

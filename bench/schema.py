@@ -275,6 +275,7 @@ class KernelRow(Timing, kw_only=True):
     relative_error: float | None = None
     is_repeatable: bool | None = None
     call_us: float | None = None
+    first_call_us: float | None = None
     enqueue_us: float | None = None
     plan: str | None = None
 

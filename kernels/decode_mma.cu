@@ -38,14 +38,15 @@ DEVICE Lane this_lane() {
 // chunks lie between two of the batch, of which those below `n_chunks` exist.
 DEVICE void load_batch(Chunk chunks[BATCH], const WEIGHT* low, const WEIGHT* high, int first,
                        int stride, int n_chunks) {
-    const int lane = this_lane().index;
+    const Lane lane = this_lane();
+    const long long in_block = weight_index(lane.row, lane.quad * 8, 0);
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
         const int chunk = first + i * stride;
         const bool is_there = chunk < n_chunks;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const long long at = weight_distance(chunk * CHUNK + half * 32) + lane * 8;
+            const long long at = weight_distance(chunk * CHUNK + half * 32) + in_block;
             chunks[i].low[half] = is_there ? load_once(low + at) : zero16();
             chunks[i].high[half] = is_there && high ? load_once(high + at) : zero16();
         }

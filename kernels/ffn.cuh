@@ -42,20 +42,30 @@ struct Route {
     int* tiles;    // [max_tiles, 2]: an expert's slot, and where in `pairs` its tile starts
 };
 
-// Weights of 16 bits lie in blocks: every 8 rows of a matrix are cut into blocks of 32 columns, 512
-// bytes one behind the other. A warp reads a block at once, as a part of a fragment of a matrix
-// instruction: on an H100, row by row the same weights came at 2.8 TB/s, so at 3.0.
-#define IS_BLOCKED (sizeof(WEIGHT) == 2)
+// Weights of 16 bits lie in tiles of 64 rows and 64 columns, one behind the other along the columns,
+// as wgmma reads them from shared memory: a tile is one copy. In it, every 8 rows are two blocks of
+// 32 columns, 512 bytes, which a warp reads at once as a part of a fragment of mma: on an H100, row by
+// row the same weights came at 2.8 TB/s, so at 3.0. In a block, the four times 8 values of a row
+// change places as in the 64-byte swizzle of the PTX manual.
+#define IS_TILED (sizeof(WEIGHT) == 2)
+#define TILE_WEIGHTS (64 * 64)
+#define BLOCK_WEIGHTS (8 * 32)
 
-// Where in a matrix with rows of n_columns the value (row, k) is. The 7 behind it are its row's next,
-// if k is a multiple of 8. Of a multiple of 8 rows, or of 32 of k, all are one distance away.
-DEVICE long long weight_index(int row, int k, int n_columns) {
-    if (!IS_BLOCKED) return (long long)row * n_columns + k;
-    return (long long)(row / 8) * 8 * n_columns + (k / 32 * 8 + row % 8) * 32 + k % 32;
+// How far it is to column `distance`, a multiple of 32, of the same row.
+DEVICE long long weight_distance(int distance) {
+    if (!IS_TILED) return distance;
+    return (long long)(distance / 64) * TILE_WEIGHTS + distance / 32 % 2 * BLOCK_WEIGHTS;
 }
 
-// How far on it is at row, k + distance, a multiple of 32.
-DEVICE long long weight_distance(int distance) { return IS_BLOCKED ? distance * 8 : distance; }
+// Where in a matrix with rows of n_columns the value (row, k) is. The 7 behind it are its row's next,
+// if k is a multiple of 8. What rows i and j give adds up if i is a multiple of 8 and j below its
+// lowest bit, and so do columns from 32 on.
+DEVICE long long weight_index(int row, int k, int n_columns) {
+    if (!IS_TILED) return (long long)row * n_columns + k;
+    const int place = (k / 8 ^ row / 2) % 4;
+    return (long long)(row / 64) * 64 * n_columns + row % 64 / 8 * 2 * BLOCK_WEIGHTS +
+           weight_distance(k / 32 * 32) + row % 8 * 32 + place * 8 + k % 8;
+}
 
 // An expert's block, each part 16-byte aligned: gate_proj [INNER, HIDDEN_PADDED], up_proj the same,
 // down_proj [HIDDEN_PADDED, INNER], all WEIGHT, padded with zeros and laid out by weight_index; with

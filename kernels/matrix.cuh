@@ -70,6 +70,19 @@ DEVICE void load_tiles(u32 r[4], const void* shared) {
 #endif
 }
 
+// The other way round, and each tile transposed: of tile j, a lane has in r[j] the two values
+// 2 * (lane % 4) of row lane / 4, which become column lane / 4. From sm_90 on.
+DEVICE void store_turned(void* shared, const u32 r[4]) {
+#if defined(MOESHM_SIMT)
+    simt_stmatrix_x4_trans(shared, r);
+#else
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     (u32)__cvta_generic_to_shared(shared)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+#endif
+}
+
 // 16 bytes into shared memory, zeros if not `is_valid`; there after `wait_for_copies`. L2 fetches what
 // is next to them: on an H100 that made a prefill of 1024 tokens 3 % faster.
 DEVICE void copy_async(void* shared, const void* global, bool is_valid) {

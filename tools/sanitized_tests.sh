@@ -14,7 +14,7 @@ trap 'rm -rf "$copy"' EXIT
 reports=$copy/reports
 
 cp -r --parents pyproject.toml setup.py README.md LICENSE moeshm kernels bench tests "$copy"
-rm -f "$copy"/moeshm/*.so
+find "$copy/moeshm" -name '*.so' -delete
 cd "$copy"
 
 # The interpreter is not instrumented, so the runtime has to be there before it starts.

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs mypy on the package and its tests, then holds moeshm/*.pyi against what was built.
+# Runs mypy on the package and its tests, then holds every .pyi against what was built.
 #
 # usage: tools/typecheck.sh PYTHON
 # mypy knows nothing of setuptools' package-dir, so it is shown a tree of links with kernels/ and
@@ -21,4 +21,4 @@ cd "$tree"
 "$python" -m mypy.stubtest --concise --mypy-config-file "$root/pyproject.toml" \
     --ignore-missing-stub --ignore-disjoint-bases --ignore-unused-allowlist \
     --allowlist "$root/tools/stubtest_allowlist.txt" \
-    $(cd moeshm && basename --multiple --suffix=.pyi -- *.pyi | sed 's/^/moeshm./')
+    $(find -L moeshm -name '*.pyi' | sed 's/\.pyi$//; s:/:.:g')

@@ -16,6 +16,7 @@ import moeshm
 from moeshm import checkpoint
 from moeshm.backends import Backend, Ids, Weights
 from moeshm.backends.cpu import CpuBackend
+from moeshm.backends.gpu import job
 from moeshm.backends.gpu.backend import GpuBackend
 from moeshm.backends.gpu.cupy_device import open_device
 from moeshm.backends.gpu.device import Device
@@ -43,12 +44,13 @@ from moeshm.layers import Activation
 
 device = open_device("auto")
 shape = Shape(64, 64, DType.F32, Activation.SWIGLU, False)
-module = device.compile("convert.cu", shape.macros())
+kernel = device.compile("convert.cu", shape.macros()).kernel("convert")
 memory = device.allocate(1 << 20)
+commands = device.command_list()
+commands.launch(kernel, 1, 256, 0, Call(x=16, out=16, n_tokens=64), Route())
 for _ in range(2):
     try:
-        call = Call(x=16, out=16, n_tokens=64)
-        module.launch("convert", 1, 256, 0, call, Route())
+        commands.enqueue()
         device.wait()
     except DeviceLost as error:
         print(error)
@@ -76,6 +78,20 @@ def test_cupys_arrays_are_used_in_place(device: Device, dtype: DType, n_tokens: 
     given: list[Any] = [*(cupy.asarray(each) for each in (hidden, ids, weights)), out]
     GpuBackend({0: layer}, device).ffn(0, *given)
     assert_close(cupy.asnumpy(out), reference_ffn(layer, hidden, ids, weights), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("in_place_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("n_tokens", [1, 16, 300])
+def test_outputs_reach_the_host(
+    device: Device, monkeypatch: pytest.MonkeyPatch, n_tokens: int, in_place_bytes: int
+) -> None:
+    """By a copy, or written there by the kernels."""
+    monkeypatch.setattr(job, "IN_PLACE_BYTES", in_place_bytes)
+    layer = random_layer(1, hidden_size=256, intermediate_size=192, weight_dtype=DType.BF16)
+    hidden, ids, weights = draw_call(2, layer, n_tokens, 2)
+    hidden = narrow(hidden, DType.BF16)
+    found = compute(GpuBackend({0: layer}, device), hidden, ids, weights, DType.BF16)
+    assert_close(found, reference_ffn(layer, hidden, ids, weights), TOLERANCE[DType.BF16])
 
 
 def test_memory_stays_as_it_is(device: Device) -> None:

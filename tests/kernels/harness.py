@@ -176,10 +176,14 @@ def _block(shape: Shape, weights: ExpertWeights) -> npt.NDArray[np.uint8]:
 
 
 def _matrix(values: Array, n_rows: int, n_columns: int) -> Array:
-    """Padded with zeros; if of 16 bits, 8 rows and 32 columns after one another."""
+    """Padded with zeros; if of 16 bits, in swizzled blocks of 8 x 32 in tiles of 64 x 64."""
     padded = np.zeros((n_rows, n_columns), values.dtype)
     padded[: values.shape[0], : values.shape[1]] = values
     if values.itemsize == 4:
         return padded
-    blocks: Array = padded.reshape(n_rows // 8, 8, n_columns // 32, 32).swapaxes(1, 2).copy()
-    return blocks
+    row, k = np.indices(padded.shape)
+    block = (row // 64 * n_columns // 64 + k // 64) * 16 + row % 64 // 8 * 2 + k % 64 // 32
+    index = block * 256 + row % 8 * 32 + (k // 8 ^ row // 2) % 4 * 8 + k % 8
+    flat = np.empty(padded.size, padded.dtype)
+    flat[index] = padded
+    return flat

@@ -26,6 +26,7 @@ class Variant:
     file: str
     tile_rows: int
     shared_bytes: int
+    block: int = 256
     macros: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -36,15 +37,14 @@ def mma(tile_rows: int) -> Variant:
     return Variant("prefill_mma.cu", tile_rows, 3 * (tile_rows + 128) * 128 + 1024)
 
 
-def wgmma(tile_rows: int, weight_rows: int) -> Variant:
-    stages = 4 if weight_rows == 256 else 3
-    shared_bytes = stages * (tile_rows + weight_rows) * 128 + 2048
-    return Variant("prefill_wgmma.cu", tile_rows, shared_bytes, {"WEIGHT_ROWS": weight_rows})
+def wgmma(tile_rows: int, stages: int) -> Variant:
+    shared_bytes = stages * (tile_rows + 256) * 128 + 11264
+    return Variant("prefill_wgmma.cu", tile_rows, shared_bytes, 384, {"STAGES": stages})
 
 
-VARIANTS = (mma(32), mma(64), mma(128), wgmma(128, 256), wgmma(64, 128))
+VARIANTS = (mma(32), mma(64), mma(128), wgmma(144, 4), wgmma(192, 3), wgmma(64, 4))
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
-one_of_each = pytest.mark.parametrize("variant", [mma(64), wgmma(128, 256)], ids=str)
+one_of_each = pytest.mark.parametrize("variant", [mma(64), wgmma(144, 4)], ids=str)
 
 
 def run(
@@ -67,7 +67,7 @@ def run(
             variant.file,
             kernel,
             grid,
-            256,
+            variant.block,
             variant.shared_bytes,
             order=order,
             TILE_ROWS=variant.tile_rows,

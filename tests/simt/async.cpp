@@ -16,7 +16,9 @@ static void touch(const void* begin, unsigned n_bytes) {
 }
 
 static void perform(const Copy& copy) {
-    if (copy.from)
+    if (copy.n_bytes == 0)
+        simt_arrive(copy.phase, 0);
+    else if (copy.from)
         memcpy(copy.to, copy.from, copy.n_bytes);
     else
         memset(copy.to, 0, copy.n_bytes);
@@ -96,14 +98,34 @@ static void perform_bulk(const Copy& copy) {
     end_if_complete(state);
 }
 
+void simt_arrive_after_copies(unsigned long long* phase) {
+    at(phase);
+    const Copy arrival = {nullptr, nullptr, 0, running->n_groups, phase};
+    if (running->copies.empty() && simt_happens_now())
+        perform(arrival);
+    else
+        running->copies.push_back(arrival);
+}
+
+// A thread's copies up to its arrival at this phase, if it has one on its way.
+static void perform_until_arrival(std::vector<Copy>& copies, const unsigned long long* phase) {
+    const auto is_arrival = [=](const Copy& copy) { return copy.phase == phase; };
+    const auto arrival = std::find_if(copies.begin(), copies.end(), is_arrival);
+    if (arrival == copies.end()) return;
+    std::for_each(copies.begin(), arrival + 1, perform);
+    copies.erase(copies.begin(), arrival + 1);
+}
+
 // The copies of a phase that somebody waits for happen now.
 static bool has_ended(const Thread& thread) {
     unsigned long long* phase = (unsigned long long*)thread.argument;
+    if (at(phase).parity != thread.parity) return true;
     std::vector<Copy>& copies = simt_bulk_copies();
     const auto is_other = [=](const Copy& copy) { return copy.phase != phase; };
     const auto mine = std::stable_partition(copies.begin(), copies.end(), is_other);
     std::for_each(mine, copies.end(), perform_bulk);
     copies.erase(mine, copies.end());
+    for (Thread& other : simt_threads()) perform_until_arrival(other.copies, phase);
     return at(phase).parity != thread.parity;
 }
 

@@ -19,6 +19,8 @@ void simt_wait_for_copies(int n_newest);
 // A phase ends when `n_arrivals` have arrived and as many bytes as they expected were copied.
 void simt_init_phase(unsigned long long* phase, int n_arrivals);
 void simt_arrive(unsigned long long* phase, unsigned n_bytes);
+// cp.async.mbarrier.arrive.noinc: once this thread's copies so far have happened.
+void simt_arrive_after_copies(unsigned long long* phase);
 // Until the phase of that parity has ended; the first has parity 0.
 void simt_wait_for_phase(unsigned long long* phase, unsigned parity, int line = __builtin_LINE());
 void simt_copy_bulk(void* shared, const void* global, unsigned n_bytes, unsigned long long* phase);

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from moeshm.backends.gpu.abi import Call, Route
-from moeshm.backends.gpu.device import Bytes, Features, HostMemory, Macros, Memory
-from moeshm.backends.gpu.device import Module as DeviceModule
+from moeshm.backends.gpu.device import (
+    Bytes,
+    CommandList,
+    Features,
+    HostMemory,
+    Kernel,
+    Macros,
+    Memory,
+    Module,
+)
 from moeshm.errors import DeviceError, OutOfDeviceMemory
 from tests import simt
 
@@ -52,22 +61,50 @@ class SimtMemory:
 
 
 class SimtModule:
-    """Launches at once."""
+    """A file that is compiled when one of its kernels is first launched."""
 
-    def __init__(self, module: simt.Module) -> None:
-        self._module = module
+    def __init__(self, device: SimtDevice, file: str, macros: Macros) -> None:
+        self._device = device
+        self._file = file
+        self._macros = macros
+
+    def kernel(self, name: str) -> Kernel:
+        """As `Module.kernel`."""
+        self._device.loaded.append(f"{self._file} {name}")
+        return Kernel(name, self._device.add_module(self))
+
+    @functools.cached_property
+    def compiled(self) -> simt.Module:
+        """For the host."""
+        return simt.compile(self._file, self._macros, self._device.features.warp)
+
+
+class SimtCommandList:
+    """Does at once what is enqueued."""
+
+    def __init__(self, device: SimtDevice) -> None:
+        self._device = device
+        self._commands: list[Callable[[], None]] = []
+
+    def copy_in(self, to: int, source: int, nbytes: int) -> None:
+        """As `CommandList.copy_in`."""
+        self._commands.append(functools.partial(self._device.copy_in, to, source, nbytes))
+
+    def copy_out(self, to: int, source: int, nbytes: int) -> None:
+        """As `CommandList.copy_out`."""
+        self._commands.append(functools.partial(self._device.copy_out, to, source, nbytes))
 
     def launch(
-        self,
-        kernel: str,
-        grid: int,
-        block: int,
-        shared_bytes: int,
-        call: Call,
-        route: Route,
+        self, kernel: Kernel, grid: int, block: int, shared_bytes: int, call: Call, route: Route
     ) -> None:
-        """As `Module.launch`."""
-        self._module.launch(kernel, grid, block, shared_bytes, call, route)
+        """As `CommandList.launch`."""
+        how = (kernel, grid, block, shared_bytes, call, route)
+        self._commands.append(functools.partial(self._device.launch, *how))
+
+    def enqueue(self) -> None:
+        """As `CommandList.enqueue`."""
+        for command in self._commands:
+            command()
 
 
 class SimtDevice:
@@ -81,8 +118,10 @@ class SimtDevice:
         self._device: dict[int, int] = {}
         self._pinned: dict[int, int] = {}
         self.n_allocations = 0
-        #: Every compilation, in order.
+        #: Every file that was compiled and every kernel that was loaded, in order.
         self.compiled: list[str] = []
+        self.loaded: list[str] = []
+        self._modules: list[SimtModule] = []
         self.waited_for: list[int] = []
 
     @property
@@ -115,21 +154,37 @@ class SimtDevice:
         return SimtMemory(nbytes, self._pinned)
 
     def copy_in(self, to: int, source: int, nbytes: int) -> None:
-        """As `Device.copy_in`."""
+        """Enqueued by a command list."""
         _check(self._device, to, nbytes)
         _check(self._pinned, source, nbytes)
         ctypes.memmove(to, source, nbytes)
 
     def copy_out(self, to: int, source: int, nbytes: int) -> None:
-        """As `Device.copy_out`."""
+        """Enqueued by a command list."""
         _check(self._pinned, to, nbytes)
         _check(self._device, source, nbytes)
         ctypes.memmove(to, source, nbytes)
 
-    def compile(self, file: str, macros: Macros) -> DeviceModule:
+    def launch(
+        self, kernel: Kernel, grid: int, block: int, shared_bytes: int, call: Call, route: Route
+    ) -> None:
+        """Enqueued by a command list."""
+        module = self._modules[kernel.function].compiled
+        module.launch(kernel.name, grid, block, shared_bytes, call, route)
+
+    def compile(self, file: str, macros: Macros) -> Module:
         """As `Device.compile`."""
         self.compiled.append(file)
-        return SimtModule(simt.compile(file, macros, self.features.warp))
+        return SimtModule(self, file, macros)
+
+    def add_module(self, module: SimtModule) -> int:
+        """Its number, by which kernels are launched."""
+        self._modules.append(module)
+        return len(self._modules) - 1
+
+    def command_list(self) -> CommandList:
+        """As `Device.command_list`."""
+        return SimtCommandList(self)
 
     def wait(self) -> None:
         """As `Device.wait`."""
@@ -139,25 +194,6 @@ class SimtDevice:
         self.waited_for.append(stream)
 
 
-class IdleModule:
-    """Tells of its launches, and computes nothing."""
-
-    def __init__(self, device: IdleDevice) -> None:
-        self._device = device
-
-    def launch(
-        self,
-        kernel: str,
-        grid: int,  # noqa: ARG002
-        block: int,  # noqa: ARG002
-        shared_bytes: int,  # noqa: ARG002
-        call: Call,
-        route: Route,  # noqa: ARG002
-    ) -> None:
-        """As `Module.launch`."""
-        self._device.on_launch(kernel, call)
-
-
 class IdleDevice(SimtDevice):
     """A device whose kernels do nothing but tell `on_launch` of themselves."""
 
@@ -165,10 +201,17 @@ class IdleDevice(SimtDevice):
         super().__init__(features)
         self.on_launch: Callable[[str, Call], object] = lambda _kernel, _call: None
 
-    def compile(self, file: str, macros: Macros) -> DeviceModule:  # noqa: ARG002
-        """As `Device.compile`."""
-        self.compiled.append(file)
-        return IdleModule(self)
+    def launch(
+        self,
+        kernel: Kernel,
+        grid: int,  # noqa: ARG002
+        block: int,  # noqa: ARG002
+        shared_bytes: int,  # noqa: ARG002
+        call: Call,
+        route: Route,  # noqa: ARG002
+    ) -> None:
+        """Enqueued by a command list."""
+        self.on_launch(kernel.name, call)
 
 
 def _check(memory: Mapping[int, int], address: int, nbytes: int) -> None:

@@ -37,6 +37,27 @@ void simt_ldmatrix_x4(uint32_t r[4], const void* shared, int line) {
     simt_meet({"ldmatrix", line, 32, perform_ldmatrix}, &row);
 }
 
+struct Fragments {
+    void* row;
+    uint32_t words[4];
+};
+
+static void perform_stmatrix(void* const* arguments, int) {
+    Fragments** lanes = (Fragments**)arguments;
+    for (int tile = 0; tile < 4; ++tile)
+        for (int row = 0; row < 8; ++row) {
+            uint16_t* const to = (uint16_t*)lanes[tile * 8 + row]->row;
+            for (int i = 0; i < 8; ++i)
+                to[i] = lanes[i * 4 + row / 2]->words[tile] >> (row % 2 * 16);
+        }
+}
+
+void simt_stmatrix_x4_trans(void* shared, const uint32_t r[4], int line) {
+    if ((uintptr_t)shared % 16) simt_fail("stmatrix writes a row that is not aligned to 16 bytes");
+    Fragments mine = {shared, {r[0], r[1], r[2], r[3]}};
+    simt_meet({"stmatrix", line, 32, perform_stmatrix}, &mine);
+}
+
 // --- wgmma --------------------------------------------------------------------------------
 
 // Those of the warp whose group is older than `end`, in order.

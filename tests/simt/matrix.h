@@ -50,13 +50,20 @@ void simt_mma_m16n8k16(float c[4], const uint32_t a[4], const uint32_t b[2], Wid
 
 // Each lane gives the address of a row of 16 bytes.
 void simt_ldmatrix_x4(uint32_t r[4], const void* shared, int line = __builtin_LINE());
+void simt_stmatrix_x4_trans(void* shared, const uint32_t r[4], int line = __builtin_LINE());
 
 // --- wgmma --------------------------------------------------------------------------------
 
 // Of a tile with rows of 64 values of 16 bits, in the 128-byte swizzle: eight values lie where
 // their chunk's number is XORed with the row's, modulo 8.
-static inline const uint16_t* simt_swizzled(const void* tile, int row, int k) {
+static inline const uint16_t* simt_swizzled_128(const void* tile, int row, int k) {
     return (const uint16_t*)tile + row * 64 + (((k / 8) ^ (row % 8)) * 8 + k % 8);
+}
+
+// The same tile in two times 32 values of every 8 rows, in the 64-byte swizzle.
+static inline const uint16_t* simt_swizzled_64(const void* tile, int row, int k) {
+    const uint16_t* const block = (const uint16_t*)tile + row / 8 * 512 + k / 32 * 256;
+    return block + row % 8 * 32 + ((k / 8 ^ row / 2) % 4 * 8 + k % 8);
 }
 
 template <typename Widen> struct simt_wgmma {
@@ -78,9 +85,9 @@ template <int N, typename Widen> void simt_perform_wgmma(void* const* arguments,
     for (int i = 0; i < 16; ++i) {
         const int k = first.k_chunk * 16 + i;
         for (int row = 0; row < 16; ++row)
-            a[row][i] = first.widen(*simt_swizzled(first.a_tile, row, k));
+            a[row][i] = first.widen(*simt_swizzled_64(first.a_tile, row, k));
         for (int column = 0; column < N; ++column)
-            b[i][column] = first.widen(*simt_swizzled(first.b_tile, column, k));
+            b[i][column] = first.widen(*simt_swizzled_128(first.b_tile, column, k));
     }
     const auto at = [](int lane, int i) -> float& {
         return c[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
@@ -96,8 +103,8 @@ void simt_order_wgmma(void (*perform)(void* const* arguments, int n_threads), co
                       unsigned n_bytes, int line);
 
 // D [64, N] += A [64, 16] B [16, N] by a group of 4 warps, which happens like a copy at any time
-// until the wait for its group. Both tiles are K-major in the 128-byte swizzle; `k_chunk`, 0 to 3,
-// says which 16 of their 64 k. Each warp takes its 16 rows when it arrives: on a GPU too, the
+// until the wait for its group. Both tiles are K-major, A in the 64-byte swizzle and B in that of
+// 128 bytes; `k_chunk`, 0 to 3, says which 16 of their 64 k. Each warp takes its 16 rows when it arrives: on a GPU too, the
 // instruction is no barrier between the four.
 template <int N, typename Widen>
 void simt_wgmma_m64k16(float* acc, const void* a_tile, const void* b_tile, int k_chunk, Widen widen,

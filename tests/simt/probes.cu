@@ -186,6 +186,29 @@ KERNEL stages(Call call, Route) {
     for (int stage = 0; stage < 2; ++stage) simt_wait_for_phase(&full[stage], 1);
 }
 
+// A warp copies 16 bytes a lane and arrives after them, another adds up what is there then. n_tokens
+// & 1: it waits for that.
+KERNEL arrives_after_copies(Call call, Route) {
+    __shared__ __align__(16) float values[2][32][4];
+    __shared__ u64 full[2];
+    if (threadIdx.x == 0)
+        for (int stage = 0; stage < 2; ++stage) simt_init_phase(&full[stage], 32);
+    __syncthreads();
+    const int lane = threadIdx.x % 32;
+    float sum = 0;
+    for (int stage = 0; stage < 2; ++stage)
+        if (threadIdx.x >= 32) {
+            const float* const x = (const float*)call.x + stage * 128 + lane * 4;
+            simt_copy_async(values[stage][lane], x, true);
+            simt_arrive_after_copies(&full[stage]);
+        } else {
+            if (call.n_tokens & 1) simt_wait_for_phase(&full[stage], 0);
+            for (int i = 0; i < 4; ++i) sum += values[stage][31 - lane][i];
+        }
+    if (threadIdx.x < 32) ((float*)call.out)[lane] = sum;
+    for (int stage = 0; stage < 2; ++stage) simt_wait_for_phase(&full[stage], 0);
+}
+
 KERNEL copy_at_the_end(Call call, Route) {
     __shared__ __align__(16) float values[4];
     __shared__ u64 phase;
@@ -272,6 +295,16 @@ KERNEL loads_tiles(Call call, Route) {
     for (int j = 0; j < 4; ++j) ((u32*)call.out)[threadIdx.x * 4 + j] = words[j];
 }
 
+// The same back, transposed: the words are each lane's, tile by tile.
+KERNEL stores_tiles(Call call, Route) {
+    __shared__ __align__(16) u16 rows[32][8];
+    u32 words[4];
+    for (int j = 0; j < 4; ++j) words[j] = ((const u32*)call.x)[threadIdx.x * 4 + j];
+    simt_stmatrix_x4_trans(rows[threadIdx.x], words);
+    SYNC_WARP();
+    memcpy((u16*)call.out + threadIdx.x * 8, rows[threadIdx.x], 16);
+}
+
 // D [64, N] += A [64, 64] B^T with B [N, 64], in f16. n_tokens & 1: D is read after a wait; & 2: A
 // is overwritten after one.
 template <int N> DEVICE void multiply_by_group(const Call& call) {
@@ -279,9 +312,13 @@ template <int N> DEVICE void multiply_by_group(const Call& call) {
     u16* const a = (u16*)(((u64)dynamic + 1023) / 1024 * 1024);
     u16* const b = a + 64 * 64;
     const u16* const x = (const u16*)call.x;
+    // By the PTX manual, the bits 4 to 5 or 4 to 6 of an address are XORed with those from bit 7 on.
     for (int i = threadIdx.x; i < (64 + N) * 64; i += 128) {
         const int row = i / 64, k = i % 64;
-        a[row * 64 + (((k / 8) ^ (row % 8)) * 8 + k % 8)] = x[i];
+        int at = row * 128 + k * 2;
+        if (row < 64) at = row / 8 * 1024 + k / 32 * 512 + row % 8 * 64 + k % 32 * 2;
+        at ^= at >> 7 << 4 & (row < 64 ? 3 : 7) << 4;
+        a[at / 2] = x[i];
     }
     __syncthreads();
     float sums[N / 2] = {};

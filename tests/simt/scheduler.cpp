@@ -106,15 +106,15 @@ static std::string state_of(const Thread& thread) {
 class Block {
   public:
     explicit Block(simt_stacks& stacks)
-        : threads_(request->block), stacks_(stacks), dynamic_(request->shared_bytes) {
+        : threads(request->block), stacks_(stacks), dynamic_(request->shared_bytes) {
         stacks_.need(request->block);
     }
 
     void start(unsigned number) {
         number_ = number;
         bulk_copies.clear();
-        for (unsigned i = 0; i < threads_.size(); ++i) {
-            Thread& thread = threads_[i];
+        for (unsigned i = 0; i < threads.size(); ++i) {
+            Thread& thread = threads[i];
             thread.state = Thread::READY;
             thread.index = {i, 0, 0};
             thread.copies.clear();
@@ -130,7 +130,7 @@ class Block {
     // After other blocks ran.
     void resume() {
         std::copy(static_shared_.begin(), static_shared_.end(), module->static_begin);
-        for (Thread& thread : threads_)
+        for (Thread& thread : threads)
             if (thread.state == Thread::SPINNING) thread.state = Thread::READY;
         go_on();
     }
@@ -143,10 +143,10 @@ class Block {
 
     [[noreturn]] void report_standstill() const {
         std::string message = "threads wait for what does not come";
-        const int n = threads_.size();
+        const int n = threads.size();
         for (int first = 0, end; first < n; first = end) {
-            const std::string state = state_of(threads_[first]);
-            for (end = first + 1; end < n && state_of(threads_[end]) == state;) ++end;
+            const std::string state = state_of(threads[first]);
+            for (end = first + 1; end < n && state_of(threads[end]) == state;) ++end;
             message += "; " + std::to_string(first) + " to " + std::to_string(end - 1);
             message += " " + state;
         }
@@ -154,6 +154,7 @@ class Block {
     }
 
     std::vector<Copy> bulk_copies;
+    std::vector<Thread> threads;
 
   private:
     static void run_thread() {
@@ -172,20 +173,20 @@ class Block {
         const auto is = [](Thread::State state) {
             return [=](const Thread& thread) { return thread.state == state; };
         };
-        all_ended_ = std::all_of(threads_.begin(), threads_.end(), is(Thread::ENDED));
+        all_ended_ = std::all_of(threads.begin(), threads.end(), is(Thread::ENDED));
         if (all_ended_)
             check_end();
-        else if (std::none_of(threads_.begin(), threads_.end(), is(Thread::SPINNING)))
+        else if (std::none_of(threads.begin(), threads.end(), is(Thread::SPINNING)))
             report_standstill();
     }
 
     bool run_some_warp() {
-        const int n_warps = (threads_.size() + WARP - 1) / WARP;
+        const int n_warps = (threads.size() + WARP - 1) / WARP;
         const int start = request->order == SIMT_RANDOM ? random_below(n_warps) : 0;
         for (int i = 0; i < n_warps; ++i) {
             int warp = (start + i) % n_warps;
             if (request->order == SIMT_REVERSE) warp = n_warps - 1 - warp;
-            const int first = warp * WARP, end = std::min<int>(first + WARP, threads_.size());
+            const int first = warp * WARP, end = std::min<int>(first + WARP, threads.size());
             if (run_warp(first, end)) return true;
         }
         return false;
@@ -195,11 +196,11 @@ class Block {
     bool run_warp(int first, int end) {
         int lanes[WARP], n = 0;
         for (int i = first; i < end; ++i)
-            if (can_run(threads_[i])) lanes[n++] = i;
+            if (can_run(threads[i])) lanes[n++] = i;
         if (n == 0) return false;
         put_in_order(lanes, n);
         for (int i = 0; i < n; ++i) {
-            running = &threads_[lanes[i]];
+            running = &threads[lanes[i]];
             threadIdx = running->index;
             simt_switch(&scheduler, &running->context);
             running = nullptr;
@@ -207,7 +208,7 @@ class Block {
         // Those that wait at one meeting are released by the first of them.
         const simt_meeting* tried = nullptr;
         for (int i = first; i < end; ++i) {
-            const Thread& thread = threads_[i];
+            const Thread& thread = threads[i];
             if (thread.state == Thread::TEAM) release_team(thread);
             if (thread.state != Thread::MEETING || (tried && thread.meeting == *tried)) continue;
             tried = &thread.meeting;
@@ -223,25 +224,25 @@ class Block {
 
     // The threads that this one meets, if all of them are there.
     void release(int thread) {
-        const simt_meeting meeting = threads_[thread].meeting;
-        const int n = meeting.n_threads ? meeting.n_threads : threads_.size();
+        const simt_meeting meeting = threads[thread].meeting;
+        const int n = meeting.n_threads ? meeting.n_threads : threads.size();
         const int first = thread / n * n;
-        if (first + n > (int)threads_.size()) return;
+        if (first + n > (int)threads.size()) return;
         void* arguments[SIMT_MAX_THREADS];
         for (int i = 0; i < n; ++i) {
-            const Thread& other = threads_[first + i];
+            const Thread& other = threads[first + i];
             if (other.state != Thread::MEETING || !(other.meeting == meeting)) return;
             arguments[i] = other.argument;
         }
         performing = &meeting;
         if (meeting.perform) meeting.perform(arguments, n);
         performing = nullptr;
-        for (int i = 0; i < n; ++i) threads_[first + i].state = Thread::READY;
+        for (int i = 0; i < n; ++i) threads[first + i].state = Thread::READY;
     }
 
     void release_team(const Thread& one) {
         std::vector<Thread*> team;
-        for (Thread& other : threads_)
+        for (Thread& other : threads)
             if (other.state == Thread::TEAM && other.team == one.team) team.push_back(&other);
         const int n = one.meeting.n_threads;
         for (const Thread* other : team)
@@ -255,20 +256,19 @@ class Block {
     }
 
     void check_end() const {
-        for (const Thread& thread : threads_)
+        for (const Thread& thread : threads)
             if (!thread.wgmma.empty()) simt_end("ended before its wgmma did");
         if (dynamic_.was_overrun()) simt_end("writes past the end of its dynamic shared memory");
         if (!bulk_copies.empty()) simt_end("ended before a bulk copy did");
-        for (size_t i = 0; i < threads_.size(); ++i) {
-            const int expected = threads_[i / 128 * 128].n_wgmma;
-            if (threads_[i].n_wgmma != expected)
+        for (size_t i = 0; i < threads.size(); ++i) {
+            const int expected = threads[i / 128 * 128].n_wgmma;
+            if (threads[i].n_wgmma != expected)
                 simt_end("threads " + std::to_string(i / 128 * 128) + " and " + std::to_string(i) +
                          " of a group ran " + std::to_string(expected) + " and " +
-                         std::to_string(threads_[i].n_wgmma) + " wgmma");
+                         std::to_string(threads[i].n_wgmma) + " wgmma");
         }
     }
 
-    std::vector<Thread> threads_;
     simt_stacks& stacks_;
     DynamicShared dynamic_;
     std::vector<char> static_shared_;  // while others run
@@ -396,3 +396,5 @@ void simt_meet(const simt_meeting& meeting, void* argument) {
 }
 
 std::vector<Copy>& simt_bulk_copies() { return current->bulk_copies; }
+
+std::vector<Thread>& simt_threads() { return current->threads; }

@@ -14,7 +14,7 @@ struct Copy {
     const void* from;  // zeros if null
     unsigned n_bytes;
     int group;                  // of cp.async
-    unsigned long long* phase;  // of cp.async.bulk
+    unsigned long long* phase;  // of cp.async.bulk; without bytes, where the thread then arrives
 };
 
 // A lane's part of a multiplication by a group of warps that was ordered and has not happened.
@@ -50,6 +50,7 @@ void simt_wait(Thread::State state, const char* name, int line);
 // Whether what is asynchronous is to happen at once.
 bool simt_happens_now();
 std::vector<Copy>& simt_bulk_copies();  // of the block, in order
+std::vector<Thread>& simt_threads();     // of the block
 
 // Ends the launch with this error, after where it happened.
 [[noreturn]] void simt_end(const std::string& message);

@@ -17,7 +17,14 @@ from rich.console import Console
 
 from moeshm.backends.gpu.device import Device
 from moeshm.backends.reference import reference_ffn
-from moeshm.bench import harness, kernels, kernels_program, kernels_report, kernels_shapes
+from moeshm.bench import (
+    harness,
+    kernels,
+    kernels_moeshm,
+    kernels_program,
+    kernels_report,
+    kernels_shapes,
+)
 from moeshm.bench.kernels import Asked
 from moeshm.bench.kernels_contender import Entry, Gpu, HostTimes, Prepared
 from moeshm.bench.kernels_moeshm import Moeshm
@@ -31,7 +38,7 @@ from moeshm.cli.bench import bench
 from moeshm.dtypes import Array, DType, narrow
 from moeshm.errors import UnsupportedPlatform, WorkerFailed
 from moeshm.layers import Activation
-from tests.simt.device import SimtDevice
+from tests.simt.device import IdleDevice, SimtDevice
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -104,7 +111,9 @@ class Recited:
         def close() -> None:
             self.closed += 1
 
-        return Prepared(launch, out.ctypes.data, "recited", close, lambda: HostTimes(9.0, 2.0))
+        return Prepared(
+            launch, out.ctypes.data, "recited", close, lambda: HostTimes(9.0, 30.0, 2.0)
+        )
 
 
 class Run(NamedTuple):
@@ -259,7 +268,8 @@ def test_contenders_are_checked_timed_in_turns_and_closed() -> None:
         # At most 50 launches a repeat.
         assert (row.n, row.repeats) == (3 * 50 * CALLS, 3)
         assert row.is_repeatable
-        assert (row.plan, row.call_us, row.enqueue_us) == ("recited", 9.0, 2.0)
+        assert row.plan == "recited"
+        assert (row.call_us, row.first_call_us, row.enqueue_us) == (9.0, 30.0, 2.0)
         assert row.relative_error == pytest.approx(0.5 * (name == "wrong"), abs=0.01)
         assert row.limit_percent == pytest.approx(100 * (row.limit_us or 0) / 10.0)
     # Two that are checked, one that says how many to time together, three repeats, two again.
@@ -342,7 +352,31 @@ def test_moeshm_computes_what_it_is_timed_with(shape: KernelShape, dtype: DType)
     assert row.plan is not None
     assert "decode_down" in row.plan
     assert row.call_us is not None
+    assert row.first_call_us is not None
     assert row.enqueue_us is not None
+
+
+def test_the_first_call_of_a_size_is_timed_when_nothing_was_asked_of_that_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a warm-up, which makes calls of other sizes."""
+    gpu, device, work = ShimGpu(), IdleDevice(), Work(TINY, DType.BF16, seed=5)
+    gpu.device = device
+    sizes: list[int] = []
+    device.on_launch = lambda _kernel, call: sizes.append(call.n_tokens)
+    moeshm = Moeshm(gpu, work, "auto")
+    assert sizes
+    sizes_before: list[list[int]] = []
+    elapsed_us = kernels_moeshm._elapsed_us
+
+    def note(do: Callable[..., None], call: tuple[Any, ...]) -> float:
+        sizes_before.append(list(sizes))
+        return elapsed_us(do, call)
+
+    monkeypatch.setattr(kernels_moeshm, "_elapsed_us", note)
+    moeshm.prepare(work.cell(3))
+    assert len(sizes_before) == 1
+    assert 3 not in sizes_before[0]
 
 
 @pytest.mark.gpu

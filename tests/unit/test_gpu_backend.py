@@ -11,9 +11,10 @@ import pytest
 
 from moeshm.backends import Backend, GrowingBackend, Ids, Weights
 from moeshm.backends.cpu import CpuBackend
-from moeshm.backends.gpu import workspace
+from moeshm.backends.gpu import job, workspace
 from moeshm.backends.gpu.abi import Call
 from moeshm.backends.gpu.backend import _MAX_JOBS, GpuBackend
+from moeshm.backends.gpu.device import Macros, Module
 from moeshm.backends.reference import reference_ffn
 from moeshm.checkpoint import ExpertLayer, load
 from moeshm.demo import tiny_moe_path
@@ -161,7 +162,7 @@ def test_after_warm_up_nothing_is_compiled(weight_dtype: DType) -> None:
     backend = GpuBackend({0: part(layer, [3]), 1: part(layer, [])}, device)
     assert device.compiled == []
     backend.warm_up()
-    compiled = list(device.compiled)
+    compiled, loaded = list(device.compiled), list(device.loaded)
     assert {"convert.cu", "route.cu", "combine.cu", "decode_fma.cu", "prefill_fma.cu"} <= set(
         compiled
     )
@@ -174,7 +175,49 @@ def test_after_warm_up_nothing_is_compiled(weight_dtype: DType) -> None:
                     hidden = np.zeros((n_tokens, layer.info.hidden_size), dtype.numpy)
                     ids = np.zeros((n_tokens, top_k), np.int32)
                     backend.ffn(1, hidden, ids, np.ones(ids.shape, np.float32), hidden.copy())
-    assert device.compiled == compiled
+    hidden, ids, weights = draw_call(4, layer, 40, 8)
+    for n_tokens in (1, 40):
+        for dtype in DType:
+            rows: Any = OnDevice(aligned(narrow(hidden[:n_tokens], dtype)))
+            backend.ffn(1, rows, ids[:n_tokens], weights[:n_tokens], rows)
+    assert (device.compiled, device.loaded) == (compiled, loaded)
+
+
+def test_calls_go_on_while_a_new_layers_kernels_are_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is there when they are, and its first calls compile nothing."""
+    device = IdleDevice()
+    backend = GpuBackend({0: LAYER}, device)
+    call = draw_call(8, LAYER, 5, 2)
+    compute(backend, *call)
+    wide = random_layer(7, hidden_size=200, intermediate_size=136, top_k=6)
+    is_compiling, may_go_on = threading.Event(), threading.Event()
+    compile_now = device.compile
+
+    def compile(file: str, macros: Macros) -> Module:
+        is_compiling.set()
+        assert may_go_on.wait(20)
+        return compile_now(file, macros)
+
+    monkeypatch.setattr(device, "compile", compile)
+    with meanwhile(lambda: backend.add(1, wide)):
+        assert is_compiling.wait(20)
+        compute(backend, *call)
+        assert list(backend._experts.layers) == [0]
+        may_go_on.set()
+    loaded = list(device.loaded)
+    for n_tokens in (1, 33, 500):
+        hidden, ids, weights = draw_call(9, wide, n_tokens, 6)
+        backend.ffn(1, hidden, ids, weights, np.empty_like(hidden))
+    assert device.loaded == loaded
+
+
+def test_experts_of_a_layer_that_is_here_compile_nothing() -> None:
+    device = IdleDevice()
+    backend = GpuBackend({0: part(LAYER, [0])}, device)
+    backend.add(0, part(LAYER, [1]))
+    assert device.compiled == []
 
 
 @pytest.mark.parametrize("kernels", [{}, {"decode": "fma"}, {"prefill": "fma"}])
@@ -227,6 +270,51 @@ def through(backend: Backend) -> ExpertsFn:
         return out
 
     return compute_rows
+
+
+@pytest.mark.parametrize(
+    ("on_device", "in_place_bytes", "expected"),
+    [
+        ("", 0, ["in", "decode_gate_up", "decode_down", "out"]),
+        ("", 1 << 20, ["in", "decode_gate_up", "decode_down"]),
+        ("out", 0, ["in", "decode_gate_up", "decode_down"]),
+        ("x ids weights", 0, ["decode_gate_up", "decode_down", "out"]),
+        ("x ids weights out", 1 << 20, ["decode_gate_up", "decode_down"]),
+    ],
+)
+def test_a_call_takes_no_more_than_one_copy_each_way(
+    monkeypatch: pytest.MonkeyPatch, on_device: str, in_place_bytes: int, expected: list[str]
+) -> None:
+    monkeypatch.setattr(job, "IN_PLACE_BYTES", in_place_bytes)
+    device, enqueued = IdleDevice(), list[str]()
+    backend = GpuBackend({0: LAYER}, device)
+    hidden, ids, weights = draw_call(12, LAYER, 3, 2)
+    arrays = {"x": aligned(hidden), "ids": ids, "weights": weights, "out": aligned(hidden)}
+    given: list[Any] = [
+        OnDevice(array) if name in on_device.split() else array for name, array in arrays.items()
+    ]
+    device.on_launch = lambda kernel, _call: enqueued.append(kernel)
+    monkeypatch.setattr(device, "copy_in", lambda *_: enqueued.append("in"))
+    monkeypatch.setattr(device, "copy_out", lambda *_: enqueued.append("out"))
+    backend.ffn(0, *given)
+    assert enqueued == expected
+
+
+@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("n_tokens", [1, 40])
+def test_kernels_write_outputs_into_pinned_memory(
+    monkeypatch: pytest.MonkeyPatch, dtype: DType, n_tokens: int
+) -> None:
+    layer = random_layer(9, weight_dtype=dtype)
+    hidden, ids, weights = draw_call(10, layer, n_tokens, 2)
+    hidden = narrow(hidden, dtype)
+    found = []
+    for in_place_bytes in (0, 1 << 20):
+        monkeypatch.setattr(job, "IN_PLACE_BYTES", in_place_bytes)
+        backend = GpuBackend({0: layer}, SimtDevice())
+        found.append(compute(backend, hidden, ids, weights, dtype))
+    np.testing.assert_array_equal(found[0], found[1])
+    assert_close(found[1], reference_ffn(layer, hidden, ids, weights), TOLERANCE[dtype])
 
 
 # --- arrays in device memory ----------------------------------------------------------------

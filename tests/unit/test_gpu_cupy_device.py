@@ -14,6 +14,7 @@ import pytest
 
 from moeshm.backends.gpu.abi import Call, Route
 from moeshm.backends.gpu.cupy_device import CupyDevice, open_device
+from moeshm.backends.gpu.device import CommandList
 from moeshm.errors import DeviceError, DeviceLost, OutOfDeviceMemory
 
 STREAM = 4711
@@ -46,6 +47,8 @@ class FakeCupy:
         self.raises: dict[str, str] = {}
         self.limits: list[tuple[str, int]] = []
         self.modules: list[FakeModule] = []
+        #: By function of the driver: the status that it returns.
+        self.statuses: dict[str, int] = {}
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Be what `import cupy` gives."""
@@ -83,9 +86,6 @@ class FakeCupy:
             "hostAlloc": lambda nbytes, _flags: self._allocate(nbytes),
             "free": self.memory.pop,
             "freeHost": self.memory.pop,
-            "memcpyAsync": lambda to, from_, nbytes, _kind, _stream: ctypes.memmove(
-                to, from_, nbytes
-            ),
             "streamSynchronize": lambda _stream: None,
             "deviceSynchronize": lambda: None,
         }
@@ -93,18 +93,17 @@ class FakeCupy:
         constants = {
             "is_hip": self.is_hip,
             "hostAllocDefault": 0,
-            "memcpyHostToDevice": 1,
-            "memcpyDeviceToHost": 2,
             "streamLegacy": 0 if self.is_hip else 1,
             "streamPerThread": 2,
         }
         return {**noted, **constants}
 
     def _driver(self) -> dict[str, Any]:
-        return {
-            "launchKernel": self._noted("launchKernel", lambda *_: None),
-            "check_status": self._noted("check_status", lambda _status: None),
-        }
+        def check_status(status: int) -> None:
+            if status:
+                raise CUDARuntimeError(f"CUDA_ERROR_{status}")
+
+        return {"check_status": check_status, "__file__": "driver.so"}
 
     def _allocate(self, nbytes: int) -> int:
         memory = ctypes.create_string_buffer(nbytes)
@@ -145,11 +144,15 @@ class FakeModule:
 
         class Kernel:
             kernel = SimpleNamespace(ptr=len(name))
+            shared_size_bytes = 1000
 
             def __setattr__(self, attribute: str, value: int) -> None:
                 assert attribute == "max_dynamic_shared_size_bytes"
                 cupy.limits.append((name, value))
 
+        cupy.calls.append(("get_function", name))
+        if "get_function" in cupy.raises:
+            raise CUDARuntimeError(cupy.raises["get_function"])
         return Kernel()
 
 
@@ -159,41 +162,77 @@ def opened(
     """The card, and the device that uses it."""
     cupy = FakeCupy(properties)
     cupy.install(patch)
-    patch.setattr(ctypes, "CDLL", lambda _name: FakeDriver(cupy))
+    patch.setattr(
+        ctypes,
+        "CDLL",
+        lambda name: {"libcuda.so.1": cuda_driver, "driver.so": hip_driver}[name](cupy),
+    )
     return cupy, open_device(name)
 
 
-class FakeDriver:
-    """libcuda.so.1, with the one function that is called through ctypes."""
+class Library:
+    """A driver's functions: each notes what it is called with and returns what it is told to.
 
-    def __init__(self, cupy: FakeCupy) -> None:
-        def launch(config: int, function: int, parameters: int, extra: int | None) -> int:
-            words = (ctypes.c_uint32 * 7).from_address(config)
-            stream, attributes = (ctypes.c_uint64 * 2).from_address(config + 32)
-            n_attributes = ctypes.c_uint32.from_address(config + 48).value
-            kind, _, value = (ctypes.c_int32 * 3).from_address(attributes)
-            assert (extra, stream, n_attributes, value) == (None, STREAM, 1, 1)
-            cupy.calls.append(("cuLaunchKernelEx", function, tuple(words), kind, *read(parameters)))
-            return 0
+    `names`: of the two copies, and of the launch without attributes.
+    """
 
-        self.cuLaunchKernelEx = SimpleLaunch(launch)
+    def __init__(self, cupy: FakeCupy, names: tuple[str, str, str]) -> None:
+        self._functions: dict[str, Any] = {}
+        self._cupy = cupy
+        u32, u64 = ctypes.c_uint32, ctypes.c_uint64
+        for name in names[:2]:
+            self._add(name, self._copy, u64, u64, ctypes.c_size_t, u64)
+        self._add(names[2], self._launch, u64, *[u32] * 7, u64, u64, u64)
+        self._add("cuLaunchKernelEx", self._launch_overlapping, *[u64] * 4)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._functions[name]
+
+    def _add(self, name: str, function: Callable[..., tuple[Any, ...]], *types: Any) -> None:
+        def call(*arguments: int) -> int:
+            self._cupy.calls.append((name, *function(*arguments)))
+            return self._cupy.statuses.get(name, 0)
+
+        self._functions[name] = ctypes.CFUNCTYPE(ctypes.c_int, *types)(call)
+
+    def _copy(self, to: int, source: int, nbytes: int, stream: int) -> tuple[Any, ...]:
+        ctypes.memmove(to, source, nbytes)
+        return nbytes, stream
+
+    def _launch(self, function: int, *how: int) -> tuple[Any, ...]:
+        *sizes, stream, parameters, extra = how
+        return function, sizes, stream, *read(parameters), extra
+
+    def _launch_overlapping(
+        self, config: int, function: int, parameters: int, extra: int
+    ) -> tuple[Any, ...]:
+        sizes = list((ctypes.c_uint32 * 7).from_address(config))
+        stream = ctypes.c_uint64.from_address(config + 32).value
+        return function, sizes, stream, *read(parameters), extra
 
 
-class SimpleLaunch:
-    """A function that can be told its argtypes."""
+def cuda_driver(cupy: FakeCupy) -> Library:
+    """libcuda.so.1."""
+    return Library(cupy, ("cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuLaunchKernel"))
 
-    def __init__(self, function: Callable[..., int]) -> None:
-        self._function = function
-        self.argtypes: tuple[Any, ...] = ()
 
-    def __call__(self, *arguments: Any) -> int:
-        return self._function(*arguments)
+def hip_driver(cupy: FakeCupy) -> Library:
+    """What CuPy's own module is linked with."""
+    return Library(cupy, ("hipMemcpyHtoDAsync", "hipMemcpyDtoHAsync", "hipModuleLaunchKernel"))
 
 
 def read(parameters: int) -> tuple[int, int]:
     """Of a kernel's arguments, the call's tokens and where the route's tiles are."""
     call, route = (ctypes.c_uint64 * 2).from_address(parameters)
     return Call.from_address(call).n_tokens, Route.from_address(route).tiles
+
+
+def listed(device: CupyDevice, kernel: str) -> CommandList:
+    """A list with one launch."""
+    commands = device.command_list()
+    launched = device.compile("combine.cu", {}).kernel(kernel)
+    commands.launch(launched, 5, 256, 1000, Call(n_tokens=7), Route(tiles=99))
+    return commands
 
 
 # --- opening --------------------------------------------------------------------------------
@@ -285,8 +324,17 @@ def test_an_nvrtc_that_is_too_old_for_wgmma(monkeypatch: pytest.MonkeyPatch) -> 
     cupy = FakeCupy(H100)
     cupy.nvrtc_version = (12, 6)
     cupy.install(monkeypatch)
-    monkeypatch.setattr(ctypes, "CDLL", lambda _name: FakeDriver(cupy))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: cuda_driver(cupy))
     assert not open_device("cuda:0").features.has_wgmma
+
+
+def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCupy(H100).install(monkeypatch)
+    # One without any function of CUDA.
+    library = ctypes.CDLL(None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: library)
+    with pytest.raises(DeviceError, match=r"cuda:0 lacks .*cuMemcpyHtoDAsync_v2.* a newer one"):
+        open_device("cuda:0")
 
 
 # --- memory ---------------------------------------------------------------------------------
@@ -310,16 +358,27 @@ def test_memory_is_freed_by_close_or_with_its_last_reference(
     assert device.free_bytes() == 5 << 30
 
 
-def test_copies_go_over_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy, device = opened(monkeypatch, A100)
+@pytest.mark.parametrize(
+    ("properties", "names"),
+    [
+        (A100, ("cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2")),
+        (MI250, ("hipMemcpyHtoDAsync", "hipMemcpyDtoHAsync")),
+    ],
+)
+def test_copies_go_over_the_stream(
+    monkeypatch: pytest.MonkeyPatch, properties: dict[str, Any], names: tuple[str, str]
+) -> None:
+    cupy, device = opened(monkeypatch, properties)
     memory, pinned = device.allocate(16), device.pin(16)
+    commands = device.command_list()
+    commands.copy_in(memory.address + 4, pinned.address + 4, 8)
+    commands.copy_out(pinned.address, memory.address + 4, 8)
     pinned.array[:] = np.arange(16)
-    device.copy_in(memory.address + 4, pinned.address + 4, 8)
-    pinned.array[:] = 0
-    device.copy_out(pinned.address, memory.address + 4, 8)
+    commands.enqueue()
     device.wait()
     np.testing.assert_array_equal(pinned.array[:8], np.arange(4, 12))
-    assert [call[2:] for call in cupy.called("memcpyAsync")] == [(8, 1, STREAM), (8, 2, STREAM)]
+    for name in names:
+        assert cupy.called(name) == [(8, STREAM)]
     assert cupy.called("streamSynchronize") == [(STREAM,)]
 
 
@@ -365,42 +424,41 @@ def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         device.compile("combine.cu", {})
 
 
-@pytest.mark.parametrize("properties", [A100, MI250])
-def test_plain_launches(monkeypatch: pytest.MonkeyPatch, properties: dict[str, Any]) -> None:
-    device = opened(monkeypatch, properties)[1]
-    module = device.compile("combine.cu", {})
-    how: list[tuple[Any, ...]] = []
-
-    def note(*arguments: Any) -> None:
-        how.append((*arguments[:9], *read(arguments[9]), *arguments[10:]))
-
-    monkeypatch.setattr(device._launcher, "_launch", note)
-    module.launch("combine", 5, 256, 1000, Call(n_tokens=7), Route(tiles=99))
-    assert how == [(7, 5, 1, 1, 256, 1, 1, 1000, STREAM, 7, 99, 0)]
-
-
-def test_launches_that_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy, device = opened(monkeypatch, H100)
-    module = device.compile("combine.cu", {})
-    module.launch("combine", 5, 256, 1000, Call(n_tokens=7), Route(tiles=99))
-    module.launch("route", 2, 512, 0, Call(n_tokens=8), Route(tiles=98))
-    programmatic_stream_serialization = 6
-    assert cupy.called("cuLaunchKernelEx") == [
-        (7, (5, 1, 1, 256, 1, 1, 1000), programmatic_stream_serialization, 7, 99),
-        (5, (2, 1, 1, 512, 1, 1, 0), programmatic_stream_serialization, 8, 98),
-    ]
-    assert cupy.called("check_status") == [(0,), (0,)]
-    assert not cupy.called("launchKernel")
+@pytest.mark.parametrize(
+    ("properties", "function"),
+    [
+        (A100, "cuLaunchKernel"),
+        (H100, "cuLaunchKernelEx"),
+        (MI250, "hipModuleLaunchKernel"),
+    ],
+)
+def test_launches(
+    monkeypatch: pytest.MonkeyPatch, properties: dict[str, Any], function: str
+) -> None:
+    cupy, device = opened(monkeypatch, properties)
+    commands = listed(device, "combine")
+    assert not cupy.called(function)
+    for _ in range(2):
+        commands.enqueue()
+    handle = len("combine")
+    launched = (handle, [5, 1, 1, 256, 1, 1, 1000], STREAM, 7, 99, 0)
+    assert cupy.called(function) == [launched] * 2
 
 
-def test_shared_memory_is_allowed_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_is_loaded_once_and_may_use_all_shared_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that none of this is left for a call."""
     cupy, device = opened(monkeypatch, A100)
-    module = device.compile("combine.cu", {})
-    for shared_bytes in (0, 60_000, 50_000, 70_000, 70_000):
-        module.launch("combine", 1, 32, shared_bytes, Call(), Route())
-    assert cupy.limits == [("combine", 60_000), ("combine", 70_000)]
+    commands = listed(device, "combine")
+    assert cupy.called("get_function") == [("combine",)]
+    # All but what it has of its own.
+    assert cupy.limits == [("combine", (163 << 10) - 1000)]
+    before = list(cupy.calls)
+    commands.enqueue()
+    assert [call[0] for call in cupy.calls[len(before) :]] == ["cuLaunchKernel"]
     cupy, device = opened(monkeypatch, MI250)
-    device.compile("combine.cu", {}).launch("combine", 1, 32, 60_000, Call(), Route())
+    listed(device, "combine")
     assert cupy.limits == []
 
 
@@ -409,12 +467,55 @@ def test_shared_memory_is_allowed_before_it_is_used(monkeypatch: pytest.MonkeyPa
 
 def test_an_error_that_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy, device = opened(monkeypatch, A100)
-    cupy.raises["launchKernel"] = "CUDA_ERROR_INVALID_VALUE: invalid argument"
-    module = device.compile("combine.cu", {})
-    with pytest.raises(DeviceError, match=r"cuda:0 \(A card\): CUDA_ERROR_INVALID_VALUE") as raised:
-        module.launch("combine", 1, 32, 0, Call(), Route())
+    commands = listed(device, "combine")
+    cupy.statuses["cuLaunchKernel"] = 1
+    with pytest.raises(DeviceError, match=r"cuda:0 \(A card\): combine: CUDA_ERROR_1") as raised:
+        commands.enqueue()
     assert type(raised.value) is DeviceError
+    cupy.statuses.clear()
+    commands.enqueue()
     device.wait()
+
+
+@pytest.mark.parametrize(
+    ("function", "named"),
+    [
+        ("cuMemcpyHtoDAsync_v2", "copy to the device"),
+        ("cuLaunchKernelEx", "combine"),
+        ("cuMemcpyDtoHAsync_v2", "copy from the device"),
+    ],
+)
+def test_what_is_refused_is_named_and_the_rest_is_not_enqueued(
+    monkeypatch: pytest.MonkeyPatch, function: str, named: str
+) -> None:
+    cupy, device = opened(monkeypatch, H100)
+    memory, pinned = device.allocate(16), device.pin(16)
+    commands = device.command_list()
+    commands.copy_in(memory.address, pinned.address, 8)
+    kernel = device.compile("combine.cu", {}).kernel("combine")
+    commands.launch(kernel, 1, 32, 0, Call(), Route())
+    commands.copy_out(pinned.address, memory.address, 8)
+    cupy.statuses[function] = 700
+    cupy.raises["deviceSynchronize"] = "cudaErrorIllegalAddress"
+    with pytest.raises(DeviceLost, match=rf"is lost: {named}: CUDA_ERROR_700; this process"):
+        commands.enqueue()
+    enqueued = [call[0] for call in cupy.calls if call[0].startswith("cu")]
+    assert enqueued[-1] == function
+
+
+def test_a_kernel_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, device = opened(monkeypatch, A100)
+    cupy.raises["get_function"] = "CUDA_ERROR_NOT_FOUND"
+    with pytest.raises(DeviceError, match="CUDA_ERROR_NOT_FOUND"):
+        device.compile("combine.cu", {}).kernel("nothing")
+
+
+def test_errors_of_what_every_call_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, device = opened(monkeypatch, A100)
+    for function, do in (("setDevice", device.use), ("streamSynchronize", device.wait)):
+        cupy.raises[function] = "cudaErrorInvalidDevice"
+        with pytest.raises(DeviceError, match=r"cuda:0 \(A card\): cudaErrorInvalidDevice"):
+            do()
 
 
 def test_an_error_that_sticks(monkeypatch: pytest.MonkeyPatch) -> None:

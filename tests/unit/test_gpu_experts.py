@@ -14,6 +14,7 @@ import pytest
 
 from moeshm.backends.gpu import experts as experts_module
 from moeshm.backends.gpu.choice import Shape
+from moeshm.backends.gpu.device import Memory
 from moeshm.backends.gpu.experts import BlockPool, DeviceExperts, has_bias
 from moeshm.backends.gpu.packing import pack
 from moeshm.checkpoint import ExpertLayer, ExpertWeights
@@ -42,7 +43,10 @@ def expected_block(shape: Shape, weights: ExpertWeights) -> bytes:
         result = np.zeros(rows * columns, matrix.dtype)
         row, k = np.indices(matrix.shape)
         if matrix.itemsize == 2:
-            index = row // 8 * 8 * columns + (k // 32 * 8 + row % 8) * 32 + k % 32
+            tile = row // 64 * columns // 64 + k // 64
+            block = tile * 16 + row % 64 // 8 * 2 + k % 64 // 32
+            place = (k // 8 ^ row // 2) % 4
+            index = block * 256 + row % 8 * 32 + place * 8 + k % 8
         else:
             index = row * columns + k
         result[index] = matrix
@@ -92,7 +96,7 @@ def assert_held(
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("dtype", DType)
 @pytest.mark.parametrize("has_biases", [False, True])
-@pytest.mark.parametrize("staging_bytes", [2048, 5000, 1 << 20])
+@pytest.mark.parametrize("staging_bytes", [1 << 14, 50_000, 1 << 20])
 def test_a_block_is_as_kernels_expect_it(
     storage: str, dtype: DType, has_biases: bool, staging_bytes: int
 ) -> None:
@@ -126,12 +130,12 @@ def test_blocks_are_taken_again_before_more_is_allocated() -> None:
     assert len({address // 1024 for address in first}) == 4
     assert device.device_bytes == 4 * 1024
     pool.give_back(first[1:3])
-    assert pool.bytes_for(2) == 0
+    assert pool.bytes_for([2]) == 0
     assert sorted(pool.take(2)) == sorted(first[1:3])
     assert device.device_bytes == 4 * 1024
     # Three in all are asked for, two of them new; whole pages are what that takes.
     pool.give_back(first[:1])
-    assert pool.bytes_for(3) == 2 << 20
+    assert pool.bytes_for([3]) == 2 << 20
     pool.take(3)
     assert device.device_bytes == 6 * 1024
 
@@ -241,14 +245,54 @@ def test_what_does_not_fit_is_refused_with_sizes() -> None:
     device = SimtDevice(FEATURES._replace(total_bytes=2 << 30))
     held = DeviceExperts(device, threading.Lock())
     # 9 MiB each, and 128 MiB stay free.
-    held.check_room({shape: 200}, other_bytes=0)
+    held.check_room([(shape, 200)], other_bytes=0)
     with pytest.raises(OutOfDeviceMemory) as refused:
-        held.check_room({shape: 200}, other_bytes=130 << 20)
+        held.check_room([(shape, 200)], other_bytes=130 << 20)
     assert str(refused.value) == (
         "200 experts need 1.88 GiB with what calls use, and 0.12 GiB for kernels, but 2.00 GiB of "
         "2.00 GiB are free on simt (SIMT shim); hold fewer experts there"
     )
     assert device.device_bytes == 0
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_room_is_what_a_driver_that_rounds_each_allocation_takes(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Layers are added one by one, each with an allocation of its own."""
+    rng = random.Random(seed)
+    taken: list[int] = []
+    device = SimtDevice()
+    allocate = device.allocate
+
+    def note(nbytes: int) -> Memory:
+        taken.append(-(-nbytes // (2 << 20)) * (2 << 20))
+        return allocate(nbytes)
+
+    monkeypatch.setattr(device, "allocate", note)
+    pool = BlockPool(device, rng.choice([300, 700_000, 3 << 20]))
+    if kept := pool.take(rng.randint(0, 4)):
+        pool.give_back(kept[: len(kept) // 2])
+    parts = [rng.randint(0, 5) for _ in range(4)]
+    needed = pool.bytes_for(parts)
+    taken.clear()
+    for n_blocks in parts:
+        pool.take(n_blocks)
+    assert needed == sum(taken)
+
+
+def test_room_counts_what_is_rounded_of_every_layer_and_of_the_rest() -> None:
+    activation = random_layer(1).info.activation
+    small = [Shape(hidden, 64, DType.BF16, activation, False) for hidden in (64, 128)]
+    layers = [(small[i % 2], 1) for i in range(50)]
+    device = SimtDevice(FEATURES._replace(total_bytes=(128 + 2 * 51) << 20))
+    held = DeviceExperts(device, threading.Lock())
+    held.check_room(layers, other_bytes=1)
+    with pytest.raises(OutOfDeviceMemory, match="51 experts need"):
+        held.check_room([*layers, layers[0]], other_bytes=1)
+    device.features = FEATURES._replace(total_bytes=device.features.total_bytes - 1)
+    with pytest.raises(OutOfDeviceMemory, match="50 experts need"):
+        held.check_room(layers, other_bytes=1)
 
 
 def test_experts_that_are_still_here_when_they_come_again() -> None:
@@ -276,6 +320,6 @@ def test_what_needs_no_more_memory_fits_however_little_is_left(
     experts.remove(0, [3])
     monkeypatch.setattr(device, "free_bytes", lambda: 1 << 20)
     shape = experts.layers[0].shape
-    experts.check_room({shape: 1}, 0)
+    experts.check_room([(shape, 1)], 0)
     with pytest.raises(OutOfDeviceMemory):
-        experts.check_room({shape: 2}, 0)
+        experts.check_room([(shape, 2)], 0)

@@ -349,6 +349,21 @@ def test_a_missing_wait_for_a_phase_shows(probes_32: Module, waits: int) -> None
     assert not all(is_right(order) for order in ORDERS)
 
 
+def _adds_after_copies(probes: Module, waits: int, order: Order) -> bool:
+    x, out = guarded(np.arange(256, dtype=np.float32).reshape(2, 32, 4)), _floats(32)
+    probes.launch("arrives_after_copies", 1, 64, 0, _call(out, x, n_tokens=waits), order=order)
+    return bool((out == x.sum(axis=(0, 2))[::-1]).all())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_threads_arrive_once_their_copies_are_there(probes_32: Module, order: Order) -> None:
+    assert _adds_after_copies(probes_32, 1, order)
+
+
+def test_a_missing_wait_for_arrivals_shows(probes_32: Module) -> None:
+    assert not all(_adds_after_copies(probes_32, 0, order) for order in ORDERS)
+
+
 def test_a_block_does_not_end_before_its_copies(probes_32: Module) -> None:
     x = guarded(np.zeros(4, np.float32))
     with pytest.raises(KernelError, match="ended before a bulk copy did"):
@@ -444,6 +459,16 @@ def test_ldmatrix_hands_out_four_tiles(probes_32: Module) -> None:
         for tile in range(4):
             first = int(x[tile, lane // 4, lane % 4 * 2])
             assert out[lane, tile] == first | (first + 1) << 16
+
+
+def test_stmatrix_puts_tiles_back_transposed(probes_32: Module) -> None:
+    x = np.arange(32 * 8, dtype=np.uint16).reshape(4, 8, 8)
+    words = guarded(np.zeros((32, 8), np.uint16))
+    for lane in range(32):
+        words[lane] = x[:, lane // 4, lane % 4 * 2 : lane % 4 * 2 + 2].ravel()
+    out = guarded(np.zeros((4, 8, 8), np.uint16))
+    probes_32.launch("stores_tiles", 1, 32, 0, _call(out, words))
+    np.testing.assert_array_equal(out, x.swapaxes(1, 2))
 
 
 def _wgmma(probes: Module, columns: int, waits: int, order: Order) -> tuple[Floats, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,17 +16,17 @@ from ...dtypes import DType, dtype_of
 from ...errors import InvalidCall
 from ...layers import LayerInfo
 from .. import Ids, Weights
-from . import choice
-from .choice import MOST_FEW_TOKENS, Definitions, Shape, Size, Step
-from .device import Device, Module
+from .choice import MOST_FEW_TOKENS, Shape, Size, Step
+from .compiled import Kernels
+from .device import Device
 from .experts import DeviceExperts, DeviceLayer, has_bias
-from .job import Job, Launch
+from .job import Job, Kind, Launch, OnDevice
 from .operands import IDS, ROWS, WEIGHTS, DeviceArray, Operand, locate
 from .workspace import Workspace
 
 _log = logging.getLogger(__name__)
 
-#: Sizes of calls that stay made ready.
+#: Kinds of calls that stay made ready.
 _MAX_JOBS = 512
 
 
@@ -53,12 +52,10 @@ class GpuBackend:
         on_layer: Callable[[int], object] = lambda _number: None,
     ) -> None:
         self._device = device
-        self._kernels = dict(kernels or {})
-        choice.check_wanted(self._kernels, device.features)
+        self._kernels = Kernels(device, kernels or {})
         #: Held by whoever uses the device's stream.
         self._turn = threading.Lock()
-        self._jobs: dict[tuple[Shape, Size, DType, DType, bool], Job] = {}
-        self._modules: dict[tuple[Shape, str, Definitions], Module] = {}
+        self._jobs: dict[Kind, Job] = {}
         device.use()
         self._workspace = Workspace(device)
         self._experts = DeviceExperts(device, self._turn)
@@ -85,29 +82,20 @@ class GpuBackend:
             locate("topk_weights", topk_weights, WEIGHTS),
             locate("out", out, ROWS),
         )
-        n_tokens, top_k = operands[1].shape
         with self._turn:
             self._device.use()
             self._wait_for_arrays(held, operands)
-            n_slots = held.n_slots
-            step = self._workspace.most_tokens(held.shape, top_k, n_slots)
-            x_dtype, out_dtype = _format(operands[0]), _format(operands[3])
-            may_convert = isinstance(operands[0], DeviceArray)
-            for first in range(0, n_tokens, step):
-                end = min(first + step, n_tokens)
-                size = Size(end - first, top_k, n_slots)
-                key = (held.shape, size, x_dtype, out_dtype, may_convert)
-                job = self._jobs.get(key) or self._make_job(*key)
-                if size.n_tokens == n_tokens:
-                    job.run(self._device, held, *operands)
-                else:
-                    job.run(self._device, held, *(_rows(each, first, end) for each in operands))
+            self._compute(held, *operands)
 
     def add(self, layer: int, experts: ExpertLayer) -> list[int]:
         """As `GrowingBackend.add`. OutOfDeviceMemory, or CheckpointError: biases come late."""
         self._device.use()
         self._make_room({layer: experts})
-        self._experts.add_layer(layer, experts.info, has_bias(experts))
+        info, biased = experts.info, has_bias(experts)
+        if layer not in self._experts.layers:
+            # Before it is there for calls, and while those to others go on.
+            self._load_kernels(Shape.of(info, biased), info)
+        self._experts.add_layer(layer, info, biased)
         return self._experts.add(layer, experts)
 
     def remove(self, layer: int, slots: Sequence[int]) -> None:
@@ -116,7 +104,7 @@ class GpuBackend:
         self._experts.remove(layer, slots)
 
     def warm_up(self) -> None:
-        """Compile what calls to these layers may need, and make one of each kind."""
+        """Compile and load what calls to these layers may need, and make one of each kind."""
         start = time.monotonic()
         held = self._experts.layers
         kinds = {
@@ -125,66 +113,90 @@ class GpuBackend:
         for number in kinds.values():
             self._warm_up(number, held[number])
         _log.info(
-            "%d modules of kernels ready in %.1f s", len(self._modules), time.monotonic() - start
+            "%d modules of kernels ready in %.1f s",
+            self._kernels.n_modules,
+            time.monotonic() - start,
         )
 
     def _warm_up(self, number: int, layer: DeviceLayer) -> None:
         """As `warm_up`, for layers like this one."""
-        info, features = layer.info, self._device.features
-        most = self._workspace.most_tokens(layer.shape, info.top_k, info.num_experts)
-        sizes = list(choice.sizes(most, info.top_k, info.num_experts))
-        self._module(layer.shape, choice.convert(layer.shape, 1, features))
+        info = layer.info
+        most = self._load_kernels(layer.shape, info)
         for x_dtype in DType:
-            for size in sizes:
-                plan = choice.plan(layer.shape, size, x_dtype, features, self._kernels)
-                for step in plan.steps:
-                    self._module(layer.shape, step)
             for n_tokens in (1, min(MOST_FEW_TOKENS + 1, most)):
                 x = np.zeros((n_tokens, info.hidden_size), x_dtype.numpy)
-                ids = np.full((n_tokens, info.top_k), min(layer.blocks, default=-1), np.int32)
+                # All experts that are here, as far as there are pairs for them.
+                ids = np.resize(np.array([*layer.blocks] or [-1], np.int32), (n_tokens, info.top_k))
                 self.ffn(number, x, ids, np.ones(ids.shape, np.float32), np.empty_like(x))
+
+    def _load_kernels(self, shape: Shape, info: LayerInfo) -> int:
+        """All that calls to such layers may need; how many tokens these have at most."""
+        most_tokens = self._workspace.most_tokens(shape, info.top_k, info.num_experts)
+        self._kernels.load_all(shape, info.top_k, info.num_experts, most_tokens)
+        return most_tokens
 
     def _make_room(self, layers: Mapping[int, ExpertLayer]) -> None:
         """Have a workspace for calls to these, too. OutOfDeviceMemory: they do not fit."""
-        n_blocks: Counter[Shape] = Counter()
+        parts: list[tuple[Shape, int]] = []
         host_bytes = device_bytes = 0
         for number, layer in layers.items():
             info, held = layer.info, self._experts.layers.get(number)
             shape = Shape.of(info, has_bias(layer)) if held is None else held.shape
-            n_blocks[shape] += len(layer)
+            parts.append((shape, len(layer)))
             host, device = self._workspace.bytes_for(shape, info.top_k, info.num_experts)
             host_bytes, device_bytes = max(host_bytes, host), max(device_bytes, device)
         with self._turn:
             missing = self._workspace.missing_bytes(host_bytes, device_bytes)
-            self._experts.check_room(n_blocks, missing)
+            self._experts.check_room(parts, missing)
             if missing:
                 self._jobs.clear()
                 self._workspace.resize(host_bytes, device_bytes)
 
-    def _make_job(
-        self, shape: Shape, size: Size, x_dtype: DType, out_dtype: DType, may_convert: bool
-    ) -> Job:
-        features = self._device.features
-        plan = choice.plan(shape, size, x_dtype, features, self._kernels)
+    def _compute(
+        self, layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: Operand
+    ) -> None:
+        """The call, in parts if it is longer than there is memory for."""
+        n_tokens, top_k = ids.shape
+        kind = Kind(
+            layer.shape,
+            Size(n_tokens, top_k, layer.n_slots),
+            _format(x),
+            _format(out),
+            OnDevice(
+                isinstance(ids, DeviceArray),
+                isinstance(weights, DeviceArray),
+                isinstance(x, DeviceArray),
+                isinstance(out, DeviceArray),
+            ),
+        )
+        job = self._jobs.get(kind)
+        if job is not None:
+            job.run(layer, x, ids, weights, out)
+            return
+        most = self._workspace.most_tokens(layer.shape, top_k, layer.n_slots)
+        if 0 < n_tokens <= most:
+            self._make_job(kind).run(layer, x, ids, weights, out)
+            return
+        for first in range(0, n_tokens, most):
+            end = min(first + most, n_tokens)
+            self._compute(layer, *(_rows(each, first, end) for each in (x, ids, weights, out)))
+
+    def _make_job(self, kind: Kind) -> Job:
+        shape, size = kind.shape, kind.size
+        plan = self._kernels.plan(shape, size, kind.x_dtype)
         launches = [self._launch(shape, step) for step in plan.steps]
         convert = None
-        if may_convert and x_dtype is not plan.x_dtype:
-            convert = self._launch(shape, choice.convert(shape, size.n_tokens, features))
+        if kind.on_device.x and kind.x_dtype is not plan.x_dtype:
+            convert = self._launch(shape, self._kernels.convert(shape, size.n_tokens))
         if len(self._jobs) >= _MAX_JOBS:
             # The oldest; sizes that come often are soon there again.
             del self._jobs[next(iter(self._jobs))]
-        job = Job(shape, size, plan, out_dtype, launches, convert, self._workspace)
-        self._jobs[shape, size, x_dtype, out_dtype, may_convert] = job
+        job = Job(self._device, kind, plan, launches, convert, self._workspace)
+        self._jobs[kind] = job
         return job
 
     def _launch(self, shape: Shape, step: Step) -> Launch:
-        return Launch(step, self._module(shape, step))
-
-    def _module(self, shape: Shape, step: Step) -> Module:
-        key = (shape, step.file, step.macros)
-        if key not in self._modules:
-            self._modules[key] = self._device.compile(step.file, step.all_macros(shape))
-        return self._modules[key]
+        return Launch(step, self._kernels.load(shape, step))
 
     def _wait_for_arrays(self, layer: DeviceLayer, operands: Sequence[Operand]) -> None:
         """Until what is in device memory is there."""

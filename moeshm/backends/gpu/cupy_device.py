@@ -12,9 +12,9 @@ import numpy as np
 
 from ...errors import DeviceError, DeviceLost, OutOfDeviceMemory
 from ...kernels import source
+from . import _launch
 from .abi import Call, Route
-from .device import Bytes, Features, HostMemory, Macros, Memory, Module
-from .launching import OverlappingLaunch
+from .device import Bytes, CommandList, Features, HostMemory, Kernel, Macros, Memory, Module
 
 #: The first NVRTC that takes another architecture than the one CuPy adds.
 _NVRTC_FOR_WGMMA = (12, 9)
@@ -89,15 +89,23 @@ class CupyDevice:
             self.features = _features(runtime, index)
             #: CuPy's, for whoever records or times what is on it.
             self.stream: Any = cupy.cuda.Stream(non_blocking=True)
-            overlapping = None
-            if self.features.has_overlap:
-                overlapping = OverlappingLaunch(self.stream.ptr, driver.check_status)
-            self._launcher = _Launcher(self.stream.ptr, driver.launchKernel, overlapping)
+        self._stream: int = self.stream.ptr
+        self._driver = driver
+        hip_module = driver.__file__ if runtime.is_hip else None
+        try:
+            self._entry_points = _entry_points(hip_module, self._stream, self.features.has_overlap)
+        except (OSError, AttributeError) as error:
+            raise DeviceError(
+                f"the driver of {self.name} lacks what moeshm calls ({error}); install a newer one"
+            ) from error
 
     def use(self) -> None:
         """As `Device.use`."""
-        with self._errors:
+        # Every call comes here and to `wait`: a `with` would be a good part of what they cost.
+        try:
             self._runtime.setDevice(self._index)
+        except RuntimeError as error:
+            raise self.explain(error) from error
 
     def free_bytes(self) -> int:
         """As `Device.free_bytes`."""
@@ -122,17 +130,9 @@ class CupyDevice:
             ) from error
         return _HostMemory(address, nbytes, self._runtime.freeHost)
 
-    def copy_in(self, to: int, source: int, nbytes: int) -> None:
-        """As `Device.copy_in`."""
-        kind = self._runtime.memcpyHostToDevice
-        with self._errors:
-            self._runtime.memcpyAsync(to, source, nbytes, kind, self.stream.ptr)
-
-    def copy_out(self, to: int, source: int, nbytes: int) -> None:
-        """As `Device.copy_out`."""
-        kind = self._runtime.memcpyDeviceToHost
-        with self._errors:
-            self._runtime.memcpyAsync(to, source, nbytes, kind, self.stream.ptr)
+    def command_list(self) -> CommandList:
+        """As `Device.command_list`."""
+        return _CommandList(self, _launch.CommandList(self._entry_points))
 
     def compile(self, file: str, macros: Macros) -> Module:
         """As `Device.compile`; the cache is CuPy's, in CUPY_CACHE_DIR."""
@@ -148,12 +148,16 @@ class CupyDevice:
                 raise
             except Exception as error:  # CuPy's own; or the system's, of hipcc or the cache
                 raise DeviceError(f"{file} does not compile for {self.name}: {error}") from error
-        return _CupyModule(module, self._launcher, self._errors, self._runtime.is_hip)
+        # HIP's limit is what every kernel may have.
+        most_shared_bytes = None if self._runtime.is_hip else self.features.shared_bytes
+        return _CupyModule(module, self._errors, most_shared_bytes)
 
     def wait(self) -> None:
         """As `Device.wait`."""
-        with self._errors:
-            self._runtime.streamSynchronize(self.stream.ptr)
+        try:
+            self._runtime.streamSynchronize(self._stream)
+        except RuntimeError as error:
+            raise self.explain(error) from error
 
     def wait_for_stream(self, stream: int) -> None:
         """As `Device.wait_for_stream`."""
@@ -162,20 +166,28 @@ class CupyDevice:
         with self._errors:
             self._runtime.streamSynchronize(known.get(stream, stream))
 
-    def explain(self, error: RuntimeError) -> DeviceError:
+    def check_status(self, status: int, command: str) -> None:
+        """Raise what the driver's status stands for, unless it is 0, success."""
+        try:
+            self._driver.check_status(status)
+        except RuntimeError as error:
+            raise self.explain(error, f"{command}: ") from error
+
+    def explain(self, error: RuntimeError, doing: str = "") -> DeviceError:
         """The error as one of ours, with the device's name."""
         where = f"{self.name} ({self.features.name})"
         # The runtime's, HIP's and the driver's name for it.
         if re.search("MemoryAllocation|OutOfMemory|OUT_OF_MEMORY", str(error)):
-            return OutOfDeviceMemory(f"{where}: {error}; hold fewer experts there")
+            return OutOfDeviceMemory(f"{where}: {doing}{error}; hold fewer experts there")
         try:
             # After an error that sticks every call fails, this one too.
             self._runtime.deviceSynchronize()
         except RuntimeError:
             return DeviceLost(
-                f"{where} is lost: {error}; this process cannot use it any more, start it anew"
+                f"{where} is lost: {doing}{error}; this process cannot use it any more, start it "
+                "anew"
             )
-        return DeviceError(f"{where}: {error}")
+        return DeviceError(f"{where}: {doing}{error}")
 
 
 class _Memory:
@@ -203,62 +215,82 @@ class _HostMemory(_Memory):
         self.array: Bytes = np.frombuffer(memoryview(memory), np.uint8)
 
 
-class _Launcher:
-    """Puts kernels on a stream."""
+class _CommandList:
+    """Commands, and their names for errors."""
 
-    def __init__(self, stream: int, launch: Any, overlapping: OverlappingLaunch | None) -> None:
-        self._stream = stream
-        self._launch = launch
-        self._overlapping = overlapping
+    def __init__(self, device: CupyDevice, commands: _launch.CommandList) -> None:
+        self._device = device
+        self._commands = commands
+        self._names: list[str] = []
 
-    def __call__(
-        self, function: int, grid: int, block: int, shared_bytes: int, call: Call, route: Route
+    def copy_in(self, to: int, source: int, nbytes: int) -> None:
+        """As `CommandList.copy_in`."""
+        self._commands.copy_in(to, source, nbytes)
+        self._names.append("copy to the device")
+
+    def copy_out(self, to: int, source: int, nbytes: int) -> None:
+        """As `CommandList.copy_out`."""
+        self._commands.copy_out(to, source, nbytes)
+        self._names.append("copy from the device")
+
+    def launch(
+        self, kernel: Kernel, grid: int, block: int, shared_bytes: int, call: Call, route: Route
     ) -> None:
-        parameters = (ctypes.c_void_p * 2)(ctypes.addressof(call), ctypes.addressof(route))
-        address = ctypes.addressof(parameters)
-        if self._overlapping is not None:
-            self._overlapping(function, grid, block, shared_bytes, address)
-        else:
-            how = (grid, 1, 1, block, 1, 1, shared_bytes, self._stream)
-            self._launch(function, *how, address, 0)
+        """As `CommandList.launch`."""
+        self._commands.launch(kernel.function, grid, block, shared_bytes, call, route)
+        self._names.append(kernel.name)
+
+    def enqueue(self) -> None:
+        """As `CommandList.enqueue`."""
+        refused = self._commands.enqueue()
+        if refused is not None:
+            index, status = refused
+            self._device.check_status(status, self._names[index])
 
 
 class _CupyModule:
     """A compiled file."""
 
-    def __init__(self, module: Any, launcher: _Launcher, errors: _Errors, is_hip: bool) -> None:
+    def __init__(self, module: Any, errors: _Errors, most_shared_bytes: int | None) -> None:
         self._module = module
-        self._launcher = launcher
         self._errors = errors
-        # HIP's limit is what every kernel may have.
-        self._has_limits = not is_hip
-        #: By name: RawKernels, and the dynamic shared memory that each may have by now.
-        self._kernels: dict[str, Any] = {}
-        self._limits: dict[str, int] = {}
+        self._most_shared_bytes = most_shared_bytes
 
-    def launch(
-        self,
-        kernel: str,
-        grid: int,
-        block: int,
-        shared_bytes: int,
-        call: Call,
-        route: Route,
-    ) -> None:
-        """As `Module.launch`."""
+    def kernel(self, name: str) -> Kernel:
+        """As `Module.kernel`."""
         with self._errors:
-            function = self._function(kernel, shared_bytes)
-            self._launcher(function, grid, block, shared_bytes, call, route)
+            found = self._module.get_function(name)
+            if self._most_shared_bytes is not None:
+                # As much as there is, whatever the sizes of calls will ask for.
+                dynamic_bytes = self._most_shared_bytes - found.shared_size_bytes
+                found.max_dynamic_shared_size_bytes = dynamic_bytes
+            return Kernel(name, found.kernel.ptr)
 
-    def _function(self, kernel: str, shared_bytes: int) -> int:
-        if kernel not in self._kernels:
-            self._kernels[kernel] = self._module.get_function(kernel)
-        found = self._kernels[kernel]
-        if self._has_limits and shared_bytes > self._limits.get(kernel, 0):
-            found.max_dynamic_shared_size_bytes = shared_bytes
-            self._limits[kernel] = shared_bytes
-        handle: int = found.kernel.ptr
-        return handle
+
+def _entry_points(hip_module: str | None, stream: int, has_overlap: bool) -> _launch.Driver:
+    """The driver's functions; `hip_module`: a file of CuPy's that is linked with HIP, on HIP."""
+    if hip_module is None:
+        library = ctypes.CDLL("libcuda.so.1")
+        names = ("cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuLaunchKernel")
+    else:
+        # What CuPy uses, wherever and of whatever version that is. Not yet run on a card.
+        library = ctypes.CDLL(hip_module)
+        names = ("hipMemcpyHtoDAsync", "hipMemcpyDtoHAsync", "hipModuleLaunchKernel")
+    copy_in, copy_out, launch = (_address(library[name]) for name in names)
+    return _launch.Driver(
+        copy_in=copy_in,
+        copy_out=copy_out,
+        launch=launch,
+        # CUDA 11.8's driver has it, which is as old as the first that knows sm_90.
+        launch_overlapping=_address(library["cuLaunchKernelEx"]) if has_overlap else 0,
+        stream=stream,
+    )
+
+
+def _address(function: Any) -> int:
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return address
 
 
 def _features(runtime: Any, index: int) -> Features:

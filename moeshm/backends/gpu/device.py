@@ -58,23 +58,48 @@ class HostMemory(Protocol):
         ...
 
 
+class Kernel(NamedTuple):
+    """A kernel on the device, ready to be launched."""
+
+    name: str
+    #: Its handle, for the device's own command lists.
+    function: int
+
+
 class Module(Protocol):
     """The kernels of one compiled file."""
 
-    def launch(
-        self,
-        kernel: str,
-        grid: int,
-        block: int,
-        shared_bytes: int,
-        call: Call,
-        route: Route,
-    ) -> None:
-        """Enqueue the kernel on the device's stream.
+    def kernel(self, name: str) -> Kernel:
+        """Load it: nothing is left that its first launch would have to do."""
+        ...
 
-        `grid` blocks of `block` threads, each with `shared_bytes` of dynamic shared memory. With
-        `Features.has_overlap` it may start before the kernel ahead of it has ended, for which
-        every kernel waits itself. The two structs may be changed afterwards.
+
+class CommandList(Protocol):
+    """What is asked of a device together, any number of times."""
+
+    def copy_in(self, to: int, source: int, nbytes: int) -> None:
+        """Add a copy from pinned memory to the device, by their addresses."""
+        ...
+
+    def copy_out(self, to: int, source: int, nbytes: int) -> None:
+        """Add a copy from the device to pinned memory, by their addresses."""
+        ...
+
+    def launch(
+        self, kernel: Kernel, grid: int, block: int, shared_bytes: int, call: Call, route: Route
+    ) -> None:
+        """Add a launch of `grid` blocks of `block` threads.
+
+        Each block has `shared_bytes` of dynamic shared memory. With `Features.has_overlap` the
+        kernel may start before the one ahead of it has ended, for which every kernel waits itself.
+        The two structs are read by `enqueue`, and may be changed afterwards.
+        """
+        ...
+
+    def enqueue(self) -> None:
+        """Put all of it on the device's stream, in the order in which it was added.
+
+        Where something is refused, what comes after it is not enqueued.
         """
         ...
 
@@ -83,8 +108,9 @@ class Device(Protocol):
     """One GPU with one stream, on which everything is done in order.
 
     One thread at a time may use it, after `use`; only `allocate`, `pin`, `compile` and what they
-    return may be called by others meanwhile. Every method raises OutOfDeviceMemory, DeviceLost when
-    no call on the device will work again in this process, else DeviceError.
+    return, and `command_list`, may be called by others meanwhile. Every method raises
+    OutOfDeviceMemory, DeviceLost when no call on the device will work again in this process, else
+    DeviceError.
     """
 
     #: As the user names it: "cuda:0".
@@ -107,12 +133,8 @@ class Device(Protocol):
         """Memory of the host to copy from and to."""
         ...
 
-    def copy_in(self, to: int, source: int, nbytes: int) -> None:
-        """Enqueue a copy from pinned memory to the device, by their addresses."""
-        ...
-
-    def copy_out(self, to: int, source: int, nbytes: int) -> None:
-        """Enqueue a copy from the device to pinned memory, by their addresses."""
+    def command_list(self) -> CommandList:
+        """One that is empty."""
         ...
 
     def compile(self, file: str, macros: Macros) -> Module:

@@ -20,9 +20,9 @@ from .packing import pack
 STAGING_BYTES = 8 << 20
 #: Blocks start at multiples of it.
 _ALIGNMENT = 256
-#: What drivers allocate device memory in.
+#: What drivers round each allocation of device memory up to.
 _PAGE_BYTES = 2 << 20
-#: Left free for compiled modules, and for what they need when they run.
+#: Left free for compiled modules, for what they need when they run, and for tables of layers.
 MARGIN_BYTES = 128 << 20
 
 
@@ -39,9 +39,14 @@ class BlockPool:
         #: By the address of each slab that has some.
         self._free: dict[int, list[int]] = {}
 
-    def bytes_for(self, n_blocks: int) -> int:
-        """What has to be allocated for so many more blocks."""
-        return _round_up(max(0, n_blocks - self._n_free()) * self._step, _PAGE_BYTES)
+    def bytes_for(self, parts: Sequence[int]) -> int:
+        """What has to be allocated for so many more blocks, each part taken by itself."""
+        needed, n_free = 0, self._n_free()
+        for n_blocks in parts:
+            n_new = max(0, n_blocks - n_free)
+            needed += _round_up(n_new * self._step, _PAGE_BYTES)
+            n_free += n_new - n_blocks
+        return needed
 
     def take(self, n_blocks: int) -> list[int]:
         """Addresses of so many blocks."""
@@ -115,17 +120,21 @@ class DeviceExperts:
         self._pools: dict[int, BlockPool] = {}
         self.layers: dict[int, DeviceLayer] = {}
 
-    def check_room(self, n_blocks: Mapping[Shape, int], other_bytes: int) -> None:
-        """OutOfDeviceMemory unless so many experts and so many other bytes fit."""
+    def check_room(self, parts: Sequence[tuple[Shape, int]], other_bytes: int) -> None:
+        """OutOfDeviceMemory unless so many experts, each part added by itself, and so many other
+        bytes fit."""
+        by_size: dict[int, list[int]] = {}
+        for shape, n_blocks in parts:
+            by_size.setdefault(shape.block_bytes, []).append(n_blocks)
         with self._changing:
-            needed = other_bytes + sum(
-                self._pool(shape).bytes_for(n) for shape, n in n_blocks.items()
+            needed = _round_up(other_bytes, _PAGE_BYTES) + sum(
+                self._pool(block_bytes).bytes_for(each) for block_bytes, each in by_size.items()
             )
         free = self._device.free_bytes()
         # What needs nothing more fits, however little is left.
         if needed and needed + MARGIN_BYTES > free:
             raise OutOfDeviceMemory(
-                f"{sum(n_blocks.values())} experts need {_size(needed)} with what calls use, and "
+                f"{sum(n for _, n in parts)} experts need {_size(needed)} with what calls use, and "
                 f"{_size(MARGIN_BYTES)} for kernels, but {_size(free)} of "
                 f"{_size(self._device.features.total_bytes)} are free on {self._device.name} "
                 f"({self._device.features.name}); hold fewer experts there"
@@ -151,7 +160,7 @@ class DeviceExperts:
         """
         layer = self.layers[number]
         with self._changing:
-            blocks = self._pool(layer.shape).take(len(experts))
+            blocks = self._pool(layer.shape.block_bytes).take(len(experts))
             slots = layer.take_slots(len(experts))
         try:
             for local_id, block in enumerate(blocks):
@@ -173,10 +182,10 @@ class DeviceExperts:
     def _forget(self, layer: DeviceLayer, slots: Sequence[int], blocks: Sequence[int]) -> None:
         for slot in slots:
             del layer.blocks[slot]
-        self._pool(layer.shape).give_back(blocks)
+        self._pool(layer.shape.block_bytes).give_back(blocks)
 
-    def _pool(self, shape: Shape) -> BlockPool:
-        return self._pools.setdefault(shape.block_bytes, BlockPool(self._device, shape.block_bytes))
+    def _pool(self, block_bytes: int) -> BlockPool:
+        return self._pools.setdefault(block_bytes, BlockPool(self._device, block_bytes))
 
     def _upload(self, shape: Shape, experts: ExpertLayer, local_id: int, block: int) -> None:
         with self._uploading:
@@ -211,8 +220,10 @@ class DeviceExperts:
 
     def _copy(self, to: int, n_bytes: int) -> None:
         """The first bytes of the staging memory, which is free again afterwards."""
+        commands = self._device.command_list()
+        commands.copy_in(to, self._staging.address, n_bytes)
         with self._turn:
-            self._device.copy_in(to, self._staging.address, n_bytes)
+            commands.enqueue()
             self._device.wait()
 
 

@@ -1,4 +1,4 @@
-"""A call made ready: where its arrays are and its launches, for all calls of that size."""
+"""A call made ready: where its arrays are and its commands, for all calls of that kind."""
 
 from __future__ import annotations
 
@@ -7,154 +7,205 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...dtypes import Array, DType, dtype_of, narrow
+from ...dtypes import Array, DType, narrow
 from ...errors import DeviceError
 from .abi import Call, Route
 from .choice import Plan, Shape, Size, Step
-from .device import Bytes, Device, Module
+from .device import Bytes, CommandList, Device, Kernel
 from .experts import DeviceLayer
 from .operands import DeviceArray, Operand
-from .workspace import Workspace, lay_out
+from .workspace import Layout, Workspace, lay_out
+
+#: Outputs of up to so many bytes are written into pinned memory by the kernels, across the bus,
+#: others are copied there when they are done. On an H100 that made a call of one token 57 us
+#: instead of 61.
+IN_PLACE_BYTES = 16 << 10
+
+
+class OnDevice(NamedTuple):
+    """Which arrays are in device memory."""
+
+    ids: bool
+    weights: bool
+    x: bool
+    out: bool
+
+
+class Kind(NamedTuple):
+    """What calls have in common that one job computes."""
+
+    shape: Shape
+    size: Size
+    x_dtype: DType
+    out_dtype: DType
+    on_device: OnDevice
 
 
 class Launch(NamedTuple):
-    """A step of a plan, compiled."""
+    """A step of a plan, and its kernel."""
 
     step: Step
-    module: Module
+    kernel: Kernel
 
-    def enqueue(self, call: Call, route: Route) -> None:
-        """On the device's stream."""
+    def add_to(self, commands: CommandList, call: Call, route: Route) -> None:
+        """To what a job enqueues."""
         step = self.step
-        self.module.launch(step.kernel, step.grid, step.block, step.shared_bytes, call, route)
+        commands.launch(self.kernel, step.grid, step.block, step.shared_bytes, call, route)
+
+
+class _Staging(NamedTuple):
+    """A call's arrays in pinned memory."""
+
+    ids: Array
+    weights: Array
+    x: Array
+    #: What kernels take for values of hidden_size, up to a multiple of 8; None where that is one.
+    x_padding: Array | None
+    out: Array
+
+    @classmethod
+    def of(cls, kind: Kind, x_dtype: DType, at: Layout, host: Bytes) -> _Staging:
+        """Where the layout says."""
+        shape, size = kind.shape, kind.size
+        pairs, rows = (size.n_tokens, size.top_k), (size.n_tokens, shape.hidden)
+        x = _view(host, at.x, x_dtype.numpy, rows)
+        return cls(
+            ids=_view(host, at.ids, np.dtype(np.int32), pairs),
+            weights=_view(host, at.weights, np.dtype(np.float32), pairs),
+            x=x[:, : shape.hidden_size],
+            x_padding=x[:, shape.hidden_size :] if shape.hidden > shape.hidden_size else None,
+            out=_view(host, at.out, kind.out_dtype.numpy, rows)[:, : shape.hidden_size],
+        )
 
 
 class Job:
-    """A call to a layer of some shape, of some size and formats, that only lacks its values.
+    """A call of some kind that only lacks its values.
 
-    `convert`: what comes first where activations in device memory are not in the plan's format. One
-    thread at a time may use it, and none once the workspace has been resized.
+    `convert`: where activations in device memory are not in the plan's format, what comes first.
+    One thread at a time may use it, and none once the workspace has been resized.
     """
 
     def __init__(
         self,
-        shape: Shape,
-        size: Size,
+        device: Device,
+        kind: Kind,
         plan: Plan,
-        out_dtype: DType,
         launches: list[Launch],
         convert: Launch | None,
         workspace: Workspace,
     ) -> None:
-        self._plan = plan
-        self._launches = launches
-        self._convert = convert
-        at = self._layout = lay_out(shape, plan, size, out_dtype)
-        self._base = base = workspace.address
-        self._host_base, host = workspace.host.address, workspace.host.array
-        pairs, rows = (size.n_tokens, size.top_k), (size.n_tokens, shape.hidden)
-        self._ids = _view(host, at.ids, np.dtype(np.int32), pairs)
-        self._weights = _view(host, at.weights, np.dtype(np.float32), pairs)
-        x = _view(host, at.x, plan.x_dtype.numpy, rows)
-        self._x, self._x_padding = np.split(x, [shape.hidden_size], axis=1)
-        out = _view(host, at.out, out_dtype.numpy, rows)
-        self._out, self._out_bytes = out[:, : shape.hidden_size], out.nbytes
-        self._call = Call(
-            inner=base + at.inner,
-            partial=base + at.partial,
-            n_tokens=size.n_tokens,
-            top_k=size.top_k,
-            n_slots=size.n_slots,
-            x_dtype=plan.x_dtype,
-            out_dtype=out_dtype,
-        )
-        self._route = Route(
-            begin=base + at.begin,
-            pairs=base + at.pairs,
-            n_tiles=base + at.n_tiles,
-            tiles=base + at.tiles,
-        )
+        at = lay_out(kind.shape, plan, kind.size, kind.out_dtype)
+        base, host = workspace.address, workspace.host
+        out_bytes = kind.out_dtype.itemsize * kind.size.n_tokens * kind.shape.hidden
+        is_in_place = out_bytes <= IN_PLACE_BYTES
+        self._device = device
+        self._staging = _Staging.of(kind, plan.x_dtype, at, host.array)
+        #: The format that activations are staged in, if it is another one than theirs.
+        self._narrow_to = None if kind.x_dtype is plan.x_dtype else plan.x_dtype
+        self._call, route = _structs(kind, plan, at, base)
+        if is_in_place:
+            self._call.out = host.address + at.out
+        commands = self._commands = device.command_list()
+        first, end = _staged(kind, at)
+        if first < end:
+            commands.copy_in(base + first, host.address + first, end - first)
+        #: What takes activations from where they are in device memory.
+        self._taker = self._call
+        if convert is not None:
+            self._taker = Call(
+                out=base + at.x,
+                n_tokens=kind.size.n_tokens,
+                x_dtype=kind.x_dtype,
+                out_dtype=plan.x_dtype,
+            )
+            convert.add_to(commands, self._taker, route)
+        for launch in launches:
+            launch.add_to(commands, self._call, route)
+        if not (kind.on_device.out or is_in_place):
+            commands.copy_out(host.address + at.out, base + at.out, out_bytes)
 
     def run(
-        self,
-        device: Device,
-        layer: DeviceLayer,
-        x: Operand,
-        ids: Operand,
-        weights: Operand,
-        out: Operand,
+        self, layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: Operand
     ) -> None:
         """Compute the call with these values; returns when `out` is written."""
         try:
-            self._run(device, layer, x, ids, weights, out)
+            self._take(layer, x, ids, weights, out)
+            self._commands.enqueue()
+            self._device.wait()
         except BaseException:
             # As by Ctrl-C: what is on its way still uses what the next call writes.
             with contextlib.suppress(DeviceError):
-                device.wait()
+                self._device.wait()
             raise
+        if not isinstance(out, DeviceArray):
+            out[...] = self._staging.out
 
-    def _run(
-        self,
-        device: Device,
-        layer: DeviceLayer,
-        x: Operand,
-        ids: Operand,
-        weights: Operand,
-        out: Operand,
+    def _take(
+        self, layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: Operand
     ) -> None:
-        call, at = self._call, self._layout
+        """Addresses of what is in device memory go into the call, other values into the staging."""
+        call, staging = self._call, self._staging
         call.experts = layer.table.address
         call.alpha = layer.info.activation_alpha
         call.limit = layer.info.activation_limit
-        self._copy_in(device, x, ids, weights)
-        call.out = out.address if isinstance(out, DeviceArray) else self._base + at.out
-        for launch in self._launches:
-            launch.enqueue(call, self._route)
-        if isinstance(out, DeviceArray):
-            device.wait()
-            return
-        device.copy_out(self._host_base + at.out, self._base + at.out, self._out_bytes)
-        device.wait()
-        np.copyto(out, self._out)
-
-    def _copy_in(self, device: Device, x: Operand, ids: Operand, weights: Operand) -> None:
-        """What is in the host's memory, with one copy; where everything is goes into the call."""
-        call, at, base = self._call, self._layout, self._base
-        end = at.ids
         if isinstance(ids, DeviceArray):
             call.ids = ids.address
         else:
-            np.copyto(self._ids, ids)
-            call.ids, end = base + at.ids, at.weights
+            # Not by numpy.copyto, whose call costs more than so few values.
+            staging.ids[...] = ids
         if isinstance(weights, DeviceArray):
             call.weights = weights.address
         else:
-            np.copyto(self._weights, weights)
-            call.weights, end = base + at.weights, at.x
-        call.x = base + at.x
-        if not isinstance(x, DeviceArray):
+            staging.weights[...] = weights
+        if isinstance(x, DeviceArray):
+            self._taker.x = x.address
+        else:
             self._stage_rows(x)
-            end = at.out
-        elif self._convert is None:
-            call.x = x.address
-        if end > at.ids:
-            device.copy_in(base + at.ids, self._host_base + at.ids, end - at.ids)
-        if isinstance(x, DeviceArray) and self._convert is not None:
-            before = Call(
-                x=x.address,
-                out=base + at.x,
-                n_tokens=call.n_tokens,
-                x_dtype=x.dtype,
-                out_dtype=self._plan.x_dtype,
-            )
-            self._convert.enqueue(before, self._route)
+        if isinstance(out, DeviceArray):
+            call.out = out.address
 
     def _stage_rows(self, x: Array) -> None:
-        if dtype_of(x) is self._plan.x_dtype:
-            np.copyto(self._x, x)
+        staging = self._staging
+        if self._narrow_to is None:
+            staging.x[...] = x
         else:
-            narrow(x, self._plan.x_dtype, out=self._x)
-        self._x_padding[...] = 0
+            narrow(x, self._narrow_to, out=staging.x)
+        if staging.x_padding is not None:
+            staging.x_padding[...] = 0
+
+
+def _structs(kind: Kind, plan: Plan, at: Layout, base: int) -> tuple[Call, Route]:
+    """What kernels are called with when all arrays are in the workspace, but for a layer's own."""
+    size = kind.size
+    call = Call(
+        x=base + at.x,
+        ids=base + at.ids,
+        weights=base + at.weights,
+        out=base + at.out,
+        inner=base + at.inner,
+        partial=base + at.partial,
+        n_tokens=size.n_tokens,
+        top_k=size.top_k,
+        n_slots=size.n_slots,
+        x_dtype=plan.x_dtype,
+        out_dtype=kind.out_dtype,
+    )
+    route = Route(
+        begin=base + at.begin,
+        pairs=base + at.pairs,
+        n_tiles=base + at.n_tiles,
+        tiles=base + at.tiles,
+    )
+    return call, route
+
+
+def _staged(kind: Kind, at: Layout) -> tuple[int, int]:
+    """Where the inputs that are in the host's memory begin and end: one copy takes them all."""
+    parts = zip(
+        kind.on_device, (at.ids, at.weights, at.x), (at.weights, at.x, at.out), strict=False
+    )
+    staged = [(begin, end) for is_on_device, begin, end in parts if not is_on_device]
+    return (staged[0][0], staged[-1][1]) if staged else (0, 0)
 
 
 def _view(host: Bytes, offset: int, dtype: np.dtype[np.generic], shape: tuple[int, int]) -> Array:

@@ -12,9 +12,10 @@ from ...dtypes import Array, DType, widen
 from .choice import Shape
 from .device import Bytes
 
-#: Of a matrix of 16-bit weights, what lies one behind the other: see IS_BLOCKED there.
-_BLOCK_ROWS = 8
-_BLOCK_COLUMNS = 32
+#: Of a matrix of 16-bit weights, what lies one behind the other: see IS_TILED there.
+_TILE_ROWS = 64
+#: Of 64 columns: two blocks with four places of 8 values. By row of a block, what is where.
+_PLACES = np.arange(4) ^ np.arange(8)[:, None] // 2
 
 
 class _Section(NamedTuple):
@@ -31,12 +32,12 @@ def pack(shape: Shape, weights: ExpertWeights, staging: Bytes) -> Iterator[tuple
     """Write the expert's block into `staging`, as much as it takes at a time.
 
     Each part's offset in the block and its bytes, which are the first of `staging`; the next part
-    takes their place. `staging` takes 8 rows of every matrix.
+    takes their place. `staging` takes 64 rows of every matrix.
     """
     offset = 0
     for section in _sections(shape, weights):
         row_bytes = section.columns * section.dtype.itemsize
-        step = min(section.rows, len(staging) // row_bytes // _BLOCK_ROWS * _BLOCK_ROWS)
+        step = min(section.rows, len(staging) // row_bytes // _TILE_ROWS * _TILE_ROWS)
         for first in range(0, section.rows, step):
             n_rows = min(step, section.rows - first)
             n_bytes = n_rows * row_bytes
@@ -73,13 +74,15 @@ def _padded(section: _Section, first: int, n_rows: int) -> Array:
 
 
 def _fill(target: Array, rows: Array) -> None:
-    """The rows as kernels find them; splitting their axes copies nothing."""
+    """The rows as kernels find them."""
     n_rows, n_columns = rows.shape
     if rows.itemsize != 2:
         np.copyto(target.reshape(rows.shape), rows)
         return
-    blocks = (n_rows // _BLOCK_ROWS, n_columns // _BLOCK_COLUMNS)
-    np.copyto(
-        target.reshape(*blocks, _BLOCK_ROWS, _BLOCK_COLUMNS),
-        rows.reshape(blocks[0], _BLOCK_ROWS, blocks[1], _BLOCK_COLUMNS).swapaxes(1, 2),
-    )
+    tiles = (n_rows // _TILE_ROWS, n_columns // 64)
+    to = target.reshape(*tiles, 8, 2, 8, 4, 8)
+    # Splitting axes copies nothing.
+    eights = rows.reshape(tiles[0], 8, 8, tiles[1], 2, 4, 8).transpose(0, 3, 1, 4, 2, 5, 6)
+    for row, places in enumerate(_PLACES):
+        for place, eight in enumerate(places):
+            to[:, :, :, :, row, place] = eights[:, :, :, :, row, eight]

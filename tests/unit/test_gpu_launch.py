@@ -1,0 +1,219 @@
+"""Commands to a driver that is made up: what it is called with, how often, and where it stops."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from moeshm.backends.gpu._launch import CommandList, Driver
+from moeshm.backends.gpu.abi import Call, Route
+
+STREAM = 0x7FFF_0000_4711
+#: Of a kernel, and of both memories: wider than 32 bits.
+FUNCTION, DEVICE, HOST = 0x5555_0000_1000, 0x7F12_3456_7800, 0x7FFE_9876_5400
+
+_U32, _U64 = ctypes.c_uint32, ctypes.c_uint64
+
+
+class LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h: an int of its 64 bytes of value."""
+
+    _fields_ = (("id", _U32), ("padding", _U32), ("value", ctypes.c_int32), ("rest", _U32 * 15))
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", _U32 * 3),
+        ("block", _U32 * 3),
+        ("shared_bytes", _U32),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(LaunchAttribute)),
+        ("n_attributes", _U32),
+    )
+
+
+class FakeDriver:
+    """Notes every call; the one of number `refused` returns 719."""
+
+    def __init__(self, has_overlap: bool = False) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.refused: int | None = None
+        copy = (_U64, _U64, ctypes.c_size_t, ctypes.c_void_p)
+        launch = (ctypes.c_void_p, *[_U32] * 7, *[ctypes.c_void_p] * 3)
+        overlapping = (ctypes.POINTER(LaunchConfig), *[ctypes.c_void_p] * 3)
+        self._functions = [
+            self._made(self._copy_in, copy),
+            self._made(self._copy_out, copy),
+            self._made(self._launch, launch),
+            self._made(self._launch_overlapping, overlapping),
+        ]
+        addresses = [address_of(function) for function in self._functions]
+        self.driver = Driver(
+            copy_in=addresses[0],
+            copy_out=addresses[1],
+            launch=addresses[2],
+            launch_overlapping=addresses[3] if has_overlap else 0,
+            stream=STREAM,
+        )
+
+    def _made(self, function: Callable[..., None], types: tuple[Any, ...]) -> Any:
+        def call(*arguments: Any) -> int:
+            function(*arguments)
+            return 719 if len(self.calls) - 1 == self.refused else 0
+
+        return ctypes.CFUNCTYPE(ctypes.c_int, *types)(call)
+
+    def _copy_in(self, *arguments: int) -> None:
+        self.calls.append(("copy_in", *arguments))
+
+    def _copy_out(self, *arguments: int) -> None:
+        self.calls.append(("copy_out", *arguments))
+
+    def _launch(self, function: int, *how: int) -> None:
+        *sizes, stream, parameters, extra = how
+        self.calls.append(("launch", function, sizes, stream, *arguments_of(parameters), extra))
+
+    def _launch_overlapping(
+        self, config: Any, function: int, parameters: int, extra: int | None
+    ) -> None:
+        found: LaunchConfig = config[0]
+        sizes = [*found.grid, *found.block, found.shared_bytes]
+        attributes = [
+            (found.attributes[i].id, found.attributes[i].value) for i in range(found.n_attributes)
+        ]
+        self.calls.append(
+            (
+                *("launch_overlapping", function, sizes, found.stream),
+                *(*arguments_of(parameters), extra, attributes),
+            )
+        )
+
+
+def address_of(function: Any) -> int:
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+def arguments_of(parameters: int) -> tuple[bytes, bytes]:
+    """The bytes of a kernel's two arguments."""
+    call, route = (_U64 * 2).from_address(parameters)
+    sizes = (ctypes.sizeof(Call), ctypes.sizeof(Route))
+    return ctypes.string_at(call, sizes[0]), ctypes.string_at(route, sizes[1])
+
+
+@pytest.mark.parametrize("has_overlap", [False, True])
+def test_everything_is_enqueued_in_order_each_time(has_overlap: bool) -> None:
+    fake = FakeDriver(has_overlap)
+    commands = CommandList(fake.driver)
+    first, second, route = Call(x=DEVICE, n_tokens=3), Call(alpha=1.5), Route(begin=HOST, tiles=5)
+    commands.copy_in(DEVICE, HOST, 3 << 32)
+    commands.launch(FUNCTION, 132, 256, 200_000, first, route)
+    commands.launch(FUNCTION + 1, 1, 512, 0, second, route)
+    commands.copy_out(HOST + 1, DEVICE + 1, 16)
+    assert fake.calls == []
+    for _ in range(2):
+        assert commands.enqueue() is None
+    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    end: list[Any] = [None, [(6, 1)]] if has_overlap else [None]
+    launch = "launch_overlapping" if has_overlap else "launch"
+    sizes = ([132, 1, 1, 256, 1, 1, 200_000], [1, 1, 1, 512, 1, 1, 0])
+    expected = [
+        ("copy_in", DEVICE, HOST, 3 << 32, STREAM),
+        (launch, FUNCTION, sizes[0], STREAM, bytes(first), bytes(route), *end),
+        (launch, FUNCTION + 1, sizes[1], STREAM, bytes(second), bytes(route), *end),
+        ("copy_out", HOST + 1, DEVICE + 1, 16, STREAM),
+    ]
+    assert fake.calls == expected * 2
+
+
+def test_arguments_are_read_when_they_are_enqueued() -> None:
+    fake = FakeDriver()
+    commands = CommandList(fake.driver)
+    call = Call(n_tokens=1)
+    commands.launch(FUNCTION, 1, 32, 0, call, Route())
+    del fake.calls[:]
+    call.n_tokens, call.out = 2, DEVICE
+    commands.enqueue()
+    assert fake.calls[0][4] == bytes(Call(n_tokens=2, out=DEVICE))
+
+
+def test_a_list_keeps_what_it_points_to() -> None:
+    fake = FakeDriver(has_overlap=True)
+    commands = CommandList(fake.driver)
+    for n_tokens in range(8):
+        commands.launch(FUNCTION, 1, 32, 0, Call(n_tokens=n_tokens), Route(tiles=n_tokens))
+    del fake.driver
+    gc.collect()
+    others = [(Call(n_tokens=99), Route(tiles=99)) for _ in range(1000)]
+    commands.enqueue()
+    assert [call[4:6] for call in fake.calls] == [
+        (bytes(Call(n_tokens=n_tokens)), bytes(Route(tiles=n_tokens))) for n_tokens in range(8)
+    ]
+    assert {call[-1][0] for call in fake.calls} == {(6, 1)}
+    del others
+
+
+@pytest.mark.parametrize("has_overlap", [False, True])
+@pytest.mark.parametrize("refused", range(4))
+def test_nothing_is_enqueued_after_what_the_driver_refuses(refused: int, has_overlap: bool) -> None:
+    fake = FakeDriver(has_overlap)
+    commands = CommandList(fake.driver)
+    commands.copy_in(DEVICE, HOST, 1)
+    for _ in range(2):
+        commands.launch(FUNCTION, 1, 32, 0, Call(), Route())
+    commands.copy_out(HOST, DEVICE, 1)
+    fake.refused = refused
+    assert commands.enqueue() == (refused, 719)
+    assert len(fake.calls) == refused + 1
+    fake.refused = None
+    del fake.calls[:]
+    assert commands.enqueue() is None
+    assert len(fake.calls) == 4
+
+
+def test_a_list_with_nothing() -> None:
+    assert CommandList(FakeDriver().driver).enqueue() is None
+
+
+def test_more_commands_than_a_list_takes() -> None:
+    commands = CommandList(FakeDriver().driver)
+    for _ in range(8):
+        commands.copy_in(DEVICE, HOST, 1)
+    with pytest.raises(IndexError, match="full with 8 commands; make another"):
+        commands.launch(FUNCTION, 1, 32, 0, Call(), Route())
+    with pytest.raises(IndexError, match="full with 8 commands; make another"):
+        commands.copy_out(HOST, DEVICE, 1)
+
+
+def test_other_threads_run_meanwhile() -> None:
+    """A driver's function that waits for another thread: it would wait in vain with the GIL."""
+
+    class Timespec(ctypes.Structure):
+        _fields_ = (("s", ctypes.c_int64), ("ns", ctypes.c_int64))
+
+    library = ctypes.CDLL(None)
+    blocked, freed = (ctypes.create_string_buffer(64) for _ in range(2))
+    for semaphore in (blocked, freed):
+        library.sem_init(semaphore, 0, 0)
+    deadline = Timespec(s=int(time.time()) + 20)
+    post, wait = address_of(library.sem_post), address_of(library.sem_timedwait)
+    driver = Driver(copy_in=post, copy_out=wait, launch=0, launch_overlapping=0, stream=0)
+    commands = CommandList(driver)
+    commands.copy_in(ctypes.addressof(blocked), 0, 0)
+    commands.copy_out(ctypes.addressof(freed), ctypes.addressof(deadline), 0)
+    refused: list[tuple[int, int] | None] = []
+    thread = threading.Thread(target=lambda: refused.append(commands.enqueue()))
+    thread.start()
+    library.sem_timedwait(blocked, ctypes.byref(deadline))
+    library.sem_post(freed)
+    thread.join()
+    assert refused == [None]
