@@ -85,16 +85,11 @@ DEVICE float multiply_batch(const vec16 weights[ROWS][Steps<K>::batch], int firs
     return sum_across_lanes(sums);
 }
 
-struct Row {
-    const WEIGHT* matrix;
-    int index;
-};
-
-// As `multiply_batch` over whole rows, and any number of pairs, PAIRS of
-// them a group: calls `add(group, sum, is_first)` for each group and batch of steps. `before_use`
-// is called when the first weights are on their way, and before `x` is read.
+// As `multiply_batch` over whole rows, of which this lane's first values are at `rows`, and any
+// number of pairs, PAIRS of them a group: calls `add(group, sum, is_first)` for each group and batch
+// of steps. `before_use` is called when the first weights are on their way, and before `x` is read.
 template <int K, typename X, typename Wait, typename Add>
-DEVICE void multiply_rows(const Row rows[ROWS], const X* x, const short* x_rows, int n,
+DEVICE void multiply_rows(const WEIGHT* const rows[ROWS], const X* x, const short* x_rows, int n,
                           Wait before_use, Add add) {
 #pragma unroll 1
     for (int first = 0; first < Steps<K>::all; first += Steps<K>::batch) {
@@ -103,11 +98,10 @@ DEVICE void multiply_rows(const Row rows[ROWS], const X* x, const short* x_rows,
         for (int step = 0; step < Steps<K>::batch; ++step) {
             const int k = position<K>(first + step);
 #pragma unroll
-            for (int i = 0; i < ROWS; ++i) {
-                const WEIGHT* at =
-                    rows[i].matrix + weight_index(rows[i].index, k, (K + 63) / 64 * 64);
-                weights[i][step] = is_in_row<K>(k) ? load_once(at) : zero16();
-            }
+            for (int row = 0; row < ROWS; ++row)
+                weights[row][step] =
+                    is_in_row<K>(k) ? load_once(rows[row] + weight_distance(k - position<K>(0)))
+                                    : zero16();
         }
         before_use();
 #pragma unroll 1
@@ -130,8 +124,10 @@ DEVICE void gate_up(const Call& call, const Groups& groups, const short* tokens,
         const int visit = task / (INNER / 2), unit = task % (INNER / 2) * 2;
         const int first = groups.begin[visit], n = groups.begin[visit + 1] - first;
         const Expert expert = expert_at(groups.expert[visit]);
-        const Row rows[ROWS] = {
-            {expert.gate, unit}, {expert.gate, unit + 1}, {expert.up, unit}, {expert.up, unit + 1}};
+        const long long row = weight_index(unit, position<HIDDEN>(0), HIDDEN_PADDED);
+        const long long next_row = weight_index(unit + 1, position<HIDDEN>(0), HIDDEN_PADDED);
+        const WEIGHT* const rows[ROWS] = {expert.gate + row, expert.gate + next_row,
+                                          expert.up + row, expert.up + next_row};
         multiply_rows<HIDDEN>(rows, (const X*)call.x, tokens + first, n, [] {},
                               [&](int group, float sum, bool is_first) {
                                   sums[group][lane] = is_first ? sum : sums[group][lane] + sum;
@@ -192,10 +188,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, TWO_BLOCKS) decode_down(Ca
             const int visit = task / (DOWN_ROWS / ROWS), part = task % (DOWN_ROWS / ROWS) * ROWS;
             const short* pairs = groups.pairs + groups.begin[visit];
             const int n = groups.begin[visit + 1] - groups.begin[visit];
-            const WEIGHT* down = expert_at(groups.expert[visit]).down;
-            Row rows[ROWS];
+            const WEIGHT* rows[ROWS];
 #pragma unroll
-            for (int i = 0; i < ROWS; ++i) rows[i] = Row{down, first_row + part + i};
+            for (int i = 0; i < ROWS; ++i)
+                rows[i] = expert_at(groups.expert[visit]).down +
+                          weight_index(first_row + part + i, position<INNER>(0), INNER);
             multiply_rows<INNER>(rows, (const float*)call.inner, pairs, n, wait,
                                  [&](int group, float sum, bool is_first) {
                                      const int pair = group * PAIRS + lane % PAIRS;

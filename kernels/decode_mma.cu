@@ -10,7 +10,7 @@
 #if HAS_MMA
 
 #define GATE_UP_WARPS 4
-// Of k, that a warp multiplies at once: two blocks of weights.
+// Of k, that a warp multiplies at once: a tile of weights is as wide, and two blocks of 8 rows.
 #define CHUNK 64
 // Chunks that are loaded together; another such batch is on its way meanwhile.
 #define BATCH 2
@@ -39,14 +39,15 @@ DEVICE Lane this_lane() {
 DEVICE void load_batch(Chunk chunks[BATCH], const WEIGHT* low, const WEIGHT* high, int first,
                        int stride, int n_chunks) {
     const Lane lane = this_lane();
-    const long long in_block = weight_index(lane.row, lane.quad * 8, 0);
+    static_assert(CHUNK == 64, "a chunk is as wide as a tile");
+    const int in_block = (int)weight_index(lane.row, lane.quad * 8, 0);
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
         const int chunk = first + i * stride;
         const bool is_there = chunk < n_chunks;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const long long at = weight_distance(chunk * CHUNK + half * 32) + in_block;
+            const long long at = (long long)chunk * TILE_WEIGHTS + half * BLOCK_WEIGHTS + in_block;
             chunks[i].low[half] = is_there ? load_once(low + at) : zero16();
             chunks[i].high[half] = is_there && high ? load_once(high + at) : zero16();
         }
