@@ -48,6 +48,8 @@ class HostTimes(NamedTuple):
     call_us: float
     #: As that: the first of this size, once.
     first_call_us: float
+    #: Of later ones, each after a pause as that one.
+    rested_call_us: float
     #: Of the calls to the driver alone, which return before the device is done.
     enqueue_us: float
 

@@ -21,6 +21,9 @@ from .kernels_work import Cell, Work
 
 #: Passes over the calls of a cell for each of the host's times; the first is not counted.
 _PASSES = 4
+#: Calls that are timed after pauses, besides the first.
+_N_RESTED = 3
+_REST_S = 0.5
 _LAYER = 0
 
 
@@ -93,7 +96,7 @@ class Moeshm:
     def prepare(self, cell: Cell) -> Prepared:
         """One graph of all calls."""
         # Before anything else is asked for so many tokens.
-        first_call_us = self._first_call_us(cell)
+        first_call_us, *rested = self._calls_after_rest_us(cell)
         device = self._gpu.device
         hidden_states = to_device(device, cell.hidden_states)
         out = to_device(device, cell.hidden_states)
@@ -118,13 +121,22 @@ class Moeshm:
         def measure_host() -> HostTimes:
             with self._device.unwaited():
                 enqueue_us = _median_us(ffn, calls, self._gpu.wait)
-            return HostTimes(self._call_us(cell), first_call_us, enqueue_us)
+            rested_call_us = float(np.median(rested))
+            return HostTimes(self._call_us(cell), first_call_us, rested_call_us, enqueue_us)
 
         return Prepared(launch, out.memory.address, self._plan(cell), close, measure_host)
 
-    def _first_call_us(self, cell: Cell) -> float:
-        ffn, out = self._backend.ffn, np.empty_like(cell.hidden_states)
-        return _elapsed_us(ffn, (_LAYER, cell.hidden_states, *cell.routings[0], out))
+    def _calls_after_rest_us(self, cell: Cell) -> list[float]:
+        """Of some calls, each after a pause in which the device slows down its clock."""
+        ffn, out = self._backend.ffn, np.zeros_like(cell.hidden_states)
+        # So that its pages are there.
+        out.fill(0)
+        elapsed_us: list[float] = []
+        for _ in range(1 + _N_RESTED):
+            time.sleep(_REST_S)
+            call = (_LAYER, cell.hidden_states, *cell.routings[0], out)
+            elapsed_us.append(_elapsed_us(ffn, call))
+        return elapsed_us
 
     def _call_us(self, cell: Cell) -> float:
         out = np.empty_like(cell.hidden_states)

@@ -77,9 +77,10 @@ def _table(title: str, rows: Sequence[KernelRow]) -> Table:
 
 
 def _host_table(rows: Sequence[KernelRow]) -> Table:
-    columns = ("call µs", "first call µs", "enqueue µs")
+    columns = ("call µs", "first call µs", "rested call µs", "enqueue µs")
     table = make_table("A call as its caller sees it", "shape", "dtype", "tokens", *columns)
     for row in rows:
-        times = map(number, (row.call_us, row.first_call_us, row.enqueue_us))
+        seen = (row.call_us, row.first_call_us, row.rested_call_us, row.enqueue_us)
+        times = map(number, seen)
         table.add_row(row.shape, row.dtype, str(row.n_tokens), *times)
     return table

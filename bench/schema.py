@@ -276,6 +276,7 @@ class KernelRow(Timing, kw_only=True):
     is_repeatable: bool | None = None
     call_us: float | None = None
     first_call_us: float | None = None
+    rested_call_us: float | None = None
     enqueue_us: float | None = None
     plan: str | None = None
 

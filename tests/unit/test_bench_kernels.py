@@ -112,7 +112,7 @@ class Recited:
             self.closed += 1
 
         return Prepared(
-            launch, out.ctypes.data, "recited", close, lambda: HostTimes(9.0, 30.0, 2.0)
+            launch, out.ctypes.data, "recited", close, lambda: HostTimes(9.0, 30.0, 20.0, 2.0)
         )
 
 
@@ -269,7 +269,8 @@ def test_contenders_are_checked_timed_in_turns_and_closed() -> None:
         assert (row.n, row.repeats) == (3 * 50 * CALLS, 3)
         assert row.is_repeatable
         assert row.plan == "recited"
-        assert (row.call_us, row.first_call_us, row.enqueue_us) == (9.0, 30.0, 2.0)
+        assert (row.call_us, row.first_call_us) == (9.0, 30.0)
+        assert (row.rested_call_us, row.enqueue_us) == (20.0, 2.0)
         assert row.relative_error == pytest.approx(0.5 * (name == "wrong"), abs=0.01)
         assert row.limit_percent == pytest.approx(100 * (row.limit_us or 0) / 10.0)
     # Two that are checked, one that says how many to time together, three repeats, two again.
@@ -341,7 +342,10 @@ def test_what_breaks_the_device_ends_the_measurement_and_is_named() -> None:
 @pytest.mark.parametrize(
     ("shape", "dtype"), [(TINY, DType.F32), (TINY, DType.BF16), (BIASED, DType.F16)]
 )
-def test_moeshm_computes_what_it_is_timed_with(shape: KernelShape, dtype: DType) -> None:
+def test_moeshm_computes_what_it_is_timed_with(
+    monkeypatch: pytest.MonkeyPatch, shape: KernelShape, dtype: DType
+) -> None:
+    monkeypatch.setattr(kernels_moeshm, "_REST_S", 0)
     gpu = ShimGpu()
     entries = {"moeshm": Entry(Moeshm, lambda _work: None)}
     row = run(entries, shape=shape, dtype=dtype, n_tokens=(3,), gpu=gpu).rows()[3, "moeshm"]
@@ -353,6 +357,7 @@ def test_moeshm_computes_what_it_is_timed_with(shape: KernelShape, dtype: DType)
     assert "decode_down" in row.plan
     assert row.call_us is not None
     assert row.first_call_us is not None
+    assert row.rested_call_us is not None
     assert row.enqueue_us is not None
 
 
@@ -374,9 +379,11 @@ def test_the_first_call_of_a_size_is_timed_when_nothing_was_asked_of_that_size(
         return elapsed_us(do, call)
 
     monkeypatch.setattr(kernels_moeshm, "_elapsed_us", note)
+    monkeypatch.setattr(kernels_moeshm, "_REST_S", 0)
     moeshm.prepare(work.cell(3))
-    assert len(sizes_before) == 1
-    assert 3 not in sizes_before[0]
+    first, *rested = sizes_before
+    assert 3 not in first
+    assert len(rested) == 3
 
 
 @pytest.mark.gpu
