@@ -6,7 +6,7 @@
 // 128 of the rows and all pairs. Another fills the stages of a ring: one of its warps brings weights,
 // three bring pairs.
 //
-// Macros: TILE_ROWS, a multiple of 16 up to 192; STAGES. Block: 384 threads. Dynamic shared memory:
+// Macros: TILE_ROWS, a multiple of 16 up to 144; STAGES. Block: 384 threads. Dynamic shared memory:
 // STAGES of (256 + TILE_ROWS) * 128 bytes, `Shared`, and 1024 bytes to align.
 #define WEIGHT_ROWS 256
 

@@ -45,9 +45,6 @@ template <int N> DEVICE void take_registers() {}
 #define NAMES_56 NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define NAMES_64 NAMES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define NAMES_72 NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
-#define NAMES_80 NAMES_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
-#define NAMES_88 NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
-#define NAMES_96 NAMES_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define SUMS_8(i)                                                                                  \
     "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]),     \
         "+f"(sums[i + 5]), "+f"(sums[i + 6]), "+f"(sums[i + 7])
@@ -59,9 +56,6 @@ template <int N> DEVICE void take_registers() {}
 #define SUMS_56 SUMS_48, SUMS_8(48)
 #define SUMS_64 SUMS_56, SUMS_8(56)
 #define SUMS_72 SUMS_64, SUMS_8(64)
-#define SUMS_80 SUMS_72, SUMS_8(72)
-#define SUMS_88 SUMS_80, SUMS_8(80)
-#define SUMS_96 SUMS_88, SUMS_8(88)
 
 // Of one format and N: the sums are added to, the predicate is true; operands are neither negated
 // nor transposed.
@@ -83,10 +77,7 @@ template <int N> DEVICE void take_registers() {}
     MULTIPLY_64(type, format, 96, 48, "%48", "%49", SUMS_48)                                       \
     MULTIPLY_64(type, format, 112, 56, "%56", "%57", SUMS_56)                                      \
     MULTIPLY_64(type, format, 128, 64, "%64", "%65", SUMS_64)                                      \
-    MULTIPLY_64(type, format, 144, 72, "%72", "%73", SUMS_72)                                      \
-    MULTIPLY_64(type, format, 160, 80, "%80", "%81", SUMS_80)                                      \
-    MULTIPLY_64(type, format, 176, 88, "%88", "%89", SUMS_88)                                      \
-    MULTIPLY_64(type, format, 192, 96, "%96", "%97", SUMS_96)
+    MULTIPLY_64(type, format, 144, 72, "%72", "%73", SUMS_72)
 
 MULTIPLY_ANY(bf16, "bf16")
 MULTIPLY_ANY(f16, "f16")

@@ -42,7 +42,7 @@ def wgmma(tile_rows: int, stages: int) -> Variant:
     return Variant("prefill_wgmma.cu", tile_rows, shared_bytes, 384, {"STAGES": stages})
 
 
-VARIANTS = (mma(32), mma(64), mma(128), wgmma(144, 4), wgmma(192, 3), wgmma(64, 4))
+VARIANTS = (mma(32), mma(64), mma(128), wgmma(144, 4), wgmma(64, 4))
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 one_of_each = pytest.mark.parametrize("variant", [mma(64), wgmma(144, 4)], ids=str)
 
