@@ -82,7 +82,7 @@ def print_meta(meta: Meta, console: Console) -> None:
 def _floor_table(rows: Sequence[Floor]) -> Table:
     table = make_table("Floors", "floor", "bytes", "p50 µs", "p99 µs", "spread µs", "GB/s")
     for row in rows:
-        table.add_row(row.floor, _size(row.size_bytes), *_timing(row), number(row.gb_per_s))
+        table.add_row(row.floor, size_text(row.size_bytes), *_timing(row), number(row.gb_per_s))
     return table
 
 
@@ -95,7 +95,7 @@ def _ring_table(mode: str, rows: Sequence[RingRow]) -> Table:
     table = make_table(title, "bytes", "contender", "p50 µs", *columns)
     for row, is_last in with_ends(rows, lambda row: row.size_bytes):
         p50, p99, spread = _timing(row)
-        words = [_size(row.size_bytes), row.contender, p50]
+        words = [size_text(row.size_bytes), row.contender, p50]
         if mode == "latency":
             words += [p99, spread, number(row.gb_per_s), number(row.floor_ratio)]
         else:
@@ -162,7 +162,8 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _size(size_bytes: int) -> str:
+def size_text(size_bytes: int) -> str:
+    """In MiB or KiB where it is whole, else in bytes."""
     for unit, scale in (("Mi", 1 << 20), ("Ki", 1 << 10)):
         if size_bytes >= scale and size_bytes % scale == 0:
             return f"{size_bytes // scale} {unit}"

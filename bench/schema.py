@@ -287,3 +287,23 @@ class KernelReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     meta: Meta
     gpu: GpuInfo
     results: list[KernelRow]
+
+
+class CopyRow(Timing, kw_only=True):
+    """One contender, direction and size of `moeshm bench copies`: a copy's time."""
+
+    contender: str
+    direction: str
+    size_bytes: int
+    gb_per_s: float | None = None
+    #: Its bandwidth over that of pinned memory in this run; 1 is as fast.
+    pinned_ratio: float | None = None
+
+
+class CopyReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The one object of `moeshm bench copies --json`."""
+
+    meta: Meta
+    #: As its driver calls it.
+    device: str
+    results: list[CopyRow]

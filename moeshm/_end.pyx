@@ -15,6 +15,7 @@ count modulo 2^63. docs/ring.md has the reasons.
 """
 
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.memoryview cimport PyMemoryView_FromObject
 from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 
 import os
@@ -144,6 +145,14 @@ cdef class RingEnd:
         """The segment's file descriptor, to be passed to the process of the other end."""
         self._check_usable()
         return self.fd
+
+    def memory(self):
+        """Where all its records lie: the data area, twice in a row; read-only for a consumer.
+
+        It stays mapped while this view of it is in use, also when the end is closed.
+        """
+        self._check_usable()
+        return PyMemoryView_FromObject(self.mapping)
 
     def watch(self, int socket_fd=-1, int pidfd=-1):
         """Take the hang-up of a socket or the end of a pidfd's process for the peer's death.

@@ -38,6 +38,7 @@ cdef class Mapping:
     cdef char *data             # `area` bytes, twice in a row
     cdef readonly uint64_t area
     cdef Control header         # what the page says, as it was checked
+    cdef bint _is_writable
     cdef char *_base
     cdef uint64_t _length
 

@@ -5,6 +5,7 @@ wraps. The memory is unmapped when the last object that points into it is gone, 
 view can be stale but never a crash.
 """
 
+from cpython.buffer cimport PyBuffer_FillInfo
 from posix.mman cimport (
     MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_NONE,
     PROT_READ, PROT_WRITE, mmap, munmap,
@@ -25,12 +26,16 @@ cdef uint64_t MAX_AREA = (<uint64_t>1 << 39) + PAGE
 
 
 cdef class Mapping:
-    """`Mapping(fd, area, writable)`: the data area is read-only unless `writable`."""
+    """`Mapping(fd, area, writable)`: the data area is read-only unless `writable`.
+
+    A buffer: both copies of the data area, which stay mapped while a view of them is in use.
+    """
 
     def __cinit__(self, int fd, uint64_t area, bint writable):
         cdef int protection = PROT_READ | PROT_WRITE if writable else PROT_READ
         cdef void *base
         self.area = area
+        self._is_writable = writable
         self._length = PAGE + 2 * area
         # Reserve the whole range first, so that the three parts are sure to be neighbours.
         base = mmap(NULL, self._length, PROT_NONE,
@@ -48,6 +53,9 @@ cdef class Mapping:
         if mmap(at, size, protection, MAP_SHARED | MAP_FIXED, fd, offset) == MAP_FAILED:
             raise _failure(errno, size)
         return 0
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.data, 2 * self.area, not self._is_writable, flags)
 
     def __dealloc__(self):
         if self._base != NULL:

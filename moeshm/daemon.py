@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import process, protocol, session
-from .backends import Backend
+from .backends import Backend, MemoryUser
 from .errors import AddressInUse, DeviceLost, MoeshmError
 from .holdings import Holdings, Load
 from .session import ControlSocket
 from .signals import signals_as_bytes
+from .transport import Transport
 from .views import SessionViews
 from .worker import SessionServer, Turns
 
@@ -146,19 +147,25 @@ class Daemon:
                 )
             except (MoeshmError, OSError) as error:
                 return logging.WARNING, f"got no session: {error}"
-            with opened:
-                return logging.INFO, self._serve_session(control, opened, views)
+            # Until before the memory is unmapped, whatever ends the session.
+            with opened, _used_memory(views.backend, opened.transport) as direct_bytes:
+                return logging.INFO, self._serve_session(control, opened, views, direct_bytes)
 
     def _serve_session(
-        self, control: ControlSocket, opened: session.Session, views: SessionViews
+        self,
+        control: ControlSocket,
+        opened: session.Session,
+        views: SessionViews,
+        direct_bytes: int,
     ) -> str:
         welcome = opened.welcome
         _log.info(
-            "process %d: session over %s, up to %d tokens a call%s",
+            "process %d: session over %s, up to %d tokens a call%s%s",
             control.peer_pid,
             welcome.transport,
             welcome.max_tokens,
             f" ({welcome.stepped_down})" if welcome.stepped_down else "",
+            f", {direct_bytes / 2**20:.1f} MiB registered for the device" if direct_bytes else "",
         )
         server = SessionServer(opened, views, self._turns, self._draining)
         why = server.serve()
@@ -183,6 +190,18 @@ class Daemon:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
                 _log.error("a session did not finish within %g s", DRAIN_TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def _used_memory(backend: Backend, transport: Transport) -> Iterator[int]:
+    """While the backend uses the transport's memory; how much its device reaches by itself."""
+    direct_bytes = 0
+    with contextlib.ExitStack() as stack:
+        if isinstance(backend, MemoryUser):
+            for memory in transport.memory():
+                used = stack.enter_context(contextlib.closing(backend.use_memory(memory)))
+                direct_bytes += used.direct_bytes
+        yield direct_bytes
 
 
 def _listen(path: Path) -> tuple[socket.socket, int]:

@@ -47,6 +47,31 @@ class Backend(Protocol):
         ...
 
 
+class UsedMemory(Protocol):
+    """Memory that a backend was given to use."""
+
+    #: Of it, what the backend's device copies from and to by itself: all of it, or less.
+    direct_bytes: int
+
+    def close(self) -> None:
+        """Take it back; a second time does nothing. No call may use it meanwhile or afterwards."""
+        ...
+
+
+@runtime_checkable
+class MemoryUser(Backend, Protocol):
+    """A backend that computes faster when it knows beforehand where arrays of calls will lie."""
+
+    def use_memory(self, memory: memoryview) -> UsedMemory:
+        """Prepare for arrays that lie in this memory, whole pages which are mapped for good.
+
+        It is read-only where it is mapped so, and may be two halves that are the same pages. Any
+        thread may call it. Arrays in memory that cannot be prepared are taken like any others.
+        The view is kept until `close`.
+        """
+        ...
+
+
 @runtime_checkable
 class GrowingBackend(Backend, Protocol):
     """A backend whose experts come and go while it computes.

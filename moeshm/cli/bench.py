@@ -1,4 +1,4 @@
-"""`moeshm bench`: `ring` and `call` are here; `replay`, `policy` and `kernels` in their files."""
+"""`moeshm bench`: `ring` and `call` are here, the others each in a file of its own."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .bench_copies import copies
 from .bench_kernels import kernels
 from .bench_policy import policy
 from .bench_replay import replay
-from .bench_run import json_option, plot_option, seed_option, show, watched
+from .bench_run import json_option, parse_sizes, plot_option, seed_option, show, watched
 
 if TYPE_CHECKING:
     from ..bench.harness import Plan
     from ..bench.report import Report
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
 
 
 @click.group()
@@ -47,19 +47,6 @@ def _shared_options(command: _Command) -> _Command:
     ):
         command = option(command)
     return command
-
-
-def parse_sizes(text: str) -> list[int]:
-    """`64,8K,1M` as bytes; click.BadParameter names the word that is no size."""
-    sizes = []
-    for word in text.split(","):
-        unit = word.strip()[-1:].upper()
-        unit = "" if unit.isdigit() else unit
-        number = word.strip()[: len(word.strip()) - len(unit)]
-        if unit not in _UNITS or not number.isdecimal() or int(number) == 0:
-            raise click.BadParameter(f"{word!r} is no size; write bytes like 64, 8K or 16M")
-        sizes.append(int(number) * _UNITS[unit])
-    return list(dict.fromkeys(sizes))
 
 
 @bench.command()
@@ -124,3 +111,4 @@ def _run(
 bench.add_command(replay)
 bench.add_command(policy)
 bench.add_command(kernels)
+bench.add_command(copies)

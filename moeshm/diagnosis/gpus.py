@@ -1,9 +1,8 @@
-"""GPUs, and what their runtime supports of what a transport between processes would need."""
+"""GPUs, and what their runtime supports of what transports between processes need."""
 
 from __future__ import annotations
 
-import ctypes
-import mmap
+import contextlib
 import re
 import shutil
 from collections.abc import Callable
@@ -17,9 +16,7 @@ _SLAB_BYTES = 2 << 20
 _ON_CPU = "none needed: experts are computed on the CPU"
 _THROUGH_HOST = "none needed: activations go through the host's memory"
 #: What CuPy's HIP build only stubs out, whatever the card (GPU checks see the first two fail).
-ROCM_LACKS = (
-    "hostRegister, IPC events, mallocAsync, cooperative launch, cuFuncSetAttribute, graph upload"
-)
+ROCM_LACKS = "IPC events, mallocAsync, cooperative launch, cuFuncSetAttribute, graph upload"
 
 
 def check_gpus() -> list[Finding]:
@@ -82,13 +79,13 @@ def _cuda_version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-# --- what a device transport would need, each tried and undone ----------------------------
+# --- what transports need, each tried and undone -------------------------------------------
 
 
 def _problem(attempt: Callable[[Any], None], runtime: Any) -> str | None:
     try:
         attempt(runtime)
-    except (RuntimeError, AttributeError) as error:  # CuPy's errors are RuntimeErrors
+    except (RuntimeError, AttributeError, OSError) as error:  # CuPy's errors are RuntimeErrors
         return describe(error)
     return None
 
@@ -109,21 +106,43 @@ def _export_event(runtime: Any) -> None:
         runtime.eventDestroy(event)
 
 
-def _pin_shared_memory(runtime: Any) -> None:
-    with mmap.mmap(-1, _SLAB_BYTES) as memory:  # shared, as a ring's is
-        view = ctypes.c_char.from_buffer(memory)
-        address = ctypes.addressof(view)
-        try:
-            runtime.hostRegister(address, _SLAB_BYTES, 0)
-            runtime.hostUnregister(address)
-        finally:
-            del view  # the memory cannot be unmapped while it is viewed
+def _register_read_ring(_runtime: Any) -> None:
+    from .._ring import RingConsumer
+
+    with RingConsumer.create(None, _SLAB_BYTES) as ring:
+        _register(ring.memory())
+
+
+def _register_written_ring(_runtime: Any) -> None:
+    from .._ring import RingProducer
+
+    with RingProducer.create(None, _SLAB_BYTES) as ring:
+        _register(ring.memory())
+
+
+def _register(memory: memoryview) -> None:
+    """As a worker registers a session's: whole, or each half of what is mapped twice."""
+    from ..backends.gpu._launch import address_of
+    from ..backends.gpu.driver import Driver
+
+    driver, address = Driver(), address_of(memory)
+    half = memory.nbytes // 2
+    try:
+        driver.register(address, 2 * half, read_only=memory.readonly)
+    except RuntimeError:
+        with contextlib.ExitStack() as stack:
+            for start in (address, address + half):
+                driver.register(start, half, read_only=memory.readonly)
+                stack.callback(driver.unregister, start)
+    else:
+        driver.unregister(address)
 
 
 _ATTEMPTS: tuple[tuple[str, Callable[[Any], None]], ...] = (
     ("IPC memory", _export_memory),
     ("IPC events", _export_event),
-    ("pinned registration", _pin_shared_memory),
+    ("rings it reads", _register_read_ring),
+    ("rings it writes", _register_written_ring),
 )
 
 

@@ -62,6 +62,11 @@ class Transport(Protocol):
         """The next record; `release` it."""
         ...
 
+    def memory(self) -> list[memoryview]:
+        """What the records of both ways lie in, each part mapped twice in a row; none if that is
+        private. It stays mapped while these views of it are in use."""
+        ...
+
     def close(self) -> None:
         """Close this end; again does nothing."""
         ...

@@ -64,6 +64,10 @@ class SharedTransport:
             raise
         return cls(tx, rx, watch_socket, watch_pidfd)
 
+    def memory(self) -> list[memoryview]:
+        """As `Transport.memory`."""
+        return [self._rx.memory(), self._tx.memory()]
+
     def close(self) -> None:
         """As `Transport.close`."""
         self._tx.close()

@@ -173,6 +173,10 @@ class StreamTransport:
                     raise RingEmpty(f"no record within {timeout_s} s")
             return message
 
+    def memory(self) -> list[memoryview]:
+        """As `Transport.memory`: none."""
+        return []
+
     def close(self) -> None:
         """As `Transport.close`."""
         if self._is_closed:

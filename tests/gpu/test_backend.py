@@ -16,16 +16,18 @@ import moeshm
 from moeshm import checkpoint
 from moeshm.backends import Backend, Ids, Weights
 from moeshm.backends.cpu import CpuBackend
-from moeshm.backends.gpu import job
+from moeshm.backends.gpu import backend, job
 from moeshm.backends.gpu.backend import GpuBackend
 from moeshm.backends.gpu.cupy_device import open_device
 from moeshm.backends.gpu.device import Device
+from moeshm.backends.gpu.registered import MemoryStats
 from moeshm.backends.reference import reference_ffn
 from moeshm.demo import tiny_moe_path
 from moeshm.demo.decoder import Decoder, ExpertsFn, generate
 from moeshm.dtypes import DType, FloatArray, narrow
 from tests.checkpoints import random_layer
 from tests.conformance.test_backends import TOLERANCE, assert_close, compute, draw_call
+from tests.unit.test_gpu_registered import RING_BYTES, rings, serve
 
 pytestmark = pytest.mark.gpu
 
@@ -92,6 +94,31 @@ def test_outputs_reach_the_host(
     hidden = narrow(hidden, DType.BF16)
     found = compute(GpuBackend({0: layer}, device), hidden, ids, weights, DType.BF16)
     assert_close(found, reference_ffn(layer, hidden, ids, weights), TOLERANCE[DType.BF16])
+
+
+@pytest.mark.parametrize("in_place_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("n_tokens", [1, 16, 200])
+def test_calls_between_registered_rings(
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    n_tokens: int,
+    dtype: DType,
+    in_place_bytes: int,
+) -> None:
+    """Several of a kind, also across the rings' ends, by copies and by kernels."""
+    monkeypatch.setattr(job, "IN_PLACE_BYTES", in_place_bytes)
+    monkeypatch.setattr(backend, "DIRECT_BYTES", 0)
+    layer = random_layer(1, hidden_size=64, intermediate_size=192, weight_dtype=DType.BF16)
+    served = GpuBackend({0: layer}, device)
+    with rings(served) as ends:
+        assert served.memory_stats == MemoryStats(2 * RING_BYTES, 0)
+        for seed in range(5):
+            hidden, ids, weights = draw_call(seed, layer, n_tokens, 2)
+            hidden = narrow(hidden, dtype)
+            found = serve(ends, layer, served, hidden, ids, weights)
+            assert_close(found, reference_ffn(layer, hidden, ids, weights), TOLERANCE[DType.BF16])
+    assert served.memory_stats == MemoryStats(0, 0)
 
 
 def test_memory_stays_as_it_is(device: Device) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from moeshm import RingConsumer, RingProducer, segment
 from moeshm._ring import MAX_CAPACITY
-from moeshm.errors import RingError, SegmentError
+from moeshm.errors import RingClosed, RingError, SegmentError
 from tests.ring import rings
 from tests.ring.children import child
 from tests.ring.rings import RawSegment
@@ -52,6 +52,30 @@ def test_a_capacity_out_of_range(capacity: int) -> None:
 def test_a_first_position_out_of_range(position: int) -> None:
     with pytest.raises(RingError, match="multiple of 64 below 2"):
         RingProducer.create(None, 4096, first_position=position)
+
+
+def test_the_data_area_is_mapped_twice_in_a_row() -> None:
+    """Read-only for a consumer, and for as long as it is viewed."""
+    with (
+        RingProducer.create(None, 4096) as producer,
+        RingConsumer.attach(producer.fileno()) as consumer,
+    ):
+        written, read = producer.memory(), consumer.memory()
+    assert (written.nbytes, written.readonly) == (read.nbytes, not read.readonly)
+    assert (written.nbytes, written.readonly) == (4 * rings.PAGE, False)
+    written[7], written[2 * rings.PAGE + 9] = 1, 2
+    for view in (written, read):
+        assert (view[7], view[9]) == (1, 2)
+        assert view[: 2 * rings.PAGE] == view[2 * rings.PAGE :]
+    with pytest.raises(TypeError, match="read-only"):
+        read[0] = 1
+
+
+def test_a_closed_end_has_no_memory() -> None:
+    producer = RingProducer.create(None, 4096)
+    producer.close()
+    with pytest.raises(RingClosed, match="this end of the ring is closed"):
+        producer.memory()
 
 
 def test_memory_is_committed_when_it_is_made() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from moeshm.backends.gpu.device import (
     Macros,
     Memory,
     Module,
+    Registration,
 )
 from moeshm.errors import DeviceError, OutOfDeviceMemory
 from tests import simt
@@ -79,32 +82,59 @@ class SimtModule:
         return simt.compile(self._file, self._macros, self._device.features.warp)
 
 
+class SimtRegistration:
+    """Memory of the host that the device takes for its own."""
+
+    def __init__(self, device: SimtDevice, address: int) -> None:
+        self._device = device
+        self._address = address
+        self.device_address = address + device.shift
+
+    def close(self) -> None:
+        """As `Registration.close`."""
+        if self._address:
+            self._device.unregister(self._address)
+            self._address = 0
+
+
 class SimtCommandList:
-    """Does at once what is enqueued."""
+    """Copies and launches of the shim."""
 
     def __init__(self, device: SimtDevice) -> None:
         self._device = device
-        self._commands: list[Callable[[], None]] = []
+        self._commands: list[tuple[Callable[..., None], list[Any]]] = []
+        #: Which argument of a copy is the host's address, by its number.
+        self._host: dict[int, int] = {}
 
-    def copy_in(self, to: int, source: int, nbytes: int) -> None:
+    def copy_in(self, to: int, source: int, nbytes: int) -> int:
         """As `CommandList.copy_in`."""
-        self._commands.append(functools.partial(self._device.copy_in, to, source, nbytes))
+        return self._add_copy(self._device.copy_in, [to, source, nbytes], 1)
 
-    def copy_out(self, to: int, source: int, nbytes: int) -> None:
+    def copy_out(self, to: int, source: int, nbytes: int) -> int:
         """As `CommandList.copy_out`."""
-        self._commands.append(functools.partial(self._device.copy_out, to, source, nbytes))
+        return self._add_copy(self._device.copy_out, [to, source, nbytes], 0)
+
+    def _add_copy(self, copy: Callable[..., None], arguments: list[Any], host: int) -> int:
+        number = len(self._commands)
+        self._commands.append((copy, arguments))
+        self._host[number] = host
+        return number
+
+    def set_host_address(self, number: int, address: int) -> None:
+        """As `CommandList.set_host_address`."""
+        self._commands[number][1][self._host[number]] = address
 
     def launch(
         self, kernel: Kernel, grid: int, block: int, shared_bytes: int, call: Call, route: Route
     ) -> None:
         """As `CommandList.launch`."""
-        how = (kernel, grid, block, shared_bytes, call, route)
-        self._commands.append(functools.partial(self._device.launch, *how))
+        how = [kernel, grid, block, shared_bytes, call, route]
+        self._commands.append((self._device.launch, how))
 
     def enqueue(self) -> None:
         """As `CommandList.enqueue`."""
-        for command in self._commands:
-            command()
+        for command, arguments in self._commands:
+            self._device.do(command, *arguments)
 
 
 class SimtDevice:
@@ -117,6 +147,12 @@ class SimtDevice:
         #: Sizes of what is allocated, by address.
         self._device: dict[int, int] = {}
         self._pinned: dict[int, int] = {}
+        #: Sizes of memory that is registered, by address, and of which it is read-only.
+        self.registered: dict[int, int] = {}
+        self._read_only: set[int] = set()
+        #: From the host's addresses of registered memory to those that kernels are to use. Only
+        #: kernels that do nothing can have another one than 0.
+        self.shift = 0
         self.n_allocations = 0
         #: Every file that was compiled and every kernel that was loaded, in order.
         self.compiled: list[str] = []
@@ -153,17 +189,42 @@ class SimtDevice:
         self.n_allocations += 1
         return SimtMemory(nbytes, self._pinned)
 
+    def register(self, address: int, nbytes: int, *, read_only: bool) -> Registration:
+        """As `Device.register`: whole pages that are mapped like that, and none of them twice."""
+        if address % mmap.PAGESIZE or nbytes % mmap.PAGESIZE or not nbytes:
+            raise DeviceError(f"{nbytes} bytes at {address:#x} are no whole pages")
+        for start, size in self.registered.items():
+            if address < start + size and start < address + nbytes:
+                raise DeviceError(f"{nbytes} bytes at {address:#x} are registered already")
+        if modes_of(address, nbytes) != {"r--s" if read_only else "rw-s"}:
+            raise DeviceError(f"{nbytes} bytes at {address:#x} are not mapped like that")
+        self.registered[address] = nbytes
+        if read_only:
+            self._read_only.add(address)
+        return SimtRegistration(self, address)
+
+    def unregister(self, address: int) -> None:
+        """While it is mapped still, or a test fails."""
+        nbytes = self.registered.pop(address)
+        self._read_only.discard(address)
+        assert modes_of(address, nbytes), "unmapped before it was unregistered"
+
     def copy_in(self, to: int, source: int, nbytes: int) -> None:
         """Enqueued by a command list."""
         _check(self._device, to, nbytes)
-        _check(self._pinned, source, nbytes)
+        _check({**self._pinned, **self.registered}, source, nbytes)
         ctypes.memmove(to, source, nbytes)
 
     def copy_out(self, to: int, source: int, nbytes: int) -> None:
         """Enqueued by a command list."""
-        _check(self._pinned, to, nbytes)
+        writable = {at: n for at, n in self.registered.items() if at not in self._read_only}
+        _check({**self._pinned, **writable}, to, nbytes)
         _check(self._device, source, nbytes)
         ctypes.memmove(to, source, nbytes)
+
+    def do(self, command: Callable[..., None], *arguments: Any) -> None:
+        """Do, at once, what is enqueued."""
+        command(*arguments)
 
     def launch(
         self, kernel: Kernel, grid: int, block: int, shared_bytes: int, call: Call, route: Route
@@ -194,6 +255,29 @@ class SimtDevice:
         self.waited_for.append(stream)
 
 
+class LazyDevice(SimtDevice):
+    """Does what is enqueued only when it is waited for."""
+
+    def __init__(self, features: Features = FEATURES) -> None:
+        super().__init__(features)
+        self._enqueued: list[Callable[[], None]] = []
+
+    def do(self, command: Callable[..., None], *arguments: Any) -> None:
+        """Later, with what the arguments are now."""
+        structs = (Call, Route)
+        kept = [
+            type(each).from_buffer_copy(each) if isinstance(each, structs) else each
+            for each in arguments
+        ]
+        self._enqueued.append(functools.partial(command, *kept))
+
+    def wait(self) -> None:
+        """As `Device.wait`."""
+        enqueued, self._enqueued = self._enqueued, []
+        for command in enqueued:
+            command()
+
+
 class IdleDevice(SimtDevice):
     """A device whose kernels do nothing but tell `on_launch` of themselves."""
 
@@ -212,6 +296,19 @@ class IdleDevice(SimtDevice):
     ) -> None:
         """Enqueued by a command list."""
         self.on_launch(kernel.name, call)
+
+
+def modes_of(address: int, nbytes: int) -> set[str]:
+    """How the pages are mapped, as /proc/PID/maps has it; none unless all of them are."""
+    modes, end = set[str](), address + nbytes
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            bounds, mode = line.split()[:2]
+            first, last = (int(each, 16) for each in bounds.split("-"))
+            if first <= address < min(last, end):
+                modes.add(mode)
+                address = last
+    return modes if address >= end else set()
 
 
 def _check(memory: Mapping[int, int], address: int, nbytes: int) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from moeshm.backends.gpu import driver
 from moeshm.diagnosis import gpus
 from moeshm.diagnosis.finding import Finding
 
@@ -37,7 +38,6 @@ class FakeRuntime:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         """Every call that takes or gives something back: balanced ones leave `held` empty."""
         pairs = {"free": "malloc", "eventDestroy": "eventCreateWithFlags"}
-        pairs["hostUnregister"] = "hostRegister"
 
         def call(*_: int) -> int:
             if name in self.refused:
@@ -75,6 +75,37 @@ class FakeRuntime:
         return 4 if self.is_hip else 13_000
 
 
+class FakeDriver:
+    """Registers memory of up to `most_bytes`, and none that is read-only unless it is told to."""
+
+    most_bytes = 1 << 30
+    takes_read_only = True
+    held: ClassVar[list[int]] = []
+
+    def register(self, address: int, nbytes: int, *, read_only: bool) -> int:
+        if nbytes > self.most_bytes:
+            raise CudaError("cudaErrorInvalidValue: invalid argument")
+        if read_only and not self.takes_read_only:
+            raise CudaError("cudaErrorNotSupported: operation not supported")
+        self.held.append(address)
+        return address
+
+    def unregister(self, address: int) -> None:
+        self.held.remove(address)
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeDriver]]:
+    """The driver that there is; at the end it holds nothing."""
+
+    class Fresh(FakeDriver):
+        held: ClassVar[list[int]] = []
+
+    monkeypatch.setattr(driver, "Driver", Fresh)
+    yield Fresh
+    assert Fresh.held == []
+
+
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeRuntime], FakeRuntime]:
     def install(runtime: FakeRuntime) -> FakeRuntime:
@@ -98,15 +129,43 @@ def test_each_cuda_device_has_a_line(pretend: Pretend) -> None:
         "cuda:0",
         "ok",
         "NVIDIA H100 0, sm_90, 80.0 GiB, CUDA 13.2 (the driver's: 13.0); "
-        "IPC memory, IPC events, pinned registration work",
+        "IPC memory, IPC events, rings it reads, rings it writes work",
     )
     assert runtime.held == []
     assert runtime.device == 0
 
 
+def test_a_ring_that_is_taken_by_halves(pretend: Pretend, card: type[FakeDriver]) -> None:
+    """The data area for 2 MiB, and a page, once."""
+    pretend(FakeRuntime())
+    card.most_bytes = (2 << 20) + 4096
+    assert gpus.check_gpus()[0].status == "ok"
+
+
+def test_rings_that_cannot_be_registered(pretend: Pretend, card: type[FakeDriver]) -> None:
+    pretend(FakeRuntime())
+    card.takes_read_only = False
+    (finding,) = gpus.check_gpus()
+    assert finding.status == "degraded"
+    assert finding.value.endswith(
+        "IPC memory, IPC events, rings it writes work; do not work: rings it reads "
+        "(CudaError: cudaErrorNotSupported: operation not supported)"
+    )
+    card.most_bytes = 0
+    assert "rings it writes (CudaError: cudaErrorInvalid" in gpus.check_gpus()[0].value
+
+
+def test_a_driver_that_is_not_there(pretend: Pretend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    pretend(FakeRuntime())
+    monkeypatch.setattr(driver, "Driver", fail)
+    assert "rings it reads (OSError: libcuda.so.1: cannot open" in gpus.check_gpus()[0].value
+
+
 def test_rocm_names_what_its_cupy_lacks(pretend: Pretend) -> None:
-    refused = ("hostRegister", "ipcGetEventHandle")
-    runtime = pretend(FakeRuntime(is_hip=True, refused=refused))
+    runtime = pretend(FakeRuntime(is_hip=True, refused=("ipcGetEventHandle",)))
     (finding,) = gpus.check_gpus()
     assert (finding.name, finding.status) == ("hip:0", "degraded")
     assert finding.value.startswith("AMD Instinct MI300X, gfx942, 192.0 GiB, HIP 7.0; IPC memory")

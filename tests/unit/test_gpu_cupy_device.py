@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,9 +18,19 @@ from moeshm.backends.gpu.device import CommandList
 from moeshm.errors import DeviceError, DeviceLost, OutOfDeviceMemory
 
 STREAM = 4711
+ADDRESS = 0x7F00_0000_0000
 A100 = {"name": b"A card", "major": 8, "minor": 0, "sharedMemPerBlockOptin": 163 << 10}
 H100 = {**A100, "major": 9, "sharedMemPerBlockOptin": 227 << 10}
 MI250 = {"name": b"A card", "gcnArchName": b"gfx90a:sramecc+:xnack-", "warpSize": 64}
+
+
+#: Functions that register memory, undo that, and tell where kernels find it.
+REGISTERING = {
+    "cuda": ("cuMemHostRegister_v2", "cuMemHostUnregister", "cuMemHostGetDevicePointer_v2"),
+    "hip": ("hipHostRegister", "hipHostUnregister", "hipHostGetDevicePointer"),
+}
+#: Kernels find registered memory so much higher.
+SHIFT = 1 << 40
 
 
 class CUDARuntimeError(RuntimeError):
@@ -173,10 +183,11 @@ def opened(
 class Library:
     """A driver's functions: each notes what it is called with and returns what it is told to.
 
-    `names`: of the two copies, and of the launch without attributes.
+    `names`: of the two copies, of the launch without attributes, and of what registers memory,
+    undoes that, and tells where kernels find it.
     """
 
-    def __init__(self, cupy: FakeCupy, names: tuple[str, str, str]) -> None:
+    def __init__(self, cupy: FakeCupy, names: Sequence[str]) -> None:
         self._functions: dict[str, Any] = {}
         self._cupy = cupy
         u32, u64 = ctypes.c_uint32, ctypes.c_uint64
@@ -184,6 +195,9 @@ class Library:
             self._add(name, self._copy, u64, u64, ctypes.c_size_t, u64)
         self._add(names[2], self._launch, u64, *[u32] * 7, u64, u64, u64)
         self._add("cuLaunchKernelEx", self._launch_overlapping, *[u64] * 4)
+        self._add(names[3], lambda *how: how, u64, ctypes.c_size_t, u32)
+        self._add(names[4], lambda *how: how, u64)
+        self._add(names[5], self._device_address, u64, u64, u32)
 
     def __getitem__(self, name: str) -> Any:
         return self._functions[name]
@@ -199,6 +213,10 @@ class Library:
         ctypes.memmove(to, source, nbytes)
         return nbytes, stream
 
+    def _device_address(self, result: int, address: int, flags: int) -> tuple[Any, ...]:
+        ctypes.c_uint64.from_address(result).value = address + SHIFT
+        return address, flags
+
     def _launch(self, function: int, *how: int) -> tuple[Any, ...]:
         *sizes, stream, parameters, extra = how
         return function, sizes, stream, *read(parameters), extra
@@ -213,12 +231,14 @@ class Library:
 
 def cuda_driver(cupy: FakeCupy) -> Library:
     """libcuda.so.1."""
-    return Library(cupy, ("cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuLaunchKernel"))
+    copies = ("cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2")
+    return Library(cupy, (*copies, "cuLaunchKernel", *REGISTERING["cuda"]))
 
 
 def hip_driver(cupy: FakeCupy) -> Library:
     """What CuPy's own module is linked with."""
-    return Library(cupy, ("hipMemcpyHtoDAsync", "hipMemcpyDtoHAsync", "hipModuleLaunchKernel"))
+    copies = ("hipMemcpyHtoDAsync", "hipMemcpyDtoHAsync")
+    return Library(cupy, (*copies, "hipModuleLaunchKernel", *REGISTERING["hip"]))
 
 
 def read(parameters: int) -> tuple[int, int]:
@@ -333,7 +353,7 @@ def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     # One without any function of CUDA.
     library = ctypes.CDLL(None)
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: library)
-    with pytest.raises(DeviceError, match=r"cuda:0 lacks .*cuMemcpyHtoDAsync_v2.* a newer one"):
+    with pytest.raises(DeviceError, match=r"cuda:0 lacks .*cuMemHostRegister_v2.* a newer one"):
         open_device("cuda:0")
 
 
@@ -379,7 +399,66 @@ def test_copies_go_over_the_stream(
     np.testing.assert_array_equal(pinned.array[:8], np.arange(4, 12))
     for name in names:
         assert cupy.called(name) == [(8, STREAM)]
+    with pytest.raises(IndexError, match="command 2 of 2 is no copy"):
+        commands.set_host_address(2, pinned.address)
     assert cupy.called("streamSynchronize") == [(STREAM,)]
+
+
+@pytest.mark.parametrize(("properties", "kind"), [(A100, "cuda"), (MI250, "hip")])
+@pytest.mark.parametrize(("read_only", "flags"), [(False, 2), (True, 10)])
+def test_memory_is_registered_until_it_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+    properties: dict[str, Any],
+    kind: str,
+    read_only: bool,
+    flags: int,
+) -> None:
+    """Mapped for kernels (2), and where the host may not write, read-only (8)."""
+    cupy, device = opened(monkeypatch, properties)
+    register, unregister, device_address = REGISTERING[kind]
+    registration = device.register(ADDRESS, 8192, read_only=read_only)
+    assert registration.device_address == ADDRESS + SHIFT
+    assert cupy.called(register) == [(ADDRESS, 8192, flags)]
+    assert cupy.called(device_address) == [(ADDRESS, 0)]
+    assert cupy.called(unregister) == []
+    registration.close()
+    registration.close()
+    assert cupy.called(unregister) == [(ADDRESS,)]
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_memory_that_is_refused(monkeypatch: pytest.MonkeyPatch, read_only: bool) -> None:
+    cupy, device = opened(monkeypatch, A100)
+    cupy.statuses["cuMemHostRegister_v2"] = 801
+    how = "read-only " if read_only else ""
+    message = f"^8192 bytes of {how}shared memory cannot .* for cuda:0: CUDA_ERROR_801$"
+    with pytest.raises(DeviceError, match=message):
+        device.register(ADDRESS, 8192, read_only=read_only)
+    assert cupy.called("cuMemHostUnregister") == []
+
+
+def test_memory_that_kernels_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, device = opened(monkeypatch, A100)
+    cupy.statuses["cuMemHostGetDevicePointer_v2"] = 801
+    with pytest.raises(DeviceError, match="CUDA_ERROR_801"):
+        device.register(ADDRESS, 8192, read_only=False)
+    assert cupy.called("cuMemHostUnregister") == [(ADDRESS,)]
+
+
+def test_memory_that_cannot_be_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, device = opened(monkeypatch, A100)
+    registration = device.register(ADDRESS, 8192, read_only=False)
+    cupy.statuses["cuMemHostUnregister"] = 713
+    with pytest.raises(DeviceError, match="CUDA_ERROR_713"):
+        registration.close()
+
+
+def test_a_lost_device_registers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, device = opened(monkeypatch, A100)
+    cupy.statuses["cuMemHostRegister_v2"] = 700
+    cupy.raises["deviceSynchronize"] = "cudaErrorIllegalAddress"
+    with pytest.raises(DeviceLost, match=r"cuda:0 \(A card\) is lost: CUDA_ERROR_700"):
+        device.register(ADDRESS, 8192, read_only=False)
 
 
 @pytest.mark.parametrize(("properties", "legacy"), [(A100, 1), (MI250, 0)])

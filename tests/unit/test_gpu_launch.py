@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
+from moeshm.backends.gpu import _launch
 from moeshm.backends.gpu._launch import CommandList, Driver
 from moeshm.backends.gpu.abi import Call, Route
 
@@ -178,6 +180,47 @@ def test_nothing_is_enqueued_after_what_the_driver_refuses(refused: int, has_ove
     del fake.calls[:]
     assert commands.enqueue() is None
     assert len(fake.calls) == 4
+
+
+def test_a_copys_address_of_the_host_is_set_call_by_call() -> None:
+    fake = FakeDriver()
+    commands = CommandList(fake.driver)
+    first = commands.copy_in(DEVICE, HOST, 1)
+    commands.launch(FUNCTION, 1, 32, 0, Call(), Route())
+    second = commands.copy_in(DEVICE + 64, HOST + 64, 2)
+    last = commands.copy_out(HOST + 128, DEVICE + 128, 3)
+    assert (first, second, last) == (0, 2, 3)
+    for shift in (1 << 20, 1 << 40):
+        commands.set_host_address(second, HOST + shift)
+        commands.set_host_address(last, HOST + 2 * shift)
+        del fake.calls[:]
+        commands.enqueue()
+        assert [fake.calls[n] for n in (0, 2, 3)] == [
+            ("copy_in", DEVICE, HOST, 1, STREAM),
+            ("copy_in", DEVICE + 64, HOST + shift, 2, STREAM),
+            ("copy_out", HOST + 2 * shift, DEVICE + 128, 3, STREAM),
+        ]
+
+
+@pytest.mark.parametrize("number", [-1, 1, 2, 8])
+def test_only_a_copy_has_an_address_of_the_host(number: int) -> None:
+    commands = CommandList(FakeDriver().driver)
+    commands.copy_in(DEVICE, HOST, 1)
+    commands.launch(FUNCTION, 1, 32, 0, Call(), Route())
+    with pytest.raises(IndexError, match=f"command {number} of 2 is no copy; pass a number"):
+        commands.set_host_address(number, HOST)
+
+
+def test_addresses_of_buffers() -> None:
+    rows = np.zeros((4, 6), np.uint16)
+    rows.flags.writeable = False
+    start = rows.ctypes.data
+    assert _launch.address_of(rows) == _launch.address_of(rows.data) == start
+    assert _launch.address_of(rows[2:]) == start + 24
+    assert _launch.address_of(rows[:, 1:]) == _launch.address_of(rows.T) == 0
+    held = bytearray(8)
+    _launch.address_of(held)
+    held.append(1)  # refused while a view of it is in use
 
 
 def test_a_list_with_nothing() -> None:

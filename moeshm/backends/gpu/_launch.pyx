@@ -3,12 +3,14 @@
 The driver's functions come as addresses: this needs no vendor's headers and no library.
 """
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 import ctypes
 
 cdef enum:
-    # A copy in, a conversion, four kernels and a copy out are the most that a call takes.
+    # Two copies in, or one and a conversion, four kernels and a copy out are the most that a call
+    # takes.
     MOST_COMMANDS = 8
     # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION of cuda.h.
     PROGRAMMATIC_STREAM_SERIALIZATION = 6
@@ -44,6 +46,8 @@ cdef struct Command:
     Copy copy
     uint64_t to
     uint64_t source
+    # Which of the two is the host's; NULL for a launch.
+    uint64_t *host
     size_t nbytes
     void *function
     LaunchConfig config
@@ -91,12 +95,23 @@ cdef class CommandList:
         self.kept = []
 
     def copy_in(self, uint64_t to, uint64_t source, size_t nbytes):
-        """Add a copy from the host's memory to the device's."""
-        self._add_copy(self.driver.copy_in, to, source, nbytes)
+        """Add a copy from the host's memory to the device's; its number."""
+        cdef Command *command = self._add_copy(self.driver.copy_in, to, source, nbytes)
+        command.host = &command.source
+        return self.n_commands - 1
 
     def copy_out(self, uint64_t to, uint64_t source, size_t nbytes):
-        """Add a copy from the device's memory to the host's."""
-        self._add_copy(self.driver.copy_out, to, source, nbytes)
+        """Add a copy from the device's memory to the host's; its number."""
+        cdef Command *command = self._add_copy(self.driver.copy_out, to, source, nbytes)
+        command.host = &command.to
+        return self.n_commands - 1
+
+    def set_host_address(self, int number, uint64_t address):
+        """Have a copy use other memory of the host from now on; IndexError: it is no copy."""
+        if not 0 <= number < self.n_commands or self.commands[number].host == NULL:
+            raise IndexError(f"command {number} of {self.n_commands} is no copy; pass a number "
+                             "that copy_in or copy_out returned")
+        self.commands[number].host[0] = address
 
     def launch(self, uint64_t function, uint32_t grid, uint32_t block, uint32_t shared_bytes,
                call, route):
@@ -131,19 +146,33 @@ cdef class CommandList:
                 index += 1
         return None if status == 0 else (index, status)
 
-    cdef int _add_copy(self, Copy copy, uint64_t to, uint64_t source, size_t nbytes) except -1:
+    cdef Command *_add_copy(
+            self, Copy copy, uint64_t to, uint64_t source, size_t nbytes) except NULL:
         cdef Command *command = self._add()
         command.copy = copy
         command.to = to
         command.source = source
         command.nbytes = nbytes
-        return 0
+        return command
 
     cdef Command *_add(self) except NULL:
         if self.n_commands == MOST_COMMANDS:
             raise IndexError(f"the list is full with {MOST_COMMANDS} commands; make another one")
         self.n_commands += 1
         return &self.commands[self.n_commands - 1]
+
+
+def address_of(buffer):
+    """Where the buffer's memory begins; 0 unless it is contiguous."""
+    cdef Py_buffer view
+    cdef uint64_t address
+    try:
+        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+    except (BufferError, ValueError):
+        return 0
+    address = <uint64_t>view.buf
+    PyBuffer_Release(&view)
+    return address
 
 
 cdef int enqueue_one(Driver driver, Command *command) noexcept nogil:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...checkpoint.layer import ExpertLayer
-from ...dtypes import DType, dtype_of
+from ...dtypes import DType
 from ...errors import InvalidCall
 from ...layers import LayerInfo
 from .. import Ids, Weights
@@ -20,22 +20,40 @@ from .choice import MOST_FEW_TOKENS, Shape, Size, Step
 from .compiled import Kernels
 from .device import Device
 from .experts import DeviceExperts, DeviceLayer, has_bias
-from .job import Job, Kind, Launch, OnDevice
-from .operands import IDS, ROWS, WEIGHTS, DeviceArray, Operand, locate
+from .job import Job, Kind, Launch, Places
+from .operands import (
+    ALIGNMENT,
+    IDS,
+    ROWS,
+    WEIGHTS,
+    DeviceArray,
+    Operand,
+    Place,
+    RegisteredArray,
+    format_of,
+    locate,
+    place_of,
+    rows_of,
+)
+from .registered import MemoryStats, Registered, RegisteredMemory
 from .workspace import Workspace
 
 _log = logging.getLogger(__name__)
 
 #: Kinds of calls that stay made ready.
 _MAX_JOBS = 512
+#: Activations of so many bytes are copied by the device from where they lie in registered memory;
+#: fewer by the host, to beside the ids and weights, so that one copy brings all to the device.
+DIRECT_BYTES = 16 << 10
 
 
 class GpuBackend:
     """Computes experts that are kept in a GPU's memory.
 
     Arrays of a call are NumPy's, or have `__cuda_array_interface__` and are on this GPU: then they
-    are used in place, must be contiguous, and hidden_size a multiple of 8, else InvalidCall. A call
-    returns when `out` is written. Any thread may call; calls are computed one after the other.
+    are used in place, must be contiguous, and hidden_size a multiple of 8, else InvalidCall. Those
+    that lie in memory it was given by `use_memory` are not copied by the host. A call returns when
+    `out` is written. Any thread may call; calls are computed one after the other.
 
     `kernels`: as MOESHM_KERNELS, by "decode" and "prefill". `on_layer` is told each layer's number
     once its experts are uploaded. OutOfDeviceMemory: they do not all fit; SettingError: `kernels`;
@@ -58,6 +76,7 @@ class GpuBackend:
         self._jobs: dict[Kind, Job] = {}
         device.use()
         self._workspace = Workspace(device)
+        self._registered = RegisteredMemory(device)
         self._experts = DeviceExperts(device, self._turn)
         self._make_room(layers)
         for number, layer in layers.items():
@@ -77,10 +96,10 @@ class GpuBackend:
         """As `Backend.ffn`. DeviceLost: no call will work any more; else DeviceError."""
         held = self._experts.layers[layer]
         operands = (
-            locate("hidden_states", hidden_states, ROWS),
+            self._locate_rows(held, "hidden_states", hidden_states, is_written=False),
             locate("topk_ids", topk_ids, IDS),
             locate("topk_weights", topk_weights, WEIGHTS),
-            locate("out", out, ROWS),
+            self._locate_rows(held, "out", out, is_written=True),
         )
         with self._turn:
             self._device.use()
@@ -102,6 +121,15 @@ class GpuBackend:
         """As `GrowingBackend.remove`."""
         self._device.use()
         self._experts.remove(layer, slots)
+
+    def use_memory(self, memory: memoryview) -> Registered:
+        """As `MemoryUser.use_memory`: the device copies from and to it by itself."""
+        return self._registered.use(memory)
+
+    @property
+    def memory_stats(self) -> MemoryStats:
+        """What came of `use_memory`."""
+        return self._registered.stats
 
     def warm_up(self) -> None:
         """Compile and load what calls to these layers may need, and make one of each kind."""
@@ -160,14 +188,9 @@ class GpuBackend:
         kind = Kind(
             layer.shape,
             Size(n_tokens, top_k, layer.n_slots),
-            _format(x),
-            _format(out),
-            OnDevice(
-                isinstance(ids, DeviceArray),
-                isinstance(weights, DeviceArray),
-                isinstance(x, DeviceArray),
-                isinstance(out, DeviceArray),
-            ),
+            format_of(x),
+            format_of(out),
+            Places(place_of(ids), place_of(weights), place_of(x), place_of(out)),
         )
         job = self._jobs.get(kind)
         if job is not None:
@@ -179,14 +202,14 @@ class GpuBackend:
             return
         for first in range(0, n_tokens, most):
             end = min(first + most, n_tokens)
-            self._compute(layer, *(_rows(each, first, end) for each in (x, ids, weights, out)))
+            self._compute(layer, *(rows_of(each, first, end) for each in (x, ids, weights, out)))
 
     def _make_job(self, kind: Kind) -> Job:
         shape, size = kind.shape, kind.size
         plan = self._kernels.plan(shape, size, kind.x_dtype)
         launches = [self._launch(shape, step) for step in plan.steps]
         convert = None
-        if kind.on_device.x and kind.x_dtype is not plan.x_dtype:
+        if kind.places.x is not Place.HOST and kind.x_dtype is not plan.x_dtype:
             convert = self._launch(shape, self._kernels.convert(shape, size.n_tokens))
         if len(self._jobs) >= _MAX_JOBS:
             # The oldest; sizes that come often are soon there again.
@@ -197,6 +220,20 @@ class GpuBackend:
 
     def _launch(self, shape: Shape, step: Step) -> Launch:
         return Launch(step, self._kernels.load(shape, step))
+
+    def _locate_rows(
+        self, layer: DeviceLayer, name: str, array: npt.NDArray[Any], is_written: bool
+    ) -> Operand:
+        """Activations, as registered where the device had better reach for them itself."""
+        operand = locate(name, array, ROWS)
+        if isinstance(operand, DeviceArray) or not (is_written or array.nbytes >= DIRECT_BYTES):
+            return operand
+        found = self._registered.find(array, is_written)
+        if found is None or found[1] % ALIGNMENT:
+            return operand
+        # Kernels take other rows padded.
+        is_whole = layer.shape.hidden == layer.shape.hidden_size
+        return RegisteredArray(array, *found) if is_whole else operand
 
     def _wait_for_arrays(self, layer: DeviceLayer, operands: Sequence[Operand]) -> None:
         """Until what is in device memory is there."""
@@ -210,11 +247,3 @@ class GpuBackend:
                 )
             if operand.stream is not None:
                 self._device.wait_for_stream(operand.stream)
-
-
-def _rows(operand: Operand, first: int, end: int) -> Operand:
-    return operand.rows(first, end) if isinstance(operand, DeviceArray) else operand[first:end]
-
-
-def _format(operand: Operand) -> DType:
-    return operand.dtype if isinstance(operand, DeviceArray) else dtype_of(operand)

@@ -14,7 +14,18 @@ from ...errors import DeviceError, DeviceLost, OutOfDeviceMemory
 from ...kernels import source
 from . import _launch
 from .abi import Call, Route
-from .device import Bytes, CommandList, Features, HostMemory, Kernel, Macros, Memory, Module
+from .device import (
+    Bytes,
+    CommandList,
+    Features,
+    HostMemory,
+    Kernel,
+    Macros,
+    Memory,
+    Module,
+    Registration,
+)
+from .driver import Driver
 
 #: The first NVRTC that takes another architecture than the one CuPy adds.
 _NVRTC_FOR_WGMMA = (12, 9)
@@ -76,7 +87,7 @@ class CupyDevice:
 
     def __init__(self, index: int) -> None:
         import cupy
-        from cupy.cuda import driver, runtime
+        from cupy.cuda import runtime
 
         self._index = index
         self._runtime = runtime
@@ -90,10 +101,9 @@ class CupyDevice:
             #: CuPy's, for whoever records or times what is on it.
             self.stream: Any = cupy.cuda.Stream(non_blocking=True)
         self._stream: int = self.stream.ptr
-        self._driver = driver
-        hip_module = driver.__file__ if runtime.is_hip else None
         try:
-            self._entry_points = _entry_points(hip_module, self._stream, self.features.has_overlap)
+            self._driver = Driver()
+            self._entry_points = self._driver.entry_points(self._stream, self.features.has_overlap)
         except (OSError, AttributeError) as error:
             raise DeviceError(
                 f"the driver of {self.name} lacks what moeshm calls ({error}); install a newer one"
@@ -129,6 +139,26 @@ class CupyDevice:
                 f"{error.__cause__}; free some of it"
             ) from error
         return _HostMemory(address, nbytes, self._runtime.freeHost)
+
+    def register(self, address: int, nbytes: int, *, read_only: bool) -> Registration:
+        """As `Device.register`."""
+        try:
+            with self._errors:
+                device_address = self._driver.register(address, nbytes, read_only=read_only)
+        except DeviceLost:
+            raise
+        except DeviceError as error:
+            how = "read-only " if read_only else ""
+            raise DeviceError(
+                f"{nbytes} bytes of {how}shared memory cannot be page-locked for {self.name}: "
+                f"{error.__cause__}"
+            ) from error
+        return _Registration(self, address, device_address)
+
+    def unregister(self, address: int) -> None:
+        """What `Registration.close` does."""
+        with self._errors:
+            self._driver.unregister(address)
 
     def command_list(self) -> CommandList:
         """As `Device.command_list`."""
@@ -215,6 +245,19 @@ class _HostMemory(_Memory):
         self.array: Bytes = np.frombuffer(memoryview(memory), np.uint8)
 
 
+class _Registration:
+    def __init__(self, device: CupyDevice, address: int, device_address: int) -> None:
+        self._device = device
+        self._address: int | None = address
+        self.device_address = device_address
+
+    def close(self) -> None:
+        """As `Registration.close`."""
+        address, self._address = self._address, None
+        if address is not None:
+            self._device.unregister(address)
+
+
 class _CommandList:
     """Commands, and their names for errors."""
 
@@ -223,15 +266,19 @@ class _CommandList:
         self._commands = commands
         self._names: list[str] = []
 
-    def copy_in(self, to: int, source: int, nbytes: int) -> None:
+    def copy_in(self, to: int, source: int, nbytes: int) -> int:
         """As `CommandList.copy_in`."""
-        self._commands.copy_in(to, source, nbytes)
         self._names.append("copy to the device")
+        return self._commands.copy_in(to, source, nbytes)
 
-    def copy_out(self, to: int, source: int, nbytes: int) -> None:
+    def copy_out(self, to: int, source: int, nbytes: int) -> int:
         """As `CommandList.copy_out`."""
-        self._commands.copy_out(to, source, nbytes)
         self._names.append("copy from the device")
+        return self._commands.copy_out(to, source, nbytes)
+
+    def set_host_address(self, number: int, address: int) -> None:
+        """As `CommandList.set_host_address`."""
+        self._commands.set_host_address(number, address)
 
     def launch(
         self, kernel: Kernel, grid: int, block: int, shared_bytes: int, call: Call, route: Route
@@ -265,32 +312,6 @@ class _CupyModule:
                 dynamic_bytes = self._most_shared_bytes - found.shared_size_bytes
                 found.max_dynamic_shared_size_bytes = dynamic_bytes
             return Kernel(name, found.kernel.ptr)
-
-
-def _entry_points(hip_module: str | None, stream: int, has_overlap: bool) -> _launch.Driver:
-    """The driver's functions; `hip_module`: a file of CuPy's that is linked with HIP, on HIP."""
-    if hip_module is None:
-        library = ctypes.CDLL("libcuda.so.1")
-        names = ("cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuLaunchKernel")
-    else:
-        # What CuPy uses, wherever and of whatever version that is. Not yet run on a card.
-        library = ctypes.CDLL(hip_module)
-        names = ("hipMemcpyHtoDAsync", "hipMemcpyDtoHAsync", "hipModuleLaunchKernel")
-    copy_in, copy_out, launch = (_address(library[name]) for name in names)
-    return _launch.Driver(
-        copy_in=copy_in,
-        copy_out=copy_out,
-        launch=launch,
-        # CUDA 11.8's driver has it, which is as old as the first that knows sm_90.
-        launch_overlapping=_address(library["cuLaunchKernelEx"]) if has_overlap else 0,
-        stream=stream,
-    )
-
-
-def _address(function: Any) -> int:
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    assert address is not None
-    return address
 
 
 def _features(runtime: Any, index: int) -> Features:

@@ -58,6 +58,20 @@ class HostMemory(Protocol):
         ...
 
 
+class Registration(Protocol):
+    """Memory of the host that is page-locked where it lies, until `close`."""
+
+    #: Where kernels find its first byte.
+    device_address: int
+
+    def close(self) -> None:
+        """Let go of it, before it is unmapped; a second time does nothing.
+
+        Nothing may be on its way from or to it. DeviceError: the driver knows nothing of it.
+        """
+        ...
+
+
 class Kernel(NamedTuple):
     """A kernel on the device, ready to be launched."""
 
@@ -77,12 +91,18 @@ class Module(Protocol):
 class CommandList(Protocol):
     """What is asked of a device together, any number of times."""
 
-    def copy_in(self, to: int, source: int, nbytes: int) -> None:
-        """Add a copy from pinned memory to the device, by their addresses."""
+    def copy_in(self, to: int, source: int, nbytes: int) -> int:
+        """Add a copy from pinned or registered memory to the device, by their addresses as the
+        host has them; its number."""
         ...
 
-    def copy_out(self, to: int, source: int, nbytes: int) -> None:
-        """Add a copy from the device to pinned memory, by their addresses."""
+    def copy_out(self, to: int, source: int, nbytes: int) -> int:
+        """Add a copy from the device to pinned or registered memory, by their addresses as the
+        host has them; its number."""
+        ...
+
+    def set_host_address(self, number: int, address: int) -> None:
+        """Have the copy of that number use other memory of the host from now on."""
         ...
 
     def launch(
@@ -107,8 +127,8 @@ class CommandList(Protocol):
 class Device(Protocol):
     """One GPU with one stream, on which everything is done in order.
 
-    One thread at a time may use it, after `use`; only `allocate`, `pin`, `compile` and what they
-    return, and `command_list`, may be called by others meanwhile. Every method raises
+    One thread at a time may use it, after `use`; only `allocate`, `pin`, `register`, `compile`
+    and what they return, and `command_list`, may be called by others meanwhile. Every method raises
     OutOfDeviceMemory, DeviceLost when no call on the device will work again in this process, else
     DeviceError.
     """
@@ -131,6 +151,13 @@ class Device(Protocol):
 
     def pin(self, nbytes: int) -> HostMemory:
         """Memory of the host to copy from and to."""
+        ...
+
+    def register(self, address: int, nbytes: int, *, read_only: bool) -> Registration:
+        """Page-lock whole pages of the host's memory where they lie, to copy from and to.
+
+        `read_only`: that is how they are mapped. DeviceError: the driver or the device cannot.
+        """
         ...
 
     def command_list(self) -> CommandList:

@@ -13,7 +13,7 @@ from .abi import Call, Route
 from .choice import Plan, Shape, Size, Step
 from .device import Bytes, CommandList, Device, Kernel
 from .experts import DeviceLayer
-from .operands import DeviceArray, Operand
+from .operands import DeviceArray, Operand, Place, RegisteredArray
 from .workspace import Layout, Workspace, lay_out
 
 #: Outputs of up to so many bytes are written into pinned memory by the kernels, across the bus,
@@ -22,13 +22,13 @@ from .workspace import Layout, Workspace, lay_out
 IN_PLACE_BYTES = 16 << 10
 
 
-class OnDevice(NamedTuple):
-    """Which arrays are in device memory."""
+class Places(NamedTuple):
+    """Where the arrays of a call are; ids and weights are never REGISTERED."""
 
-    ids: bool
-    weights: bool
-    x: bool
-    out: bool
+    ids: Place
+    weights: Place
+    x: Place
+    out: Place
 
 
 class Kind(NamedTuple):
@@ -38,7 +38,7 @@ class Kind(NamedTuple):
     size: Size
     x_dtype: DType
     out_dtype: DType
-    on_device: OnDevice
+    places: Places
 
 
 class Launch(NamedTuple):
@@ -81,8 +81,8 @@ class _Staging(NamedTuple):
 class Job:
     """A call of some kind that only lacks its values.
 
-    `convert`: where activations in device memory are not in the plan's format, what comes first.
-    One thread at a time may use it, and none once the workspace has been resized.
+    `convert`: what comes first, where activations that the host does not stage are not in the
+    plan's format. One thread at a time may use it, and none once the workspace has been resized.
     """
 
     def __init__(
@@ -106,10 +106,16 @@ class Job:
         if is_in_place:
             self._call.out = host.address + at.out
         commands = self._commands = device.command_list()
+        if kind.places.x is Place.REGISTERED and convert is None:
+            n_bytes = plan.x_dtype.itemsize * kind.size.n_tokens * kind.shape.hidden
+            #: The copy of activations from registered memory; None where there is none.
+            self._copy_of_x: int | None = commands.copy_in(base + at.x, 0, n_bytes)
+        else:
+            self._copy_of_x = None
         first, end = _staged(kind, at)
         if first < end:
             commands.copy_in(base + first, host.address + first, end - first)
-        #: What takes activations from where they are in device memory.
+        #: What takes activations from where they are, if no copy does.
         self._taker = self._call
         if convert is not None:
             self._taker = Call(
@@ -121,8 +127,10 @@ class Job:
             convert.add_to(commands, self._taker, route)
         for launch in launches:
             launch.add_to(commands, self._call, route)
-        if not (kind.on_device.out or is_in_place):
-            commands.copy_out(host.address + at.out, base + at.out, out_bytes)
+        #: The copy of outputs; None where there is none.
+        self._copy_of_out: int | None = None
+        if not (kind.places.out is Place.DEVICE or is_in_place):
+            self._copy_of_out = commands.copy_out(host.address + at.out, base + at.out, out_bytes)
 
     def run(
         self, layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: Operand
@@ -137,13 +145,13 @@ class Job:
             with contextlib.suppress(DeviceError):
                 self._device.wait()
             raise
-        if not isinstance(out, DeviceArray):
+        if isinstance(out, np.ndarray):
             out[...] = self._staging.out
 
     def _take(
         self, layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: Operand
     ) -> None:
-        """Addresses of what is in device memory go into the call, other values into the staging."""
+        """Addresses of what the device reaches go into call and copies, other values are staged."""
         call, staging = self._call, self._staging
         call.experts = layer.table.address
         call.alpha = layer.info.activation_alpha
@@ -159,10 +167,20 @@ class Job:
             staging.weights[...] = weights
         if isinstance(x, DeviceArray):
             self._taker.x = x.address
-        else:
+        elif not isinstance(x, RegisteredArray):
             self._stage_rows(x)
+        elif self._copy_of_x is None:
+            self._taker.x = x.device_address
+        else:
+            self._commands.set_host_address(self._copy_of_x, x.address)
         if isinstance(out, DeviceArray):
             call.out = out.address
+        elif not isinstance(out, RegisteredArray):
+            return
+        elif self._copy_of_out is None:
+            call.out = out.device_address
+        else:
+            self._commands.set_host_address(self._copy_of_out, out.address)
 
     def _stage_rows(self, x: Array) -> None:
         staging = self._staging
@@ -200,11 +218,9 @@ def _structs(kind: Kind, plan: Plan, at: Layout, base: int) -> tuple[Call, Route
 
 
 def _staged(kind: Kind, at: Layout) -> tuple[int, int]:
-    """Where the inputs that are in the host's memory begin and end: one copy takes them all."""
-    parts = zip(
-        kind.on_device, (at.ids, at.weights, at.x), (at.weights, at.x, at.out), strict=False
-    )
-    staged = [(begin, end) for is_on_device, begin, end in parts if not is_on_device]
+    """Where the inputs that the host stages begin and end: one copy takes them all."""
+    parts = zip(kind.places, (at.ids, at.weights, at.x), (at.weights, at.x, at.out), strict=False)
+    staged = [(begin, end) for place, begin, end in parts if place is Place.HOST]
     return (staged[0][0], staged[-1][1]) if staged else (0, 0)
 
 
