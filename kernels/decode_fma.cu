@@ -86,8 +86,9 @@ DEVICE float multiply_batch(const vec16 weights[ROWS][Steps<K>::batch], int firs
 }
 
 // As `multiply_batch` over whole rows, of which this lane's first values are at `rows`, and any
-// number of pairs, PAIRS of them a group: calls `add(group, sum, is_first)` for each group and batch
-// of steps. `before_use` is called when the first weights are on their way, and before `x` is read.
+// number of pairs, PAIRS of them a group: calls `add(group, sum, is_first)` for each group and
+// batch of steps. `before_use` is called when the first weights are on their way, and before `x` is
+// read.
 template <int K, typename X, typename Wait, typename Add>
 DEVICE void multiply_rows(const WEIGHT* const rows[ROWS], const X* x, const short* x_rows, int n,
                           Wait before_use, Add add) {

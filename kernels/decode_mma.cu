@@ -2,8 +2,8 @@
 // warp keeps the next ones on their way while it multiplies the last, across tasks and experts.
 //
 // A fragment's rows 0 to 7 and 8 to 15 are two times 8 rows of weights, its columns 8 pairs of one
-// expert. Macros: DOWN_WARPS, of a block of decode_down; DOWN_SPLIT, how many of them share a row of
-// down_proj (a divisor of DOWN_WARPS); DOWN_ROWS, 8 or 16, of down_proj that a block owns.
+// expert. Macros: DOWN_WARPS, of a block of decode_down; DOWN_SPLIT, how many of them share a row
+// of down_proj (a divisor of DOWN_WARPS); DOWN_ROWS, 8 or 16, of down_proj that a block owns.
 #include "group.cuh"
 #include "matrix.cuh"
 

@@ -36,17 +36,17 @@ struct Call {
 
 // Where the pairs of each expert are, written by the kernel `route`.
 struct Route {
-    int* begin;    // [n_slots + 1]: an expert's pairs are pairs[begin[slot]] to pairs[begin[slot + 1]]
+    int* begin;    // [n_slots + 1]: an expert's pairs are those from begin[slot] to begin[slot + 1]
     int* pairs;    // [n_pairs]: each in rising order; those without an expert are nowhere
     int* n_tiles;  // [1]
     int* tiles;    // [max_tiles, 2]: an expert's slot, and where in `pairs` its tile starts
 };
 
-// Weights of 16 bits lie in tiles of 64 rows and 64 columns, one behind the other along the columns,
-// as wgmma reads them from shared memory: a tile is one copy. In it, every 8 rows are two blocks of
-// 32 columns, 512 bytes, which a warp reads at once as a part of a fragment of mma: on an H100, row by
-// row the same weights came at 2.8 TB/s, so at 3.0. In a block, the four times 8 values of a row
-// change places as in the 64-byte swizzle of the PTX manual.
+// Weights of 16 bits lie in tiles of 64 rows and 64 columns, one behind the other along the
+// columns, as wgmma reads them from shared memory: a tile is one copy. In it, every 8 rows are two
+// blocks of 32 columns, 512 bytes, which a warp reads at once as a part of a fragment of mma: on an
+// H100, row by row the same weights came at 2.8 TB/s, so at 3.0. In a block, the four times 8
+// values of a row change places as in the 64-byte swizzle of the PTX manual.
 #define IS_TILED (sizeof(WEIGHT) == 2)
 #define TILE_WEIGHTS (64 * 64)
 #define BLOCK_WEIGHTS (8 * 32)
@@ -57,9 +57,9 @@ DEVICE long long weight_distance(int distance) {
     return (long long)(distance / 64) * TILE_WEIGHTS + distance / 32 % 2 * BLOCK_WEIGHTS;
 }
 
-// Where in a matrix with rows of n_columns the value (row, k) is. The 7 behind it are its row's next,
-// if k is a multiple of 8. What rows i and j give adds up if i is a multiple of 8 and j below its
-// lowest bit, and so do columns from 32 on.
+// Where in a matrix with rows of n_columns the value (row, k) is. The 7 behind it are its row's
+// next, if k is a multiple of 8. What rows i and j give adds up if i is a multiple of 8 and j below
+// its lowest bit, and so do columns from 32 on.
 DEVICE long long weight_index(int row, int k, int n_columns) {
     if (!IS_TILED) return (long long)row * n_columns + k;
     const int place = (k / 8 ^ row / 2) % 4;
@@ -68,8 +68,8 @@ DEVICE long long weight_index(int row, int k, int n_columns) {
 }
 
 // An expert's block, each part 16-byte aligned: gate_proj [INNER, HIDDEN_PADDED], up_proj the same,
-// down_proj [HIDDEN_PADDED, INNER], all WEIGHT, padded with zeros and laid out by weight_index; with
-// HAS_BIAS then gate_bias [INNER], up_bias [INNER], down_bias [HIDDEN_PADDED] as float32.
+// down_proj [HIDDEN_PADDED, INNER], all WEIGHT, padded with zeros and laid out by weight_index;
+// with HAS_BIAS then gate_bias [INNER], up_bias [INNER], down_bias [HIDDEN_PADDED] as float32.
 struct Expert {
     const WEIGHT* gate;
     const WEIGHT* up;

@@ -22,8 +22,8 @@ struct Groups {
     u32 is_first[MAX_PAIRS / 32];
 };
 
-// A single token with at most 32 slots: each for itself, so that what waits for the weights is short.
-// An expert that is named twice is read twice.
+// A single token with at most 32 slots: each for itself, so that what waits for the weights is
+// short. An expert that is named twice is read twice.
 DEVICE void group_one_token(const Call& call, Groups& groups) {
     const int pair = threadIdx.x;
     u64 expert = 0;

@@ -137,8 +137,8 @@ struct __align__(16) vec16 {
 DEVICE vec16 zero16() { return vec16{{0, 0, 0, 0}}; }
 
 // 16 bytes that nobody reads again soon: weights. They go past L1, so that activations stay there,
-// and the other half of their 128-byte line is fetched as well: on an H100, 8 lines at a time read so
-// in halves came at 2.95 TB/s, without the hint at 2.77.
+// and the other half of their 128-byte line is fetched as well: on an H100, 8 lines at a time read
+// so in halves came at 2.95 TB/s, without the hint at 2.77.
 DEVICE vec16 load_once(const void* address) {
 #if defined(MOESHM_SIMT) || defined(__HIP__)
     return *(const vec16*)address;
@@ -172,10 +172,10 @@ DEVICE vec16 load_cached(const void* address) {
 
 // --- kernels that overlap -----------------------------------------------------------------
 
-// A kernel that was launched to overlap with the one before it (programmatic dependent launch,
-// CUDA programming guide) may not read what that one writes before this returns. Elsewhere the
-// launch itself waits, and this does nothing. No kernel writes a call's ids, its weights or experts:
-// these may be read at once.
+// A kernel that was launched to overlap with the one before it (programmatic dependent launch, CUDA
+// programming guide) may not read what that one writes before this returns. Elsewhere the launch
+// itself waits, and this does nothing. No kernel writes a call's ids, its weights or experts: these
+// may be read at once.
 DEVICE void wait_for_previous_kernel() {
 #if !defined(MOESHM_SIMT) && !defined(__HIP__)
 #if __CUDA_ARCH__ >= 900

@@ -3,8 +3,8 @@
 // A stage has 64 of k of a tile: first the pairs' rows, then the weights', 128 bytes each, in which
 // chunk c of 16 bytes is at c ^ row % 8: ldmatrix reads that without bank conflicts.
 //
-// The fragments of mma give a lane columns 2 * quad and 2 * quad + 1 of every 8. So every 32 rows of
-// weights are in an order in which a lane's sums are adjacent outputs, and gate and up of a unit
+// The fragments of mma give a lane columns 2 * quad and 2 * quad + 1 of every 8. So every 32 rows
+// of weights are in an order in which a lane's sums are adjacent outputs, and gate and up of a unit
 // meet in one lane: nothing has to be exchanged before it is stored.
 //
 // Eight warps share a tile, two along its pairs and four along its 128 rows of weights. Macros:

@@ -2,9 +2,9 @@
 //
 // Weights are the instruction's rows and pairs its columns, of which it has any multiple of 16: an
 // expert's pairs are cut into tiles of about the same size, and next to nothing is multiplied in
-// vain. A tile is 256 rows of weights times up to TILE_ROWS pairs. Two warpgroups multiply: each has
-// 128 of the rows and all pairs. Another fills the stages of a ring: one of its warps brings weights,
-// three bring pairs.
+// vain. A tile is 256 rows of weights times up to TILE_ROWS pairs. Two warpgroups multiply: each
+// has 128 of the rows and all pairs. Another fills the stages of a ring: one of its warps brings
+// weights, three bring pairs.
 //
 // Macros: TILE_ROWS, a multiple of 16 up to 144; STAGES. Block: 384 threads. Dynamic shared memory:
 // STAGES of (256 + TILE_ROWS) * 128 bytes, `Shared`, and 1024 bytes to align.
@@ -31,6 +31,9 @@ struct Shared {
     Phase full[STAGES];
     Phase empty[STAGES];
 };
+
+static_assert(sizeof(Shared) <= 10 << 10, "choice.py grants 11 KiB with those to align");
+static_assert(TILE_ROWS % 16 == 0 && TILE_ROWS <= 144, "tiles that wgmma.cuh has instructions for");
 
 // In the ring, from task to task.
 struct Position {
@@ -106,9 +109,9 @@ DEVICE void bring_pairs(const Call& call, const Route& route, char* stages, Shar
     const int warp_row = (threadIdx.x - FIRST_PAIR_THREAD) / 32 * 4;
     // Its place in a stage's even turns and in odd ones: 12 rows are 4 more, modulo 8.
     static_assert(ROWS_AT_ONCE == 12, "places alternate");
-    const int row = warp_row + lane / 8;
-    const int places[2] = {row * 128 + (chunk ^ row % 8) * 16,
-                           row * 128 + (chunk ^ (row + 4) % 8) * 16};
+    const int turn_row = warp_row + lane / 8;
+    const int places[2] = {turn_row * 128 + (chunk ^ turn_row % 8) * 16,
+                           turn_row * 128 + (chunk ^ (turn_row + 4) % 8) * 16};
     const WEIGHT* values = pair_values(Part(), call) + chunk * 8;
     Position at = {0, 0};
     for_each_task<Part>(route, shared, [&](const Task& task) {
@@ -295,6 +298,7 @@ template <typename Part> DEVICE void prefill(const Call& call, const Route& rout
         publish_phases();
     }
     __syncthreads();
+    // Together as many as all threads start with, 168 each; that they do, tests/compile checks.
     if (threadIdx.x >= MULTIPLYING_WARPS * 32) {
         give_registers<40>();
         if (threadIdx.x < FIRST_PAIR_THREAD)

@@ -67,7 +67,8 @@ template <typename Part> DEVICE Task find_task(const Route& route, int index) {
     return Task{slot, begin + row, n_rows, rest / together * tile_outputs<Part>()};
 }
 
-// How many of this block's tasks are listed together from `first` on, each gridDim.x after the last.
+// How many of this block's tasks are listed together from `first` on, each gridDim.x after the
+// last.
 DEVICE int n_listed(int first, int n_tasks) {
     const int n_left = (n_tasks - first + gridDim.x - 1) / gridDim.x;
     return n_left < MAX_TASKS ? n_left : MAX_TASKS;

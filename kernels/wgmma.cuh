@@ -2,9 +2,9 @@
 // memory, where they begin at multiples of 1024 bytes. PTX manual, "Asynchronous Warpgroup Level
 // Matrix Instructions".
 //
-// A is 64 rows of weights and 64 of k, a tile of ffn.cuh, whose 64-byte swizzle is the hardware's. B is N pairs and 64 of k, in rows of 128 bytes with the
-// 128-byte swizzle. Warp w of the four has rows 16 w to 16 w + 15 of the sums, as fragments of
-// mma.m16n8k16, one every 8 columns.
+// A is 64 rows of weights and 64 of k, a tile of ffn.cuh, whose 64-byte swizzle is the hardware's.
+// B is N pairs and 64 of k, in rows of 128 bytes with the 128-byte swizzle. Warp w of the four has
+// rows 16 w to 16 w + 15 of the sums, as fragments of mma.m16n8k16, one every 8 columns.
 #pragma once
 
 #include "portable.cuh"

@@ -87,7 +87,7 @@ class Sample(NamedTuple):
 _QWEN = Sample(Shape(2048, 768, DType.BF16, Activation.SWIGLU, False), 8, 128, 1, 1024)
 _QWEN_F32 = _QWEN._replace(shape=_QWEN.shape._replace(weight_dtype=DType.F32), few=16, many=4096)
 _GPT_OSS = Sample(Shape(2880, 2880, DType.BF16, Activation.SWIGLU_CLAMPED, True), 4, 128, 4, 1000)
-_ODD = Sample(Shape(1000, 1408, DType.F16, Activation.GEGLU, False), 6, 60, 32, 40)
+_ODD = Sample(Shape(1000, 1408, DType.F16, Activation.GEGLU, False), 6, 60, 32, 200)
 _GEMMA = Sample(Shape(2816, 704, DType.BF16, Activation.GEGLU_TANH, False), 8, 128, 8, 8192)
 SAMPLES = (_QWEN, _QWEN_F32, _GPT_OSS, _ODD, _GEMMA)
 

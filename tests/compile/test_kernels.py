@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import moeshm.kernels
+from moeshm.layers import Activation
 
 from .cases import CASES, FILES, TARGETS, Case, Target, cases_of
 from .compilers import CompileError, CompilerMissing
@@ -25,6 +26,8 @@ from .page import (
 )
 from .usage import Usage
 
+#: Bytes of a thread that are spilled once a tile, outside of the loop that multiplies.
+KNOWN_SPILLS = {("prefill_wgmma.cu", Activation.GEGLU, "sm_90 by CUDA 13"): 8}
 #: The first test waits for all.
 pytestmark = pytest.mark.timeout(900)
 
@@ -55,7 +58,11 @@ def test_a_kernel_compiles_and_spills_nothing(case: Case, outcomes: dict[Case, O
     if isinstance(outcome, CompileError):
         pytest.fail(str(outcome), pytrace=False)
     assert outcome, "no kernel in it"
-    assert [usage for usage in outcome if usage.local_bytes] == []
+    allowed = KNOWN_SPILLS.get((case.file, case.shape.activation, case.target.name), 0)
+    assert [usage for usage in outcome if usage.local_bytes > allowed] == []
+    if case.file == "prefill_wgmma.cu":
+        # Its groups give and take of what they start with; where that is less, they wait for ever.
+        assert {usage.registers for usage in outcome} == {168}
 
 
 @pytest.mark.parametrize("page_of", FILES)

@@ -38,23 +38,28 @@ void simt_ldmatrix_x4(uint32_t r[4], const void* shared, int line) {
 }
 
 struct Fragments {
-    void* row;
+    uint16_t* row;
     uint32_t words[4];
+    Thread* thread;
 };
 
+// Until the lanes meet again, rows are NaN.
 static void perform_stmatrix(void* const* arguments, int) {
     Fragments** lanes = (Fragments**)arguments;
     for (int tile = 0; tile < 4; ++tile)
         for (int row = 0; row < 8; ++row) {
-            uint16_t* const to = (uint16_t*)lanes[tile * 8 + row]->row;
+            const Fragments& to = *lanes[tile * 8 + row];
+            memset(to.row, 0xff, 16);
+            to.thread->late_row = to.row;
             for (int i = 0; i < 8; ++i)
-                to[i] = lanes[i * 4 + row / 2]->words[tile] >> (row % 2 * 16);
+                to.thread->late_values[i] =
+                    lanes[i * 4 + row / 2]->words[tile] >> (row % 2 * 16);
         }
 }
 
 void simt_stmatrix_x4_trans(void* shared, const uint32_t r[4], int line) {
     if ((uintptr_t)shared % 16) simt_fail("stmatrix writes a row that is not aligned to 16 bytes");
-    Fragments mine = {shared, {r[0], r[1], r[2], r[3]}};
+    Fragments mine = {(uint16_t*)shared, {r[0], r[1], r[2], r[3]}, running};
     simt_meet({"stmatrix", line, 32, perform_stmatrix}, &mine);
 }
 

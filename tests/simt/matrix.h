@@ -104,8 +104,8 @@ void simt_order_wgmma(void (*perform)(void* const* arguments, int n_threads), co
 
 // D [64, N] += A [64, 16] B [16, N] by a group of 4 warps, which happens like a copy at any time
 // until the wait for its group. Both tiles are K-major, A in the 64-byte swizzle and B in that of
-// 128 bytes; `k_chunk`, 0 to 3, says which 16 of their 64 k. Each warp takes its 16 rows when it arrives: on a GPU too, the
-// instruction is no barrier between the four.
+// 128 bytes; `k_chunk`, 0 to 3, says which 16 of their 64 k. Each warp takes its 16 rows when it
+// arrives: on a GPU too, the instruction is no barrier between the four.
 template <int N, typename Widen>
 void simt_wgmma_m64k16(float* acc, const void* a_tile, const void* b_tile, int k_chunk, Widen widen,
                        int line = __builtin_LINE()) {

@@ -186,8 +186,8 @@ KERNEL stages(Call call, Route) {
     for (int stage = 0; stage < 2; ++stage) simt_wait_for_phase(&full[stage], 1);
 }
 
-// A warp copies 16 bytes a lane and arrives after them, another adds up what is there then. n_tokens
-// & 1: it waits for that.
+// A warp copies 16 bytes a lane and arrives after them, another adds up what is there then.
+// n_tokens & 1: it waits for that.
 KERNEL arrives_after_copies(Call call, Route) {
     __shared__ __align__(16) float values[2][32][4];
     __shared__ u64 full[2];
@@ -295,13 +295,14 @@ KERNEL loads_tiles(Call call, Route) {
     for (int j = 0; j < 4; ++j) ((u32*)call.out)[threadIdx.x * 4 + j] = words[j];
 }
 
-// The same back, transposed: the words are each lane's, tile by tile.
+// The same back, transposed: the words are each lane's, tile by tile. n_tokens & 1: lanes meet before
+// they read what is there.
 KERNEL stores_tiles(Call call, Route) {
     __shared__ __align__(16) u16 rows[32][8];
     u32 words[4];
     for (int j = 0; j < 4; ++j) words[j] = ((const u32*)call.x)[threadIdx.x * 4 + j];
     simt_stmatrix_x4_trans(rows[threadIdx.x], words);
-    SYNC_WARP();
+    if (call.n_tokens & 1) SYNC_WARP();
     memcpy((u16*)call.out + threadIdx.x * 8, rows[threadIdx.x], 16);
 }
 
@@ -312,7 +313,8 @@ template <int N> DEVICE void multiply_by_group(const Call& call) {
     u16* const a = (u16*)(((u64)dynamic + 1023) / 1024 * 1024);
     u16* const b = a + 64 * 64;
     const u16* const x = (const u16*)call.x;
-    // By the PTX manual, the bits 4 to 5 or 4 to 6 of an address are XORed with those from bit 7 on.
+    // By the PTX manual, the bits 4 to 5 or 4 to 6 of an address are XORed with those from bit 7
+    // on.
     for (int i = threadIdx.x; i < (64 + N) * 64; i += 128) {
         const int row = i / 64, k = i % 64;
         int at = row * 128 + k * 2;

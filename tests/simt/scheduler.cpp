@@ -119,6 +119,7 @@ class Block {
             thread.index = {i, 0, 0};
             thread.copies.clear();
             thread.wgmma.clear();
+            thread.late_row = nullptr;
             thread.n_groups = thread.n_wgmma_groups = thread.n_wgmma = 0;
             simt_start_at(&thread.context, stacks_.bottom(i), stacks_.top(i), run_thread);
         }
@@ -381,7 +382,13 @@ void simt_fail(const char* format, ...) {
     simt_end(message);
 }
 
+static void write_late_row() {
+    if (running->late_row) memcpy(running->late_row, running->late_values, 16);
+    running->late_row = nullptr;
+}
+
 void simt_wait(Thread::State state, const char* name, int line) {
+    write_late_row();
     running->state = state;
     running->meeting.name = name;
     running->meeting.line = line;
@@ -389,6 +396,7 @@ void simt_wait(Thread::State state, const char* name, int line) {
 }
 
 void simt_meet(const simt_meeting& meeting, void* argument) {
+    write_late_row();
     running->state = Thread::MEETING;
     running->meeting = meeting;
     running->argument = argument;

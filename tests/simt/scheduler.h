@@ -40,6 +40,10 @@ struct Thread {
     std::vector<Wgmma> wgmma;
     int n_wgmma_groups;
     int n_wgmma;  // that were ordered
+    // Of stmatrix: a row, null or not written yet, and what is to be in it. Nothing says that other
+    // lanes see it before they have met again.
+    uint16_t* late_row;
+    uint16_t late_values[8];
 };
 
 extern simt_request* request;

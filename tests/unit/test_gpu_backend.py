@@ -97,6 +97,18 @@ def test_long_calls_are_cut_into_parts(
     assert_close(found, reference_ffn(layer, *call), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [DType.F16, DType.BF16])
+def test_calls_are_launched_as_the_kernels_of_sm_90a_take_them(dtype: DType) -> None:
+    """Their blocks and shared memory are choice.py's."""
+    layer = random_layer(8, weight_dtype=dtype)
+    hidden, ids, weights = draw_call(9, layer, 200, 2)
+    call = (narrow(hidden, dtype), ids, weights)
+    device = SimtDevice(FEATURES._replace(has_wgmma=True))
+    found = compute(GpuBackend({0: layer}, device), *call, dtype)
+    assert_close(found, reference_ffn(layer, *call), TOLERANCE[dtype])
+    assert "prefill_wgmma.cu" in device.compiled
+
+
 def test_memory_is_freed_with_the_backend() -> None:
     device = IdleDevice()
     backend = GpuBackend({0: LAYER}, device)

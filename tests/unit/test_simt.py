@@ -467,8 +467,10 @@ def test_stmatrix_puts_tiles_back_transposed(probes_32: Module) -> None:
     for lane in range(32):
         words[lane] = x[:, lane // 4, lane % 4 * 2 : lane % 4 * 2 + 2].ravel()
     out = guarded(np.zeros((4, 8, 8), np.uint16))
-    probes_32.launch("stores_tiles", 1, 32, 0, _call(out, words))
+    probes_32.launch("stores_tiles", 1, 32, 0, _call(out, words, n_tokens=1))
     np.testing.assert_array_equal(out, x.swapaxes(1, 2))
+    probes_32.launch("stores_tiles", 1, 32, 0, _call(out, words, n_tokens=0))
+    np.testing.assert_array_equal(out, 0xFFFF)
 
 
 def _wgmma(probes: Module, columns: int, waits: int, order: Order) -> tuple[Floats, Any]:

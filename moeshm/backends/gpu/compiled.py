@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 
@@ -9,6 +10,8 @@ from ...dtypes import DType
 from . import choice
 from .choice import Definitions, Plan, Shape, Size, Step
 from .device import Device, Kernel, Module
+
+_log = logging.getLogger(__name__)
 
 
 class Kernels:
@@ -21,8 +24,8 @@ class Kernels:
         choice.check_wanted(wanted, device.features)
         self._device = device
         self._wanted = dict(wanted)
-        #: Two threads may make the same, of which one is kept: no call ever waits for a compiler
-        #: that works for another shape.
+        #: Two threads may make the same, of which one is kept: once `load_all` has run, no call
+        #: waits for a compiler.
         self._modules: dict[tuple[Shape, str, Definitions], Module] = {}
         self._kernels: dict[tuple[Shape, str, Definitions, str], Kernel] = {}
         #: Layers for which there is nothing left to load, by what `load_all` takes.
@@ -57,6 +60,12 @@ class Kernels:
         with self._loading:
             if layers in self._complete:
                 return
+            _log.info(
+                "compiling kernels for %s experts of %d x %d, or reading them from the cache",
+                shape.weight_dtype,
+                shape.hidden_size,
+                shape.inner,
+            )
             self.load(shape, self.convert(shape, 1))
             for size in choice.sizes(most_tokens, top_k, num_experts):
                 for x_dtype in DType:

@@ -105,8 +105,9 @@ class CupyDevice:
             self._driver = Driver()
             self._entry_points = self._driver.entry_points(self._stream, self.features.has_overlap)
         except (OSError, AttributeError) as error:
+            remedy = "install a CuPy for it" if runtime.is_hip else "install a newer one"
             raise DeviceError(
-                f"the driver of {self.name} lacks what moeshm calls ({error}); install a newer one"
+                f"the driver of {self.name} lacks what moeshm calls ({error}); {remedy}"
             ) from error
 
     def use(self) -> None:

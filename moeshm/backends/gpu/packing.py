@@ -38,6 +38,11 @@ def pack(shape: Shape, weights: ExpertWeights, staging: Bytes) -> Iterator[tuple
     for section in _sections(shape, weights):
         row_bytes = section.columns * section.dtype.itemsize
         step = min(section.rows, len(staging) // row_bytes // _TILE_ROWS * _TILE_ROWS)
+        if step == 0:
+            raise ValueError(
+                f"{len(staging)} bytes of staging for rows of {row_bytes} bytes; pass at least "
+                f"{_TILE_ROWS * row_bytes}"
+            )
         for first in range(0, section.rows, step):
             n_rows = min(step, section.rows - first)
             n_bytes = n_rows * row_bytes
