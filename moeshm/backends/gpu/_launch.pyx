@@ -67,8 +67,8 @@ cdef class Driver:
     cdef LaunchAttribute attribute
     cdef void *stream
 
-    def __cinit__(self, uint64_t copy_in, uint64_t copy_out, uint64_t launch,
-                  uint64_t launch_overlapping, uint64_t stream):
+    def __init__(self, uint64_t copy_in, uint64_t copy_out, uint64_t launch,
+                 uint64_t launch_overlapping, uint64_t stream):
         self.copy_in = <Copy>copy_in
         self.copy_out = <Copy>copy_out
         self.launch = <Launch>launch
@@ -90,7 +90,7 @@ cdef class CommandList:
     # What commands point to.
     cdef list kept
 
-    def __cinit__(self, Driver driver not None):
+    def __init__(self, Driver driver not None):
         self.driver = driver
         self.kept = []
 
