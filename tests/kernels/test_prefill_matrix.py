@@ -42,9 +42,12 @@ def wgmma(tile_rows: int, stages: int) -> Variant:
     return Variant("prefill_wgmma.cu", tile_rows, shared_bytes, 384, {"STAGES": stages})
 
 
-VARIANTS = (mma(32), mma(64), mma(128), wgmma(144, 4), wgmma(64, 2))
+#: With two stages a mistake of the ring shows soonest, and with few widths it compiles soonest.
+VARIANTS = (mma(32), mma(64), mma(128), wgmma(64, 2))
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
-one_of_each = pytest.mark.parametrize("variant", [mma(64), wgmma(144, 4)], ids=str)
+one_of_each = pytest.mark.parametrize("variant", [mma(64), wgmma(64, 2)], ids=str)
+#: Among them what choice.py takes.
+tall_ones_too = pytest.mark.parametrize("variant", [*VARIANTS, wgmma(144, 4)], ids=str)
 
 
 def run(
@@ -135,7 +138,7 @@ def test_odd_shapes(variant: Variant, hidden_size: int, intermediate_size: int) 
 
 
 @pytest.mark.parametrize("n_tokens", [1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200])
-@every_variant
+@tall_ones_too
 def test_tiles_that_are_not_full(variant: Variant, n_tokens: int) -> None:
     layer = random_layer(7, weight_dtype=DType.F16)
     check(variant, layer, one_expert(layer, n_tokens, n_tokens))
@@ -180,7 +183,7 @@ def test_a_poisoned_token_stays_alone(variant: Variant, poison: float) -> None:
 # --- who does what ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", ["forward", "reverse"])
 @every_variant
 def test_more_tasks_than_a_block_lists_at_once(variant: Variant, order: Order) -> None:
     layer = random_layer(
@@ -191,7 +194,7 @@ def test_more_tasks_than_a_block_lists_at_once(variant: Variant, order: Order) -
     assert_close(found, reference_ffn(layer, *call), DType.F16)
 
 
-@every_variant
+@tall_ones_too
 def test_more_tiles_than_share_a_strip_of_weights(variant: Variant) -> None:
     layer = random_layer(
         19, hidden_size=264, intermediate_size=8, num_experts=2, weight_dtype=DType.F16
@@ -211,7 +214,7 @@ def test_any_grid_gives_the_same_bits(variant: Variant) -> None:
         assert same_bits(run(variant, layer, call, grid=grid), first), grid
 
 
-@every_variant
+@tall_ones_too
 def test_any_order_gives_the_same_bits(variant: Variant) -> None:
     layer = random_layer(23, hidden_size=392, intermediate_size=264, weight_dtype=DType.F16)
     call = draw(24, layer, 90, 2, x_dtype=DType.F16)
