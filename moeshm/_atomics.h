@@ -44,6 +44,15 @@ static inline int moeshm_compare_exchange(uint64_t *word, uint64_t expected, uin
                                        __ATOMIC_ACQUIRE);
 }
 
+/* Words that GPUs set and read, too. */
+static inline uint32_t moeshm_load_word(const uint32_t *word) {
+    return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+}
+
+static inline void moeshm_store_word(uint32_t *word, uint32_t value) {
+    __atomic_store_n(word, value, __ATOMIC_RELEASE);
+}
+
 static inline void moeshm_pause(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();

@@ -1,4 +1,4 @@
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 cdef extern from "_atomics.h" nogil:
     uint64_t moeshm_load_acquire(const uint64_t *word)
@@ -6,6 +6,8 @@ cdef extern from "_atomics.h" nogil:
     void moeshm_store_release(uint64_t *word, uint64_t value)
     uint64_t moeshm_exchange(uint64_t *word, uint64_t value)
     bint moeshm_compare_exchange(uint64_t *word, uint64_t expected, uint64_t desired)
+    uint32_t moeshm_load_word(const uint32_t *word)
+    void moeshm_store_word(uint32_t *word, uint32_t value)
     void moeshm_pause()
     int64_t moeshm_now_ns()
     int moeshm_futex_wait(uint64_t *word, uint64_t seen, int64_t timeout_ns)

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from ..dtypes import DType
 from ..layers import LayerInfo
+from ..transport.slab import Places
 
 if TYPE_CHECKING:
     from ..checkpoint.layer import ExpertLayer
@@ -68,6 +71,62 @@ class MemoryUser(Backend, Protocol):
         It is read-only where it is mapped so, and may be two halves that are the same pages. Any
         thread may call it. Arrays in memory that cannot be prepared are taken like any others.
         The view is kept until `close`.
+        """
+        ...
+
+
+class SlabCall(msgspec.Struct, frozen=True, gc=False):
+    """A call whose arrays lie in a slab (transport/slab.py), checked but for what is in them.
+
+    At `places`: hidden_states [n_tokens, hidden_size] in `dtype`, topk_ids int32 and topk_weights
+    float32 [n_tokens, top_k], and `out` like hidden_states, to be written.
+    """
+
+    layer: int
+    n_tokens: int
+    top_k: int
+    dtype: DType
+    places: Places
+    #: Of its flags.
+    sequence: int
+    #: Ids are -1 for an empty slot or below it; others count as -1, and are told of in the flags.
+    n_ids: int
+    #: Id to the backend's slot, int32 [n_ids + 1], where -1 stands for none and is also in the last
+    #: place; None for ids that are slots.
+    slots: npt.NDArray[np.int32] | None
+
+
+class WorkerSlab(Protocol):
+    """A slab that a backend computes in, by the device's own order. One thread at a time."""
+
+    #: What the engine opens its data by, if that is device memory; else empty.
+    handle: bytes
+
+    def enqueue(self, call: SlabCall) -> None:
+        """Begin the call, whose arrays are in the slab, after those that were begun before.
+
+        The flag `done` is set once the output is there, and before it `refused`, if an id is
+        wrong. InvalidCall: nothing was begun.
+        """
+        ...
+
+    def close(self) -> None:
+        """Wait for the calls that were begun, and let go of it; a second time does nothing."""
+        ...
+
+
+@runtime_checkable
+class SlabUser(Backend, Protocol):
+    """A backend whose device takes calls from slabs by itself."""
+
+    #: What its device memory can be opened by: "cuda" or "hip".
+    vendor: str
+
+    def open_slab(self, memory: memoryview, device_bytes: int) -> WorkerSlab:
+        """Use a slab. `memory`: its segment's, whole pages which are mapped for good. Its data is
+        the rest of that, or, if `device_bytes` is not 0, so much device memory, made here.
+
+        DeviceError: the device cannot, or has no room; nothing is left then.
         """
         ...
 

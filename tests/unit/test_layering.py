@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[2]
 LAYERS = {
     "L0 ground": (
         "errors settings process signals files layers dtypes segment kernels"
-        " _version _atomics _formats _inputs _mapping _end _ring"
+        " _version _atomics _formats _inputs _mapping _end _ring _words"
     ),
-    "L1 session": "_wire protocol orders handshake session transport",
+    "L1 session": "_wire protocol orders descriptors device_arrays handshake session transport",
     "L2 compute": "checkpoint backends",
     "L3 policy": "placement swaps routing_stats policy",
     "L4 engine": (

@@ -1,0 +1,9 @@
+"""Types of the extension; the behaviour is documented in `_words.pyx`."""
+
+from typing import Any
+
+def load_word(memory: Any, offset: int) -> int: ...
+def store_word(memory: Any, offset: int, value: int) -> None: ...
+def wait_for_word(
+    memory: Any, offset: int, value: int, timeout_ns: int, spin_ns: int
+) -> bool: ...

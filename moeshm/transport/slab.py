@@ -1,0 +1,146 @@
+"""A slab: memory that both sides use for the arrays of calls, and who has which part of it.
+
+Its flags, and its data where that is pinned memory of the host, are one segment, a sealed memfd
+that both sides map. Device memory as data belongs to the worker's GPU, and is not in it.
+docs/protocol.md draws it.
+"""
+
+from __future__ import annotations
+
+import collections
+import mmap
+import os
+from typing import NamedTuple
+
+from .. import segment
+from .._words import load_word
+from ..errors import SegmentError
+
+#: Calls that may be on their way, each with a slot of flags.
+SLOTS = 32
+SLOT_BYTES = 512
+FLAGS_BYTES = SLOTS * SLOT_BYTES
+#: Of the flags in a slot: where each is, 32 bits wide, far enough apart that no two devices share
+#: what they fetch.
+GIVEN, DONE, REFUSED, TAKEN = 0, 128, 256, 384
+#: Arrays in a slab start at multiples of it.
+ALIGNMENT = 256
+#: Of device memory: what drivers allocate, and export, is made of these.
+PAGE_BYTES = 2 << 20
+_SEQUENCES = 1 << 32
+
+
+class Places(NamedTuple):
+    """Where a call's arrays are in a slab's data, and the number of its slot."""
+
+    slot: int
+    hidden_states: int
+    topk_ids: int
+    topk_weights: int
+    out: int
+
+
+class Segment:
+    """The mapping of a slab's segment; it stays mapped while views of `memory` are in use."""
+
+    def __init__(self, fd: int) -> None:
+        #: The flags, then the data if it is pinned.
+        self.memory = memoryview(mmap.mmap(fd, os.fstat(fd).st_size))
+
+    @classmethod
+    def create(cls, pinned_bytes: int) -> tuple[Segment, int]:
+        """One with so much data; also its fd for the other side, which is the caller's to close.
+
+        SegmentError: memory is short, with sizes.
+        """
+        fd = segment.create_anonymous(FLAGS_BYTES + pinned_bytes)
+        try:
+            return cls(fd), fd
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def attach(cls, fd: int, pinned_bytes: int) -> Segment:
+        """The one that the other side made; SegmentError when it is not that."""
+        segment.check_received(fd)
+        size = os.fstat(fd).st_size
+        if size != FLAGS_BYTES + pinned_bytes:
+            raise SegmentError(
+                0, f"a slab's segment of {size} bytes; {FLAGS_BYTES + pinned_bytes} were announced"
+            )
+        return cls(fd)
+
+    @property
+    def data(self) -> memoryview:
+        """Of a pinned slab."""
+        return self.memory[FLAGS_BYTES:]
+
+    def close(self) -> None:
+        """Let go of it; it is unmapped when nobody has a view of it any more."""
+        self.memory = memoryview(b"")
+
+
+class Claim(NamedTuple):
+    """What one call has of a slab until its output was taken."""
+
+    sequence: int
+    places: Places
+    #: Where its part of the data ends, counted without wrapping.
+    end: int
+
+    def flag(self, which: int) -> int:
+        """Where that flag of it is in the segment."""
+        return self.places.slot * SLOT_BYTES + which
+
+
+class Allocator:
+    """Gives calls parts of a slab, one behind the other, and takes them back in that order.
+
+    On the engine's side; one thread at a time. A part is free once its flag `taken` says so.
+    """
+
+    def __init__(self, memory: memoryview, data_bytes: int) -> None:
+        self._memory = memory
+        self._data_bytes = data_bytes
+        self._claims: collections.deque[Claim] = collections.deque()
+        self._sequence = 0
+        #: Bytes given out and taken back since the beginning, the rests of laps included.
+        self._end = self._begin = 0
+
+    @property
+    def claims(self) -> list[Claim]:
+        """Those whose output is not known to be taken, oldest first."""
+        return [*self._claims]
+
+    def claim(self, sizes: tuple[int, int, int, int]) -> Claim | None:
+        """Room for arrays of these sizes, in the order of `Places`; None while there is none."""
+        self.reclaim()
+        padded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+        size = sum(padded)
+        begin = self._end
+        # In one piece: the rest of the lap stays unused.
+        if begin % self._data_bytes + size > self._data_bytes:
+            begin += -begin % self._data_bytes
+        if len(self._claims) == SLOTS or begin + size - self._begin > self._data_bytes:
+            return None
+        sequence = (self._sequence + 1) % _SEQUENCES
+        at = begin % self._data_bytes
+        offsets = [at + sum(padded[:index]) for index in range(4)]
+        claim = Claim(sequence, Places(self._sequence % SLOTS, *offsets), begin + size)
+        self._claims.append(claim)
+        self._sequence, self._end = sequence, claim.end
+        return claim
+
+    def give_back(self, claim: Claim) -> None:
+        """The newest claim is not needed: nothing uses it, nor ever did."""
+        assert self._claims[-1] is claim
+        self._claims.pop()
+        self._sequence = (claim.sequence - 1) % _SEQUENCES
+        self._end = self._claims[-1].end if self._claims else self._begin
+
+    def reclaim(self) -> None:
+        """Take back what is taken."""
+        claims = self._claims
+        while claims and load_word(self._memory, claims[0].flag(TAKEN)) == claims[0].sequence:
+            self._begin = claims.popleft().end
