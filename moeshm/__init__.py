@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from . import errors
     from ._ring import RingConsumer, RingProducer
     from .call import CallFuture
-    from .client import ExpertClient, connect
+    from .client import ExpertClient
+    from .connecting import connect
+    from .device_calls import DeviceFuture
     from .layers import Activation, LayerInfo
     from .offload import ExpertOffload, OffloadStats
     from .placement import Placement
@@ -28,6 +30,7 @@ __all__ = [
     "Activation",
     "CallFuture",
     "ClientStats",
+    "DeviceFuture",
     "ExpertClient",
     "ExpertOffload",
     "LayerInfo",
@@ -47,6 +50,7 @@ _HOMES = {
     "Activation": "layers",
     "CallFuture": "call",
     "ClientStats": "stats",
+    "DeviceFuture": "device_calls",
     "ExpertClient": "client",
     "ExpertOffload": "offload",
     "LayerInfo": "layers",
@@ -56,7 +60,7 @@ _HOMES = {
     "RingConsumer": "_ring",
     "RingProducer": "_ring",
     "RoutingStats": "routing_stats",
-    "connect": "client",
+    "connect": "connecting",
     "spawn_worker": "supervisor",
 }
 

@@ -9,15 +9,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
-from . import arrays, orders, session, settings, windows
+from . import arrays, orders, settings, windows
 from ._inputs import used_rows
 from .arrays import Inputs
 from .backends import Backend
 from .call import CallFuture
-from .choice import MAX_TIMEOUT_S, choose
+from .choice import MAX_TIMEOUT_S
+from .device_arrays import is_device_array
+from .device_calls import DeviceFuture
 from .dtypes import Array, DType
+from .engine_device import Engine, EngineDevice
 from .errors import (
     ClientClosed,
     DeadlineExceeded,
@@ -27,6 +30,7 @@ from .errors import (
     WorkerDied,
 )
 from .fallback import Fallback
+from .handshake import SlabWish
 from .held import HOLD_TIMEOUT_S, ClientViews, HeldView
 from .layers import LayerInfo
 from .link import Link
@@ -36,6 +40,9 @@ from .session import Session
 from .stats import ClientStats, StatsCounter
 
 _log = logging.getLogger(__name__)
+
+#: How long `close` waits for what streams still do with a slab.
+_SLAB_CLOSE_S = 5.0
 
 
 class Opened(NamedTuple):
@@ -55,11 +62,12 @@ class ExpertClient:
 
     def __init__(
         self,
-        open_session: Callable[[], Opened],
+        open_session: Callable[[SlabWish], Opened],
         on_close: Callable[[], None],
         wire_dtype: str,
         fallback: Backend | None,
         batch_capacity: int | None = None,
+        engine: EngineDevice | None = None,
     ) -> None:
         self._open_session = open_session
         self._on_close = on_close
@@ -68,6 +76,7 @@ class ExpertClient:
         self._timeout_s = settings.current().timeout_s
         self._capacity = batch_capacity or settings.current().batch_capacity
         self._counter = StatsCounter()
+        self._engine = Engine(engine, self._counter)
         self._reconnector = Reconnector(on_close)
         self._closed = threading.Event()
         #: The session that takes the last one's place, until it holds the views.
@@ -91,6 +100,13 @@ class ExpertClient:
     def transport(self) -> str:
         """How activations travel in this session: "shared" or "stream"."""
         return self._link.session.welcome.transport
+
+    @property
+    def slab(self) -> str | None:
+        """Where arrays on the engine's GPU go: "device", memory of the worker's GPU, or "pinned",
+        of the host's; None for none."""
+        offer = self._link.session.welcome.slab
+        return None if offer is None or self._link.device_calls is None else offer.kind
 
     @property
     def worker_pid(self) -> int:
@@ -129,10 +145,14 @@ class ExpertClient:
         global_ids: bool = False,
         view: HeldView | None = None,
     ) -> Any:
-        """`submit(…).result()`, in less time when no other thread waits for this worker."""
+        """`submit(…).result()`, in less time when no other thread waits for this worker; of arrays
+        on a GPU `submit(…).wait()`."""
         start_ns = time.perf_counter_ns()
         timeout_s = self._check_timeout(timeout_s)
         view = view or self.view
+        if is_device_array(hidden_states):
+            given = hidden_states, topk_ids, topk_weights, out
+            return self._submit_on_device(view, layer, given, timeout_s, global_ids).wait()
         link = self._link
         number = link.views.of(view)
         inputs = self._check(view, layer, hidden_states, topk_ids, topk_weights, global_ids)
@@ -166,6 +186,39 @@ class ExpertClient:
         self._fallback.compute(view, layer, inputs, array, answer.error)
         return output
 
+    @overload
+    def submit(
+        self,
+        layer: int,
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        *,
+        out: Any = ...,
+        timeout_s: float | None = ...,
+        global_ids: bool = ...,
+        view: HeldView | None = ...,
+        wire_dtype: DType | None = ...,
+        slice_tokens: int | None = ...,
+        stream: None = ...,
+    ) -> CallFuture: ...
+
+    @overload
+    def submit(
+        self,
+        layer: int,
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        *,
+        out: Any = ...,
+        timeout_s: float | None = ...,
+        global_ids: bool = ...,
+        view: HeldView | None = ...,
+        slice_tokens: int | None = ...,
+        stream: object,
+    ) -> DeviceFuture: ...
+
     def submit(
         self,
         layer: int,
@@ -179,7 +232,8 @@ class ExpertClient:
         view: HeldView | None = None,
         wire_dtype: DType | None = None,
         slice_tokens: int | None = None,
-    ) -> CallFuture:
+        stream: Any = None,
+    ) -> CallFuture | DeviceFuture:
         """Send a layer's call; `result()` gives the weighted sum of the selected experts' outputs.
 
         NumPy arrays or CPU tensors. `hidden_states`: [n_tokens, hidden_size] float32, float16 or
@@ -192,6 +246,10 @@ class ExpertClient:
         `slice_tokens`: a message for each so many tokens, by default as few as the worker takes;
         while it computes one, the next is on its way.
 
+        With `stream`, arrays on the engine's GPU (CuPy's, torch's; ids int32 or int64): everything
+        is enqueued on that stream of CuPy's or torch's, and nothing waits for it; the result is for
+        what comes later on the stream. Rows travel as they are. DeviceError: the GPU refused it.
+
         InvalidCall: shapes, ids, dtype or layer are not allowed; nothing was sent. WorkerDied,
         DeadlineExceeded: no worker, and no fallback. ForkedProcess, ClientClosed.
         """
@@ -200,6 +258,18 @@ class ExpertClient:
         if slice_tokens is not None and slice_tokens < 1:
             raise InvalidCall(f"slice_tokens={slice_tokens}; it must be at least 1")
         view = view or self.view
+        if stream is not None or is_device_array(hidden_states):
+            if wire_dtype is not None:
+                raise InvalidCall(f"wire_dtype={wire_dtype}; arrays on a GPU travel as they are")
+            if stream is None:
+                raise InvalidCall(
+                    "hidden_states is on a GPU; pass the stream that the call goes on, as "
+                    "stream=torch.cuda.current_stream()"
+                )
+            given = hidden_states, topk_ids, topk_weights, out
+            return self._submit_on_device(
+                view, layer, given, timeout_s, global_ids, stream, slice_tokens
+            )
         self._link.views.of(view)
         inputs = self._check(view, layer, hidden_states, topk_ids, topk_weights, global_ids)
         made = None if out is None else arrays.make_output(inputs, out)
@@ -273,11 +343,15 @@ class ExpertClient:
         if self._closed.is_set() or os.getpid() != self._pid:
             return
         self._closed.set()
-        self._link.close(ClientClosed("the client was closed with this call on its way"))
+        link = self._link
+        link.close(ClientClosed("the client was closed with this call on its way"))
         coming = self._coming
         if coming is not None:
             coming.close(ClientClosed("the client was closed while it connected anew"))
         self._reconnector.close()
+        if link.device_calls is not None:
+            # The calls' streams are let go on, and the worker's memory is closed before it ends.
+            link.device_calls.close(_SLAB_CLOSE_S)
         self._on_close()
 
     def __enter__(self) -> ExpertClient:
@@ -302,13 +376,17 @@ class ExpertClient:
         topk_weights: Any,
         global_ids: bool,
     ) -> Inputs:
+        info = self._info(view, layer)
+        return arrays.check(layer, info, hidden_states, topk_ids, topk_weights, global_ids)
+
+    def _info(self, view: HeldView, layer: int) -> LayerInfo:
         self._check_process()
         info = view.layers.get(layer)
         if info is None:
             raise InvalidCall(
                 f"layer {layer} is not on this worker; it holds {sorted(view.layers)}"
             )
-        return arrays.check(layer, info, hidden_states, topk_ids, topk_weights, global_ids)
+        return info
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -330,6 +408,23 @@ class ExpertClient:
             and (self._wire is None or self._wire is inputs.dtype)
             and 0 < len(inputs.topk_ids) <= link.max_tokens
             and link.loss is None
+        )
+
+    def _submit_on_device(
+        self,
+        view: HeldView,
+        layer: int,
+        arrays_given: tuple[Any, Any, Any, Any],
+        timeout_s: float,
+        are_global: bool,
+        stream: Any = None,
+        slice_tokens: int | None = None,
+    ) -> DeviceFuture:
+        """Of hidden_states, topk_ids, topk_weights, out; `stream`: None for the current one."""
+        given = self._engine.check(layer, self._info(view, layer), *arrays_given, stream)
+        link = self._live_link(time.monotonic() + timeout_s)
+        return self._engine.submit(
+            given, link, view, timeout_s, are_global, slice_tokens or MAX_TOKENS, self._fallback
         )
 
     def _submit(
@@ -459,50 +554,15 @@ class ExpertClient:
         self._link = link
 
     def _connect(self, is_first: bool) -> Link:
-        opened = self._open_session()
-        welcome = opened.session.welcome
-        if welcome.stepped_down:
-            _log.warning("activations travel over %s: %s", welcome.transport, welcome.stepped_down)
-        self._counter.connected(is_first, opened.is_new_process, welcome.stepped_down)
-        return Link(opened.session, self._capacity)
-
-
-def connect(
-    address: str,
-    *,
-    transport: str | None = None,
-    wire_dtype: str | None = None,
-    timeout_s: float | None = None,
-    fallback: Backend | None = None,
-    placement: str = "",
-    batch_capacity: int | None = None,
-) -> ExpertClient:
-    """A client of the worker that listens at `unix:PATH`.
-
-    `transport` ("auto", "shared", "stream") and `wire_dtype` ("auto", "f32", "f16", "bf16"): by
-    default MOESHM_TRANSPORT and MOESHM_WIRE_DTYPE. `timeout_s`: for connecting and the handshake,
-    by default MOESHM_CONNECT_TIMEOUT_S. `fallback`: a backend that holds the same experts and
-    computes, in this process, the calls that a lost worker leaves. `placement`: what
-    `Placement.fingerprint` says of this worker; one that holds other experts refuses.
-    `batch_capacity`: most tokens in one message, by default MOESHM_BATCH_CAPACITY.
-
-    ConnectError: nobody answers there. HandshakeRefused: the worker said no. SettingError: an
-    argument is not allowed.
-    """
-    chosen = choose(transport, wire_dtype, timeout_s, batch_capacity)
-    # Of the first session only: by the next, the worker may begin with a newer view.
-    expected = [placement]
-
-    def open_session() -> Opened:
-        opened = session.connect(
-            address,
-            chosen.transport,
-            chosen.batch_capacity,
-            chosen.timeout_s,
-            expected.pop() if expected else "",
-        )
-        return Opened(opened, False)
-
-    return ExpertClient(
-        open_session, lambda: None, chosen.wire_dtype, fallback, chosen.batch_capacity
-    )
+        while True:
+            opened = self._open_session(self._engine.wish)
+            welcome = opened.session.welcome
+            if welcome.stepped_down:
+                _log.warning(
+                    "activations travel over %s: %s", welcome.transport, welcome.stepped_down
+                )
+            link = Link(opened.session, self._capacity)
+            if self._engine.open_slab(link):
+                self._counter.connected(is_first, opened.is_new_process, welcome.stepped_down)
+                return link
+            link.close(ClientClosed("a session with another kind of slab takes its place"))

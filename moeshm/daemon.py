@@ -22,6 +22,7 @@ from .errors import AddressInUse, DeviceLost, MoeshmError
 from .holdings import Holdings, Load
 from .session import ControlSocket
 from .signals import signals_as_bytes
+from .slab_server import SlabServer
 from .transport import Transport
 from .views import SessionViews
 from .worker import SessionServer, Turns
@@ -136,7 +137,10 @@ class Daemon:
 
     def _serve_client(self, control: ControlSocket) -> tuple[int, str]:
         """Until the session ends; how serious that is, and how it ended."""
-        with SessionViews(self._holdings) as views:
+        with (
+            SessionViews(self._holdings) as views,
+            contextlib.closing(SlabServer(views.backend)) as slab,
+        ):
             try:
                 opened = session.accept(
                     control,
@@ -144,30 +148,34 @@ class Daemon:
                     views.backend.name,
                     self._max_tokens,
                     HANDSHAKE_TIMEOUT_S,
+                    slab.offer,
                 )
             except (MoeshmError, OSError) as error:
                 return logging.WARNING, f"got no session: {error}"
             # Until before the memory is unmapped, whatever ends the session.
             with opened, _used_memory(views.backend, opened.transport) as direct_bytes:
-                return logging.INFO, self._serve_session(control, opened, views, direct_bytes)
+                return logging.INFO, self._serve_session(control, opened, views, slab, direct_bytes)
 
     def _serve_session(
         self,
         control: ControlSocket,
         opened: session.Session,
         views: SessionViews,
+        slab: SlabServer,
         direct_bytes: int,
     ) -> str:
         welcome = opened.welcome
         _log.info(
-            "process %d: session over %s, up to %d tokens a call%s%s",
+            "process %d: session over %s, up to %d tokens a call%s%s%s%s",
             control.peer_pid,
             welcome.transport,
             welcome.max_tokens,
             f" ({welcome.stepped_down})" if welcome.stepped_down else "",
             f", {direct_bytes / 2**20:.1f} MiB registered for the device" if direct_bytes else "",
+            f", {slab.summary}" if slab.summary else "",
+            f" ({welcome.slab_refused})" if welcome.slab_refused else "",
         )
-        server = SessionServer(opened, views, self._turns, self._draining)
+        server = SessionServer(opened, views, self._turns, self._draining, slab)
         why = server.serve()
         if server.device_lost is not None:
             self._device_lost = server.device_lost

@@ -7,18 +7,46 @@ is checked here. docs/protocol.md lists them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import msgspec
 
 from .errors import ProtocolError
 from .layers import LayerInfo, fingerprint_of
 from .protocol import MAX_TOKENS, check_layers, decode
+from .transport.slab import ALIGNMENT
 
 #: Both sides must speak the same.
 PROTOCOL_VERSION = 1
 MAX_CONTROL_BYTES = 16 << 20
 #: Of a client's first message: nobody knows yet who it is.
 MAX_HELLO_BYTES = 4096
+
+
+#: Kinds of slabs: shared memory of the host, and memory of the worker's GPU.
+SLAB_KINDS = ("pinned", "device")
+#: Of a slab of either kind.
+MAX_SLAB_BYTES = 1 << 32
+#: What a driver describes memory by, to other processes.
+_MAX_HANDLE_BYTES = 64
+
+
+class SlabWish(NamedTuple):
+    """What slab a client asks for: a kind, "auto" for any, or "" for none; and by which driver its
+    GPU could open device memory, "cuda" or "hip"."""
+
+    kind: str = ""
+    vendor: str = ""
+
+
+class SlabOffer(msgspec.Struct, frozen=True):
+    """The slab of a session; its segment is the last of the welcome's fds."""
+
+    kind: str
+    #: Of its data.
+    data_bytes: int
+    #: What device memory is opened by.
+    handle: bytes = b""
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):
@@ -32,6 +60,9 @@ class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):
     batch_capacity: int
     #: `layers.fingerprint_of` the experts that it takes the worker to hold; empty for any.
     placement: str = ""
+    #: `SlabWish`.
+    slab: str = ""
+    vendor: str = ""
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True, kw_only=True):
@@ -50,6 +81,9 @@ class Welcome(msgspec.Struct, tag="welcome", frozen=True, kw_only=True):
     layers: dict[int, LayerInfo]
     #: It knows `orders`, and calls of other views than 0; one that does not say so does not.
     takes_orders: bool = False
+    slab: SlabOffer | None = None
+    #: Why there is no slab, or not the kind that was wished for; empty when there is.
+    slab_refused: str = ""
 
 
 class Refusal(msgspec.Struct, tag="refusal", frozen=True):
@@ -87,6 +121,8 @@ def check_hello(hello: ControlMessage) -> Hello:
         raise ProtocolError(f"transport {hello.transport!r}; choose auto, shared or stream")
     if not 1 <= hello.batch_capacity <= MAX_TOKENS:
         raise ProtocolError(f"batch_capacity={hello.batch_capacity}; it must be 1..{MAX_TOKENS}")
+    if hello.slab not in ("", "auto", *SLAB_KINDS):
+        raise ProtocolError(f"slab {hello.slab!r}; choose auto, {', '.join(SLAB_KINDS)}, or none")
     return hello
 
 
@@ -104,6 +140,9 @@ def check_placement(hello: Hello, layers: Mapping[int, LayerInfo]) -> None:
 def check_welcome(welcome: Welcome, n_fds: int) -> Welcome:
     """ProtocolError unless a client of this version can work with it."""
     wanted = {"shared": 2, "stream": 1}.get(welcome.transport)
+    if wanted is not None and welcome.slab is not None:
+        _check_slab(welcome.slab)
+        wanted += 1
     if welcome.protocol != PROTOCOL_VERSION:
         raise ProtocolError(
             f"the worker speaks protocol {welcome.protocol} (moeshm {welcome.version!r}), this "
@@ -115,3 +154,13 @@ def check_welcome(welcome: Welcome, n_fds: int) -> Welcome:
         raise ProtocolError(f"max_tokens={welcome.max_tokens}, epoch={welcome.epoch}")
     check_layers(welcome.layers)
     return welcome
+
+
+def _check_slab(offer: SlabOffer) -> None:
+    is_sized = 0 < offer.data_bytes <= MAX_SLAB_BYTES and offer.data_bytes % ALIGNMENT == 0
+    has_handle = 0 < len(offer.handle) <= _MAX_HANDLE_BYTES
+    if offer.kind not in SLAB_KINDS or not is_sized or has_handle != (offer.kind == "device"):
+        raise ProtocolError(
+            f"a slab of kind {offer.kind!r}, {offer.data_bytes} bytes, and a handle of "
+            f"{len(offer.handle)}"
+        )

@@ -12,13 +12,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from . import protocol
+from .descriptors import DESCRIPTOR
 from .dtypes import Array, DType
 from .errors import (
     CallError,
@@ -33,6 +34,9 @@ from .errors import (
 from .held import SessionNumbers
 from .protocol import Message, Reply
 from .session import Session
+
+if TYPE_CHECKING:
+    from .device_calls import DeviceCalls
 
 #: How long a sender leaves a full transport alone before it looks for replies again.
 _FULL_PAUSE_S = 0.001
@@ -93,7 +97,8 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
 class Awaited(Protocol):
     """What a thread waits for."""
 
-    is_done: bool
+    @property
+    def is_done(self) -> bool: ...
 
 
 class Link:
@@ -117,6 +122,8 @@ class Link:
         #: The thread that receives; 0 for none.
         self._receiver = 0
         self._n_waiting = 0
+        #: For arrays on the engine's GPU; None where there is no slab.
+        self.device_calls: DeviceCalls | None = None
         #: Why the session is over; None while it lives, ClientClosed after `close`.
         self.loss: CallError | None = None
 
@@ -248,6 +255,10 @@ class Link:
         """Send an order, whose reply will go to `receiver`. Errors as `send`."""
         self._post(call_id, receiver, self._write_order, packed)
 
+    def describe(self, receiver: Receiver, call_id: int, packed: bytes) -> None:
+        """Send a descriptor, of whose errors `receiver` will hear. Errors as `send`."""
+        self._post(call_id, receiver, self._write_descriptor, packed)
+
     def tell(self, packed: bytes) -> None:
         """Send an order that is not answered: now, or, where there is no room, before a later
         record. Waits for nothing; to a session that is over it means nothing."""
@@ -257,6 +268,10 @@ class Link:
     def new_id(self) -> int:
         """For the next call or order."""
         return next(self._ids)
+
+    def forget_now(self, call_id: int) -> None:
+        """No reply will come to it."""
+        self._pending.pop(call_id, None)
 
     def forget(self, call_id: int) -> None:
         """Its reply may still come, and is then nobody's."""
@@ -351,6 +366,12 @@ class Link:
         self._write_parts(parts, protocol.CALL, deadline)
         n_rows, hidden_size = parts[-1].shape
         return protocol.call_bytes(n_rows, call[3].shape[1], hidden_size, call[5])
+
+    def _write_descriptor(self, descriptor: bytes, deadline: float) -> int:
+        if self._unsent:
+            self._send_unsent()
+        self._write_parts((descriptor,), DESCRIPTOR, deadline)
+        return len(descriptor)
 
     def _write_order(self, order: bytes, deadline: float) -> int:
         # What is to be released first may make room for it at the worker.

@@ -13,7 +13,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 import msgspec
@@ -24,6 +24,7 @@ from ._version import VERSION
 from .dtypes import DType
 from .errors import (
     ConnectError,
+    DeviceError,
     HandshakeRefused,
     InvalidCall,
     MoeshmError,
@@ -32,11 +33,12 @@ from .errors import (
     SessionError,
     SettingError,
 )
-from .handshake import ControlMessage, Goodbye, Hello, Refusal, Welcome
+from .handshake import ControlMessage, Goodbye, Hello, Refusal, SlabOffer, SlabWish, Welcome
 from .layers import LayerInfo
 from .orders import MAX_ANSWER_BYTES, MAX_ORDER_BYTES
 from .transport import Transport
 from .transport.shared import SharedTransport
+from .transport.slab import PAGE_BYTES, Segment
 from .transport.stream import StreamTransport
 
 #: A packet of a handshake message: one byte that says whether more follow, and a part of it.
@@ -50,6 +52,14 @@ _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred of unix(7)
 MAX_RING_BYTES = 64 << 20
 #: Time to go through the queue of a listening worker, when it is full.
 _CONNECT_PAUSE_S = 0.005
+#: Of the largest call's arrays, how many a slab has room for: while one is computed, the next is
+#: put there.
+_SLAB_CALLS = 2
+_NO_WISH = SlabWish()
+
+#: `(hello, data bytes)`: makes the slab that a client wishes for; with the fd of its segment, which
+#: is the caller's to close.
+OfferSlab = Callable[[Hello, int], tuple[SlabOffer, int]]
 
 
 def parse_address(address: str) -> str:
@@ -157,10 +167,18 @@ class ControlSocket:
 class Session:
     """An open session: the transport, and what keeps it alive."""
 
-    def __init__(self, control: ControlSocket, transport: Transport, welcome: Welcome) -> None:
+    def __init__(
+        self,
+        control: ControlSocket,
+        transport: Transport,
+        welcome: Welcome,
+        slab: Segment | None = None,
+    ) -> None:
         self.control = control
         self.transport = transport
         self.welcome = welcome
+        #: On the client's side, if the welcome has one.
+        self.slab = slab
 
     def farewell(self) -> str | None:
         """Why the peer ended the session on purpose; None when it did not say so."""
@@ -192,9 +210,11 @@ class Session:
                 )
 
     def close(self) -> None:
-        """Close both; again does nothing."""
+        """Close all; again does nothing. A slab stays mapped for whoever uses it still."""
         self.transport.close()
         self.control.close()
+        if self.slab is not None:
+            self.slab.close()
 
     def __enter__(self) -> Session:
         return self
@@ -212,7 +232,12 @@ class Session:
 
 
 def connect(
-    address: str, transport: str, batch_capacity: int, timeout_s: float, placement: str = ""
+    address: str,
+    transport: str,
+    batch_capacity: int,
+    timeout_s: float,
+    placement: str = "",
+    slab: SlabWish = _NO_WISH,
 ) -> Session:
     """Open a session with the worker at `unix:PATH`; `auto` steps down to the stream transport
     when this process cannot map the rings. `placement`: as `Hello.placement`.
@@ -222,17 +247,22 @@ def connect(
     """
     deadline = time.monotonic() + timeout_s
     try:
-        return _shake_hands(address, transport, batch_capacity, placement, deadline)
+        return _shake_hands(address, transport, batch_capacity, placement, slab, deadline)
     except SegmentError as error:
         if transport != "auto":
             raise
-        opened = _shake_hands(address, "stream", batch_capacity, placement, deadline)
+        opened = _shake_hands(address, "stream", batch_capacity, placement, _NO_WISH, deadline)
         opened.welcome = msgspec.structs.replace(opened.welcome, stepped_down=str(error))
         return opened
 
 
 def _shake_hands(
-    address: str, transport: str, batch_capacity: int, placement: str, deadline: float
+    address: str,
+    transport: str,
+    batch_capacity: int,
+    placement: str,
+    slab: SlabWish,
+    deadline: float,
 ) -> Session:
     control = ControlSocket(_connect(parse_address(address), deadline))
     try:
@@ -242,6 +272,8 @@ def _shake_hands(
             transport=transport,
             batch_capacity=batch_capacity,
             placement=placement,
+            slab=slab.kind,
+            vendor=slab.vendor,
         )
         control.send(hello, [], max(1e-3, deadline - time.monotonic()))
         answer, fds = control.receive(deadline - time.monotonic())
@@ -279,20 +311,29 @@ def _connect(path: str, deadline: float) -> socket.socket:
 
 def _join(
     control: ControlSocket, answer: ControlMessage, fds: list[int]
-) -> tuple[Transport, Welcome]:
+) -> tuple[Transport, Welcome, Segment | None]:
     if isinstance(answer, Refusal):
         raise HandshakeRefused(f"the worker refused: {answer.reason}")
     if not isinstance(answer, Welcome):
         raise ProtocolError(f"expected welcome, got {type(answer).__name__.lower()}")
     welcome = handshake.check_welcome(answer, len(fds))
+    offer = welcome.slab
+    slab = None
+    if offer is not None:
+        slab = Segment.attach(fds[-1], 0 if offer.handle else offer.data_bytes)
+        os.close(fds.pop())
     if welcome.transport == "stream":
         stream = StreamTransport.attach(fds.pop(), welcome.epoch, control.peer_pidfd)
-        return stream, welcome
+        return stream, welcome, slab
     shared = SharedTransport.attach(fds, welcome.epoch, control.fileno(), control.peer_pidfd)
-    return shared, welcome
+    return shared, welcome, slab
 
 
 # --- worker -------------------------------------------------------------------------------
+
+
+def _offer_none(_hello: Hello, _data_bytes: int) -> tuple[SlabOffer, int]:
+    raise DeviceError("this worker gives none")
 
 
 def accept(
@@ -301,6 +342,7 @@ def accept(
     backend: str,
     max_tokens: int,
     timeout_s: float,
+    offer_slab: OfferSlab = _offer_none,
 ) -> Session:
     """Answer a client's handshake; it is told before a ProtocolError or SegmentError is raised."""
     try:
@@ -312,7 +354,7 @@ def accept(
         hello = handshake.check_hello(message)
         handshake.check_placement(hello, layers)
         most = min(max_tokens, hello.batch_capacity)
-        return _open(control, hello, layers, backend, most, timeout_s)
+        return _open(control, hello, layers, backend, most, timeout_s, offer_slab)
     except (ProtocolError, SegmentError) as error:
         with contextlib.suppress(MoeshmError):
             control.send(Refusal(str(error)), [], timeout_s)
@@ -326,6 +368,7 @@ def _open(
     backend: str,
     max_tokens: int,
     timeout_s: float,
+    offer_slab: OfferSlab,
 ) -> Session:
     epoch = random.SystemRandom().getrandbits(64)
     sizes = _ring_sizes(layers, max_tokens)
@@ -344,7 +387,9 @@ def _open(
                 raise
             stepped_down = str(error)
             transport, fds = StreamTransport.create(epoch, control.peer_pidfd, sizes[0])
+    slab_fds: list[int] = []
     try:
+        slab, refused = _offer(hello, sum(sizes), offer_slab, slab_fds)
         welcome = Welcome(
             protocol=handshake.PROTOCOL_VERSION,
             version=VERSION,
@@ -355,15 +400,33 @@ def _open(
             max_tokens=max_tokens,
             layers=dict(layers),
             takes_orders=True,
+            slab=slab,
+            slab_refused=refused,
         )
-        control.send(welcome, fds, timeout_s)
+        control.send(welcome, fds + slab_fds, timeout_s)
     except BaseException:
         transport.close()
         raise
     finally:
+        close_fds(slab_fds)
         if transport.name == "stream":
             close_fds(fds)
     return Session(control, transport, welcome)
+
+
+def _offer(
+    hello: Hello, call_bytes: int, offer_slab: OfferSlab, fds: list[int]
+) -> tuple[SlabOffer | None, str]:
+    """The slab that the client asked for, whose fd is added, or why it gets none."""
+    if not hello.slab:
+        return None, ""
+    n_bytes = min(_SLAB_CALLS * call_bytes, MAX_RING_BYTES)
+    try:
+        offer, fd = offer_slab(hello, -(-n_bytes // PAGE_BYTES) * PAGE_BYTES)
+    except (SegmentError, DeviceError) as error:
+        return None, str(error)
+    fds.append(fd)
+    return offer, ""
 
 
 def _call_sizes(info: LayerInfo, max_tokens: int) -> tuple[int, int]:

@@ -86,6 +86,16 @@ class StatsCounter:
             self._compute_ns += compute_ns
             self._unpack_ns += unpack_ns
 
+    def taken(self, bytes_in: int) -> None:
+        """An output was taken from a slab."""
+        with self._lock:
+            self._bytes_in += bytes_in
+
+    def stepped_down(self, why: str) -> None:
+        """Arrays on the engine's GPU go another way than was wished for."""
+        with self._lock:
+            self._stepped_down[why] += 1
+
     def answered(self, answer: Answer, rows: int, start_ns: int) -> None:
         """A call that began at `start_ns` (of time.perf_counter) is over."""
         with self._lock:

@@ -20,11 +20,14 @@ from pathlib import Path
 
 import msgspec
 
+from . import engine_device as engines
 from . import session
 from .backends import Backend
 from .choice import choose
 from .client import ExpertClient, Opened
 from .errors import ConnectError, SessionError
+from .handshake import SlabWish
+from .session import Session
 
 #: Reading and checking a large checkpoint from a slow disk.
 START_TIMEOUT_S = 600.0
@@ -48,6 +51,7 @@ def spawn_worker(
     wire_dtype: str | None = None,
     timeout_s: float | None = None,
     fallback: Backend | None = None,
+    engine_device: str | None = None,
 ) -> ExpertClient:
     """A client of a worker process that it starts, and ends when it is closed.
 
@@ -57,27 +61,25 @@ def spawn_worker(
 
     ConnectError: the worker ended before it was ready; its words are on standard error.
     """
+    engine, transport = engines.parse(engine_device, transport)
     chosen = choose(transport, wire_dtype, timeout_s)
     process = WorkerProcess(model, device, layers, experts, threads)
 
-    def open_session() -> Opened:
+    def open_session(wish: SlabWish) -> Opened:
+        def connect(timeout_s: float) -> Session:
+            return session.connect(
+                process.address, chosen.transport, chosen.batch_capacity, timeout_s, slab=wish
+            )
+
         if process.is_running():
             # One missed deadline is no reason to load a model anew.
             with contextlib.suppress(SessionError, OSError):
-                return Opened(
-                    session.connect(
-                        process.address, chosen.transport, chosen.batch_capacity, _PROBE_TIMEOUT_S
-                    ),
-                    False,
-                )
+                return Opened(connect(_PROBE_TIMEOUT_S), False)
         process.restart()
-        opened = session.connect(
-            process.address, chosen.transport, chosen.batch_capacity, chosen.timeout_s
-        )
-        return Opened(opened, True)
+        return Opened(connect(chosen.timeout_s), True)
 
     try:
-        return ExpertClient(open_session, process.stop, chosen.wire_dtype, fallback)
+        return ExpertClient(open_session, process.stop, chosen.wire_dtype, fallback, engine=engine)
     except BaseException:
         process.stop()
         raise

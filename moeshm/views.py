@@ -13,7 +13,7 @@ from .errors import CallError, CheckpointError, DeviceLost, InvalidCall, WorkerF
 from .holdings import Holdings, View
 from .layers import LayerInfo
 from .orders import MAX_VIEWS, Hold, Offer, Release
-from .protocol import CallFields, PlainShape
+from .protocol import PlainShape
 
 _log = logging.getLogger(__name__)
 
@@ -63,9 +63,8 @@ class SessionViews:
         self._lock = threading.Lock()
         self._is_over = False
 
-    def of(self, fields: CallFields) -> View:
-        """The view of a call; InvalidCall names the ones there are."""
-        number = protocol.view_of(fields)
+    def of(self, number: int) -> View:
+        """The view of that number; InvalidCall names the ones there are."""
         view = self._views.get(number)
         if view is None:
             raise InvalidCall(

@@ -7,9 +7,12 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
-from . import orders, protocol
+from . import descriptors, orders, protocol
+from .backends import SlabCall
+from .descriptors import DESCRIPTOR, Descriptor
 from .dtypes import Array
 from .errors import (
     CallError,
@@ -30,6 +33,7 @@ from .layers import without_experts
 from .orders import Offer, Release
 from .protocol import Call, Message, Outgoing
 from .session import Session
+from .slab_server import SlabServer
 from .views import SessionViews
 
 _log = logging.getLogger(__name__)
@@ -38,6 +42,8 @@ _log = logging.getLogger(__name__)
 _IDLE_SLICE_S = 0.1
 #: The same while experts are loaded for it: how late it may hear that they are there.
 _LOADING_SLICE_S = 0.005
+#: How often a session whose client's GPU is to put arrays into a slab looks for its end.
+_ARRAYS_SLICE_S = 0.025
 #: After a call that took longer, a look whether anybody still waits for the next ones.
 _LONG_CALL_NS = 1_000_000
 #: A client that leaves its replies unread for so long, and past the deadline of the call whose
@@ -97,7 +103,12 @@ class SessionServer:
     """Answers the calls of one session until it ends; `serve` runs in a thread of its own."""
 
     def __init__(
-        self, session: Session, views: SessionViews, turns: Turns, draining: threading.Event
+        self,
+        session: Session,
+        views: SessionViews,
+        turns: Turns,
+        draining: threading.Event,
+        slab: SlabServer | None = None,
     ) -> None:
         self._session = session
         self._transport = session.transport
@@ -108,6 +119,7 @@ class SessionServer:
         self._orders = views.queue
         self._turns = turns
         self._draining = draining
+        self._slab = slab or SlabServer(views.backend)
         self._compute_ns = 0
         #: Why this worker's device will compute no call any more; the session ends with it.
         self.device_lost: DeviceLost | None = None
@@ -163,6 +175,9 @@ class SessionServer:
                 return "the client is gone; what it had sent is not computed"
 
     def _answer(self, record: Message) -> None:
+        if record.type == DESCRIPTOR:
+            self._answer_descriptor(record)
+            return
         try:
             # Not kept here: its arrays are views of the record.
             call_id, error = self._try(record)
@@ -187,7 +202,7 @@ class SessionServer:
             call_id, fields = protocol.read_call_header(record)
         try:
             if call is None:
-                view = self._views.of(fields)
+                view = self._views.of(protocol.view_of(fields))
                 call = protocol.parse_call(
                     record, fields, view.layers, self._max_tokens, view.tables
                 )
@@ -195,6 +210,40 @@ class SessionServer:
         except CallError as error:
             return call_id, type(error)(str(error))
         return call_id, None
+
+    def _answer_descriptor(self, record: Message) -> None:
+        try:
+            descriptor = descriptors.read(record)
+        finally:
+            record.release()
+        error = self._begin(descriptor)
+        if error is not None:
+            self._say(protocol.pack_error(descriptor.call_id, error))
+            # After its error, for whoever sees the flags to find that.
+            self._slab.tell_failed(descriptor.places.slot, descriptor.sequence)
+
+    def _begin(self, descriptor: Descriptor) -> CallError | None:
+        """Begin a call whose arrays are in the slab, once they are; what went wrong."""
+        try:
+            view = self._views.of(descriptor.view)
+            call = self._slab.call_of(descriptor, view, self._max_tokens)
+            self._wait_for_arrays(call, descriptor.deadline_ns)
+            with self._turns:
+                start_ns = time.monotonic_ns()
+                _check_deadline(descriptor.deadline_ns, start_ns)
+                self._guard(call.layer, lambda: self._slab.compute(call))
+                self._compute_ns = time.monotonic_ns() - start_ns
+        except CallError as error:
+            return type(error)(str(error))
+        self.calls += 1
+        self.rows += call.n_tokens
+        return None
+
+    def _wait_for_arrays(self, call: SlabCall, deadline_ns: int) -> None:
+        while not self._slab.wait_for_arrays(call, _ARRAYS_SLICE_S):
+            _check_deadline(deadline_ns, time.monotonic_ns())
+            if self._session.peer_is_gone():
+                raise PeerDied("the client is gone; the arrays of its call will not come")
 
     def _obey(self, record: Message) -> tuple[int, CallError | None]:
         """Begin what is ordered; the order's call id, and why it cannot be."""
@@ -238,11 +287,7 @@ class SessionServer:
             rows = reply.array(call.dtype.numpy, (n_tokens, hidden_size), protocol.HEADER_BYTES)
             with self._turns:
                 start_ns = time.monotonic_ns()
-                if 0 < call.deadline_ns < start_ns:
-                    raise DeadlineExceeded(
-                        "the deadline passed before the call's turn came; "
-                        "send less at once, or allow more time"
-                    )
+                _check_deadline(call.deadline_ns, start_ns)
                 self._run_backend(call, rows)
                 self._compute_ns = time.monotonic_ns() - start_ns
             del rows
@@ -257,18 +302,32 @@ class SessionServer:
         self.rows += n_tokens
 
     def _run_backend(self, call: Call, rows: Array) -> None:
-        try:
-            self._backend.ffn(
+        self._guard(
+            call.layer,
+            lambda: self._backend.ffn(
                 call.layer, call.hidden_states, call.topk_ids, call.topk_weights, rows
-            )
+            ),
+        )
+
+    def _guard(self, layer: int, compute: Callable[[], None]) -> None:
+        """Errors of the backend become WorkerFailed, and a lost device is noted."""
+        try:
+            compute()
         except InvalidCall:
             raise
         except Exception as error:
             if isinstance(error, DeviceLost):
                 # Another, without the frames.
                 self.device_lost = DeviceLost(str(error))
-            _log.exception("layer %d: the backend failed", call.layer)
+            _log.exception("layer %d: the backend failed", layer)
             raise WorkerFailed(f"{type(error).__name__}: {error}") from None
+
+
+def _check_deadline(deadline_ns: int, now_ns: int) -> None:
+    if 0 < deadline_ns < now_ns:
+        raise DeadlineExceeded(
+            "the deadline passed before the call's turn came; send less at once, or allow more time"
+        )
 
 
 def _commit(reply: Outgoing) -> None:

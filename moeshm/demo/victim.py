@@ -57,7 +57,9 @@ class Victim:
         # not all fit into a transport that nobody reads.
         if is_fatal and len(hidden_states) == 1:
             _stop(self._client.worker_pid)
-        future = self._client.submit(layer, hidden_states, topk_ids, topk_weights, **options)
+        future: CallFuture = self._client.submit(
+            layer, hidden_states, topk_ids, topk_weights, **options
+        )
         if is_fatal:
             token = (n_forwards - 1) // self._n_layers
             self.kill = Kill(self._client.worker_pid, token, layer)

@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..backends.reference import activate
-from ..client import ExpertClient, connect
+from ..client import ExpertClient
+from ..connecting import connect
 from ..errors import InvalidCall, SettingError, UnsupportedPlatform
 from ..layers import LayerInfo
 from ..supervisor import spawn_worker

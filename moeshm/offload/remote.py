@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import msgspec
 
 from ..call import CallFuture
-from ..client import ExpertClient, connect
+from ..client import ExpertClient
+from ..connecting import connect
 from ..errors import CallError, HandshakeRefused, SegmentError, SettingError
 from ..held import HeldView
 from ..layers import LayerInfo

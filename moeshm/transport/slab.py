@@ -13,7 +13,6 @@ import os
 from typing import NamedTuple
 
 from .. import segment
-from .._words import load_word
 from ..errors import SegmentError
 
 #: Calls that may be on their way, each with a slot of flags.
@@ -23,6 +22,8 @@ FLAGS_BYTES = SLOTS * SLOT_BYTES
 #: Of the flags in a slot: where each is, 32 bits wide, far enough apart that no two devices share
 #: what they fetch.
 GIVEN, DONE, REFUSED, TAKEN = 0, 128, 256, 384
+#: In `refused`: a reply says why; it was sent before.
+TOLD = 0xFFFFFFFF
 #: Arrays in a slab start at multiples of it.
 ALIGNMENT = 256
 #: Of device memory: what drivers allocate, and export, is made of these.
@@ -95,52 +96,45 @@ class Claim(NamedTuple):
 
 
 class Allocator:
-    """Gives calls parts of a slab, one behind the other, and takes them back in that order.
+    """Gives calls parts of a slab's data, one behind the other, and takes them back in that order.
 
-    On the engine's side; one thread at a time. A part is free once its flag `taken` says so.
+    On the engine's side; one thread at a time.
     """
 
-    def __init__(self, memory: memoryview, data_bytes: int) -> None:
-        self._memory = memory
+    def __init__(self, data_bytes: int) -> None:
         self._data_bytes = data_bytes
+        #: Oldest first.
         self._claims: collections.deque[Claim] = collections.deque()
         self._sequence = 0
         #: Bytes given out and taken back since the beginning, the rests of laps included.
         self._end = self._begin = 0
 
-    @property
-    def claims(self) -> list[Claim]:
-        """Those whose output is not known to be taken, oldest first."""
-        return [*self._claims]
-
     def claim(self, sizes: tuple[int, int, int, int]) -> Claim | None:
         """Room for arrays of these sizes, in the order of `Places`; None while there is none."""
-        self.reclaim()
         padded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
         size = sum(padded)
+        if not self._claims:
+            # Memory used last is in caches, and in translation buffers.
+            self._begin = self._end = 0
         begin = self._end
         # In one piece: the rest of the lap stays unused.
         if begin % self._data_bytes + size > self._data_bytes:
             begin += -begin % self._data_bytes
         if len(self._claims) == SLOTS or begin + size - self._begin > self._data_bytes:
             return None
-        sequence = (self._sequence + 1) % _SEQUENCES
-        at = begin % self._data_bytes
+        at, slot = begin % self._data_bytes, self._sequence % SLOTS
         offsets = [at + sum(padded[:index]) for index in range(4)]
-        claim = Claim(sequence, Places(self._sequence % SLOTS, *offsets), begin + size)
+        sequence = (self._sequence + 1) % _SEQUENCES
+        claim = Claim(sequence, Places(slot, *offsets), begin + size)
         self._claims.append(claim)
         self._sequence, self._end = sequence, claim.end
         return claim
 
-    def give_back(self, claim: Claim) -> None:
-        """The newest claim is not needed: nothing uses it, nor ever did."""
-        assert self._claims[-1] is claim
-        self._claims.pop()
-        self._sequence = (claim.sequence - 1) % _SEQUENCES
-        self._end = self._claims[-1].end if self._claims else self._begin
+    def free_oldest(self) -> None:
+        """Nothing uses the oldest claim any more."""
+        self._begin = self._claims.popleft().end
 
-    def reclaim(self) -> None:
-        """Take back what is taken."""
-        claims = self._claims
-        while claims and load_word(self._memory, claims[0].flag(TAKEN)) == claims[0].sequence:
-            self._begin = claims.popleft().end
+    def give_back(self) -> None:
+        """The newest claim is not needed: nothing uses it, nor ever did."""
+        self._sequence = (self._claims.pop().sequence - 1) % _SEQUENCES
+        self._end = self._claims[-1].end if self._claims else self._begin

@@ -1,7 +1,8 @@
 """A worker process whose GATED calls wait for the test: `python -m tests.crash.gated_worker`.
 
 Arguments: address, the pipe to tell events to, the pipe to wait at, seconds that a reply may lie
-unread (0: as shipped), most open fds (0: as they are), most bytes of a segment (0: any).
+unread (0: as shipped), most open fds (0: as they are), most bytes of a segment (0: any), 1 for a
+made-up GPU.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from moeshm.daemon import Daemon
 from moeshm.logs import configure
 from moeshm.transport import stream
 from tests.crash.arithmetic import BROKEN, GATED, ArithmeticBackend
+from tests.crash.slab_arithmetic import SlabArithmetic
 
 #: Kind, layer, tag.
 EVENT = struct.Struct("<iii")
@@ -41,7 +43,7 @@ def main() -> None:
     address = sys.argv[1]
     events, gate = map(int, sys.argv[2:4])
     reply_timeout_s = float(sys.argv[4])
-    max_fds, max_segment_bytes = map(int, sys.argv[5:7])
+    max_fds, max_segment_bytes, has_gpu = map(int, sys.argv[5:8])
     if reply_timeout_s:
         worker.REPLY_TIMEOUT_S = stream._STALL_S = reply_timeout_s
     if max_fds:
@@ -57,7 +59,8 @@ def main() -> None:
             raise RuntimeError(f"no luck with call {tag}")
 
     configure("info", as_json=False)
-    daemon = Daemon(ArithmeticBackend(on_turn), address)
+    backend = SlabArithmetic if has_gpu else ArithmeticBackend
+    daemon = Daemon(backend(on_turn), address)
     daemon._turns._queue = TellingQueue(events)
     daemon.run()
 

@@ -194,6 +194,7 @@ def gated_worker(
     reply_timeout_s: float = 0,
     max_fds: int = 0,
     max_segment_bytes: int = 0,
+    has_gpu: bool = False,
     name: str = "w",
 ) -> Iterator[GatedWorker]:
     """Start one that listens in the folder; killed at the end."""
@@ -207,7 +208,7 @@ def gated_worker(
             [
                 *("-m", "tests.crash.gated_worker", address),
                 *(str(events_of_worker), str(gate_of_worker), str(reply_timeout_s)),
-                *(str(max_fds), str(max_segment_bytes)),
+                *(str(max_fds), str(max_segment_bytes), str(int(has_gpu))),
             ],
             environment=notify.environment,
             pass_fds=its_own,

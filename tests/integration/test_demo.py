@@ -25,6 +25,7 @@ from moeshm.demo import tiny_moe_path
 from moeshm.demo.decoder import Decoder, generate
 from moeshm.demo.run import DEFAULT_PROMPT, SEED, TEMPERATURE
 from moeshm.errors import SettingError, WorkerDied
+from moeshm.handshake import SlabWish
 
 KEYS = [
     *("text", "tokens", "tokens_per_s", "calls", "rows", "bytes_out", "bytes_in"),
@@ -323,10 +324,10 @@ def test_to_start_a_worker_anew_is_no_part_of_packing(monkeypatch: pytest.Monkey
     with moeshm.spawn_worker(tiny_moe_path(), threads=1) as client:
         open_session = client._open_session
 
-        def open_slowly() -> Any:
+        def open_slowly(wish: SlabWish) -> Any:
             nonlocal jumped_ns
             jumped_ns += 10**15
-            return open_session()
+            return open_session(wish)
 
         monkeypatch.setattr(client, "_open_session", open_slowly)
         monkeypatch.setattr(time, "perf_counter_ns", lambda: read_clock() + jumped_ns)

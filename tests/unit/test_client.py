@@ -26,6 +26,7 @@ from moeshm.errors import (
     SettingError,
     WorkerDied,
 )
+from moeshm.handshake import SlabWish
 from moeshm.session import ControlSocket, Session
 from tests.crash.arithmetic import FREE, WIDE, ArithmeticBackend, assert_exact, make_inputs
 from tests.wire import meanwhile
@@ -371,7 +372,7 @@ def test_after_a_failed_attempt_calls_do_not_try_at_once(
     with worker.connect(transport) as client:
         attempts: list[int] = []
 
-        def refuse() -> Any:
+        def refuse(_wish: SlabWish) -> Any:
             attempts.append(1)
             raise ConnectError("not at home")
 
@@ -409,11 +410,11 @@ def test_a_close_while_another_thread_connects_anew(
         client.compute(*make_inputs(FREE, 1))
     open_session = client._open_session
 
-    def close_and_open() -> Any:
+    def close_and_open(wish: SlabWish) -> Any:
         closer = threading.Thread(target=client.close)
         closer.start()
         closer.join(PATIENCE_S)
-        return open_session()
+        return open_session(wish)
 
     monkeypatch.setattr(client, "_open_session", close_and_open)
     with worker.accepting(), pytest.raises(ClientClosed):

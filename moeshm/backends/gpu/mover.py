@@ -1,0 +1,271 @@
+"""The engine's side of a slab: its GPU puts a call's arrays in, and takes the output out."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ...device_arrays import DeviceInputs
+from ...dtypes import Array
+from ...transport.slab import DONE, FLAGS_BYTES, GIVEN, SLOT_BYTES, SLOTS, TAKEN, Places
+from ._launch import address_of
+from .cupy_device import open_device
+from .device import Bytes, CommandList, Device, Kernel
+
+#: Threads of a block, as kernels/move.cu has it.
+_THREADS = 256
+
+
+class Given(ctypes.Structure):
+    """As kernels/move.cu has it: what `give` copies."""
+
+    _fields_ = (
+        ("hidden_states", ctypes.c_uint64),
+        ("topk_ids", ctypes.c_uint64),
+        ("topk_weights", ctypes.c_uint64),
+        ("slab_hidden_states", ctypes.c_uint64),
+        ("slab_topk_ids", ctypes.c_uint64),
+        ("slab_topk_weights", ctypes.c_uint64),
+        ("n_bytes", ctypes.c_int64),
+        ("n_pairs", ctypes.c_int32),
+        ("ids_bytes", ctypes.c_int32),
+        ("weights_dtype", ctypes.c_int32),
+    )
+
+
+class Taken(ctypes.Structure):
+    """As kernels/move.cu has it: what `take` copies."""
+
+    _fields_ = (
+        ("slab_out", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("n_bytes", ctypes.c_int64),
+    )
+
+
+class Signal(ctypes.Structure):
+    """As kernels/move.cu has it: the flag that tells of the end, and what counts up to it."""
+
+    _fields_ = (
+        ("flag", ctypes.c_uint64),
+        ("n_done", ctypes.c_uint64),
+        ("value", ctypes.c_uint32),
+    )
+
+
+class Mover:
+    """Moves arrays between a GPU and a slab, on streams of the engine's.
+
+    `memory`: the slab's segment, mapped whole; `handle`: what its data is opened by if that is
+    device memory, else empty. One thread at a time may give and take; `fetch` and `put` may be
+    called by another meanwhile. A caller's current device is left as it was. DeviceError: the
+    driver refuses something; nothing is left behind then.
+    """
+
+    def __init__(self, device_name: str, memory: memoryview, handle: bytes) -> None:
+        # What was done is undone while the GPU is still the thread's.
+        with _current_device_kept(), contextlib.ExitStack() as undo:
+            device = self._device = open_device(device_name)
+            device.use()
+            self._runtime = _runtime()
+            self._index: int = self._runtime.getDevice()
+            registration = device.register(
+                address_of(memory), memory.nbytes, read_only=memory.readonly
+            )
+            undo.callback(registration.close)
+            self._flags = registration.device_address
+            self._data = self._flags + FLAGS_BYTES
+            if handle:
+                opened = device.open_exported(handle)
+                undo.callback(opened.close)
+                self._data = opened.address
+            counts = device.allocate(4 * SLOTS)
+            undo.callback(counts.close)
+            self._counts = counts.address
+            self._copy_in(self._counts, np.zeros(SLOTS, np.uint32))
+            self._make_launches()
+            self._undo = undo.pop_all()
+        self._memory: memoryview | None = memory
+        #: Of a pinned slab, as the host has it; None if it is device memory.
+        self._host_data: Bytes | None = None
+        if not handle:
+            self._host_data = np.frombuffer(memory, np.uint8)[FLAGS_BYTES:]
+
+    def give(self, stream: int, arrays: DeviceInputs, at: Places, sequence: int) -> None:
+        """Enqueue the copies of a call's arrays into the slab, and then setting `given`.
+
+        `stream`: its handle; 0 is the default one. DeviceError: the driver refuses.
+        """
+        given, data = self._given, self._data
+        n_bytes, n_pairs = arrays.n_bytes, arrays.n_tokens * arrays.top_k
+        given.hidden_states = arrays.hidden_states
+        given.topk_ids = arrays.topk_ids
+        given.topk_weights = arrays.topk_weights
+        given.slab_hidden_states = data + at.hidden_states
+        given.slab_topk_ids = data + at.topk_ids
+        given.slab_topk_weights = data + at.topk_weights
+        given.n_bytes = n_bytes
+        given.n_pairs = n_pairs
+        given.ids_bytes = arrays.ids_itemsize
+        given.weights_dtype = arrays.weights_dtype
+        self._set(self._given_signal, at.slot, GIVEN, sequence)
+        self._enqueue(self._give.of(n_bytes // 16 + n_pairs), stream)
+
+    def take(self, stream: int, out: int, n_bytes: int, at: Places, sequence: int) -> None:
+        """Enqueue waiting for `done`, the copy of the output to `out`, and setting `taken`.
+
+        `out`: an address of the engine's GPU, a multiple of 16 as `n_bytes` is. DeviceError: the
+        driver refuses; the stream may wait all the same.
+        """
+        taken = self._taken
+        taken.slab_out = self._data + at.out
+        taken.out = out
+        taken.n_bytes = n_bytes
+        self._set(self._taken_signal, at.slot, TAKEN, sequence)
+        commands = self._take.of(n_bytes // 16)
+        commands.set_value(0, self._flags + at.slot * SLOT_BYTES + DONE, sequence)
+        self._enqueue(commands, stream)
+
+    def fetch(self, offset: int, n_bytes: int) -> Bytes:
+        """A copy, as uint8, of what is there in the slab's data. DeviceError."""
+        if self._host_data is not None:
+            return np.array(self._host_data[offset : offset + n_bytes])
+        with _current_device_kept():
+            self._device.use()
+            return self._copy_out(self._data + offset, n_bytes)
+
+    def put(self, offset: int, array: Array) -> None:
+        """Copy the array to there. DeviceError."""
+        stored = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        if self._host_data is not None:
+            self._host_data[offset : offset + stored.nbytes] = stored
+            return
+        with _current_device_kept():
+            self._device.use()
+            self._copy_in(self._data + offset, stored)
+
+    def close(self) -> None:
+        """Let go of the slab, which nothing on a stream uses any more; twice does nothing.
+
+        DeviceError: the driver refuses something; the rest is let go of.
+        """
+        if self._memory is None:
+            return
+        try:
+            with _current_device_kept():
+                self._device.use()
+                self._undo.close()
+        finally:
+            # The memory stays mapped until here.
+            self._memory = self._host_data = None
+
+    def _make_launches(self) -> None:
+        module = self._device.compile("move.cu", {})
+        self._given, self._given_signal = Given(), Signal()
+        self._taken, self._taken_signal = Taken(), Signal()
+        self._give = _Launches(
+            self._device, module.kernel("give"), self._given, self._given_signal, waits=False
+        )
+        self._take = _Launches(
+            self._device, module.kernel("take"), self._taken, self._taken_signal, waits=True
+        )
+
+    def _set(self, signal: Signal, slot: int, flag: int, sequence: int) -> None:
+        signal.flag = self._flags + slot * SLOT_BYTES + flag
+        # Of its slot, as several streams may be at it.
+        signal.n_done = self._counts + slot * 4
+        signal.value = sequence
+
+    def _enqueue(self, commands: CommandList, stream: int) -> None:
+        # Not by `_current_device_kept`, whose costs a call would notice.
+        current: int = self._runtime.getDevice()
+        # Also if it is that one already: a thread's first call to the driver needs it.
+        self._device.use()
+        try:
+            commands.enqueue(stream)
+        finally:
+            if current != self._index:
+                self._runtime.setDevice(current)
+
+    def _copy_in(self, to: int, array: Array) -> None:
+        """On the device's own stream, by way of pinned memory; returns when it is done."""
+        stored = array.view(np.uint8)
+        if not stored.nbytes:
+            return
+        with contextlib.closing(self._device.pin(stored.nbytes)) as host:
+            host.array[...] = stored
+            commands = self._device.command_list()
+            commands.copy_in(to, host.address, stored.nbytes)
+            commands.enqueue()
+            self._device.wait()
+
+    def _copy_out(self, source: int, n_bytes: int) -> Bytes:
+        """As `_copy_in`, the other way."""
+        if not n_bytes:
+            return np.empty(0, np.uint8)
+        with contextlib.closing(self._device.pin(n_bytes)) as host:
+            commands = self._device.command_list()
+            commands.copy_out(host.address, source, n_bytes)
+            commands.enqueue()
+            self._device.wait()
+            return np.array(host.array)
+
+
+class _Launches:
+    """One kernel, made ready for copies of every size; its arguments are changed in place.
+
+    `waits`: each list begins with a wait, its command 0.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        kernel: Kernel,
+        copied: ctypes.Structure,
+        signal: Signal,
+        *,
+        waits: bool,
+    ) -> None:
+        #: For grids of 1, 2, 4 blocks and so on, up to one on each multiprocessor, each thread of
+        #: which has 8 loads on their way. Not tuned.
+        self._lists: list[CommandList] = []
+        most, grid = device.features.multiprocessors, 0
+        while grid < most:
+            grid = min(max(1, 2 * grid), most)
+            commands = device.command_list()
+            if waits:
+                commands.wait_value(0)
+            commands.launch(kernel, grid, _THREADS, 0, copied, signal, overlaps=False)
+            self._lists.append(commands)
+
+    def of(self, n_items: int) -> CommandList:
+        """With a thread for each vector of 16 bytes and each pair, as far as grids go."""
+        blocks_but_one = max(n_items - 1, 0) // _THREADS
+        return self._lists[min(blocks_but_one.bit_length(), len(self._lists) - 1)]
+
+
+def _runtime() -> Any:
+    """CuPy's, which knows the thread's current device."""
+    from cupy.cuda import runtime
+
+    return runtime
+
+
+@contextlib.contextmanager
+def _current_device_kept() -> Iterator[None]:
+    """Afterwards, the thread's current device is the one that it was."""
+    try:
+        runtime = _runtime()
+        current = runtime.getDevice()
+    except (ImportError, RuntimeError):
+        # Whoever opens a device, or uses it, says what is wrong.
+        yield
+        return
+    try:
+        yield
+    finally:
+        runtime.setDevice(current)

@@ -1,0 +1,125 @@
+"""Descriptors: records that say where in a slab a call's arrays are, instead of holding them.
+
+They travel among the calls. Worker's replies to them say only what is wrong; that the output is
+there is said by the slab's flags (transport/slab.py). docs/protocol.md draws both.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from . import protocol
+from .dtypes import DType
+from .errors import InvalidCall, ProtocolError
+from .layers import LayerInfo
+from .protocol import Message
+from .transport.slab import ALIGNMENT, SLOTS, Places
+
+#: The type of the records that carry them.
+DESCRIPTOR = 4
+VERSION = 1
+BYTES = 128
+# version, length, layer, call id, deadline, tokens, hidden size, top k, id space, dtype, view,
+# slot, sequence, and the offsets of hidden states, ids, weights and output
+_DESCRIPTOR = struct.Struct("<HHIQqIIHBBIII4Q48x")
+_LOCAL, _GLOBAL = 0, 1
+_DTYPES = {int(dtype): dtype for dtype in DType}
+
+
+class Descriptor(NamedTuple):
+    """One call, as it came; `check` says whether it can be."""
+
+    call_id: int
+    layer: int
+    #: Of CLOCK_MONOTONIC in ns; 0 for none.
+    deadline_ns: int
+    n_tokens: int
+    hidden_size: int
+    top_k: int
+    #: Ids are the model's, not local ones.
+    are_global: int
+    dtype: int
+    #: Of the slot's flags.
+    sequence: int
+    places: Places
+    #: That local ids, and the layer, are of.
+    view: int
+
+
+def pack(descriptor: Descriptor) -> bytes:
+    """The record."""
+    each = descriptor
+    slot, *offsets = each.places
+    return _DESCRIPTOR.pack(
+        VERSION, BYTES, each.layer, each.call_id, each.deadline_ns, each.n_tokens,
+        each.hidden_size, each.top_k, each.are_global, each.dtype, each.view, slot,
+        each.sequence, *offsets,
+    )  # fmt: skip
+
+
+def read(record: Message) -> Descriptor:
+    """ProtocolError when it is none, or its slot is none."""
+    if record.type != DESCRIPTOR or len(record) != BYTES:
+        raise ProtocolError(f"record type {record.type} of {len(record)} bytes is no descriptor")
+    version, length, layer, call_id, deadline_ns, n_tokens, hidden_size, top_k, *rest = (
+        _DESCRIPTOR.unpack_from(record)
+    )
+    are_global, dtype, view, slot, sequence, *offsets = rest
+    if version != VERSION or length != BYTES:
+        raise ProtocolError(
+            f"a descriptor of version {version} and {length} bytes; this worker reads version "
+            f"{VERSION}: update it"
+        )
+    if slot >= SLOTS:
+        raise ProtocolError(f"slot {slot} of a slab; 0..{SLOTS - 1} are there")
+    return Descriptor(
+        call_id, layer, deadline_ns, n_tokens, hidden_size, top_k, are_global, dtype, sequence,
+        Places(slot, *offsets), view,
+    )  # fmt: skip
+
+
+def check(descriptor: Descriptor, info: LayerInfo | None, most: int, data_bytes: int) -> DType:
+    """The format of its rows. `info`: of its layer, None if that is not held; `most`: tokens that
+    the worker takes; `data_bytes`: the slab's.
+
+    InvalidCall: it contradicts the layer. ProtocolError: its arrays are not in the slab.
+    """
+    each = descriptor
+    if info is None:
+        raise InvalidCall(f"layer {each.layer} is not on this worker")
+    dtype = _DTYPES.get(each.dtype)
+    if dtype is None or each.are_global > _GLOBAL:
+        raise InvalidCall(f"dtype {each.dtype}, id space {each.are_global}: unknown")
+    if each.hidden_size != info.hidden_size:
+        raise InvalidCall(
+            f"hidden_size={each.hidden_size}; layer {each.layer} has {info.hidden_size}"
+        )
+    if not 1 <= each.n_tokens <= most:
+        raise InvalidCall(f"n_tokens={each.n_tokens}; this worker takes 1..{most} in one call")
+    if not 1 <= each.top_k <= info.top_k:
+        raise InvalidCall(
+            f"top_k={each.top_k} but layer {each.layer} has top_k={info.top_k}; "
+            f"pass ids of shape [n_tokens, {info.top_k}]"
+        )
+    needed = sizes(each.n_tokens, each.hidden_size, each.top_k, dtype)
+    for offset, size in zip(each.places[1:], needed, strict=True):
+        if offset % ALIGNMENT or offset + size > data_bytes:
+            raise ProtocolError(
+                f"an array of {size} bytes at {offset} of a slab of {data_bytes}; it must start "
+                f"at a multiple of {ALIGNMENT} and end in the slab"
+            )
+    return dtype
+
+
+def sizes(n_tokens: int, hidden_size: int, top_k: int, dtype: DType) -> tuple[int, int, int, int]:
+    """Bytes of a call's arrays, in the order of `Places`."""
+    rows, pairs = n_tokens * hidden_size * dtype.itemsize, n_tokens * top_k * 4
+    return rows, pairs, pairs, rows
+
+
+def most_tokens(data_bytes: int, hidden_size: int, top_k: int, dtype: DType) -> int:
+    """That one call can have in a slab."""
+    per_token = sum(sizes(1, hidden_size, top_k, dtype))
+    # Each of the four arrays is padded.
+    return min(protocol.MAX_TOKENS, (data_bytes - 4 * ALIGNMENT) // per_token)

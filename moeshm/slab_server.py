@@ -1,0 +1,227 @@
+"""The slab of one session, on the worker's side: offered, computed in, closed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from . import descriptors, settings
+from ._inputs import inspect_ids
+from ._words import store_word, wait_for_word
+from .backends import Backend, SlabCall, SlabUser, WorkerSlab
+from .descriptors import Descriptor
+from .dtypes import Array
+from .errors import DeviceError, InvalidCall, ProtocolError, SegmentError
+from .handshake import Hello, SlabOffer
+from .holdings import View
+from .protocol import SlotTable
+from .transport.slab import DONE, GIVEN, REFUSED, SLOT_BYTES, TOLD, Segment
+
+_log = logging.getLogger(__name__)
+
+_INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
+
+
+class _Ids(NamedTuple):
+    """What ids of a layer may be, of one view and id space."""
+
+    view: View
+    n_ids: int
+    slots: SlotTable | None
+
+
+class SlabServer:
+    """Makes the slab that a client wishes for, if it does, and computes calls in it.
+
+    Where the backend's device takes calls from slabs by itself, it does; else the host waits for
+    their arrays, which then are in its memory. One thread at a time.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._segment: Segment | None = None
+        self._data_bytes = 0
+        #: The device's; None for a slab that the host serves.
+        self._slab: WorkerSlab | None = None
+        self._ids: dict[tuple[int, int, int], _Ids] = {}
+
+    def offer(self, hello: Hello, data_bytes: int) -> tuple[SlabOffer, int]:
+        """As `session.OfferSlab`. DeviceError, SegmentError: why there is none."""
+        kinds = ("device", "pinned") if hello.slab == "auto" else (hello.slab,)
+        whys = []
+        for kind in kinds:
+            make = self._make_device if kind == "device" else self._make_pinned
+            try:
+                return make(hello, data_bytes)
+            except (DeviceError, SegmentError) as error:
+                whys.append(f"no {kind} slab: {error}")
+        raise DeviceError("; ".join(whys))
+
+    @property
+    def summary(self) -> str:
+        """What there is, for the log; empty for none."""
+        if self._segment is None:
+            return ""
+        kind = "device" if self._slab is not None and self._slab.handle else "pinned"
+        how = "" if self._slab is not None else ", served by the host"
+        return f"{kind} slab of {self._data_bytes / 2**20:g} MiB{how}"
+
+    def call_of(self, descriptor: Descriptor, view: View, most: int) -> SlabCall:
+        """The call that it describes. InvalidCall, ProtocolError: as `descriptors.check`."""
+        if self._segment is None:
+            raise ProtocolError("a descriptor in a session without a slab")
+        info = view.layers.get(descriptor.layer)
+        dtype = descriptors.check(descriptor, info, most, self._data_bytes)
+        ids = self._ids_of(descriptor, view)
+        return SlabCall(
+            descriptor.layer,
+            descriptor.n_tokens,
+            descriptor.top_k,
+            dtype,
+            descriptor.places,
+            descriptor.sequence,
+            ids.n_ids,
+            ids.slots,
+        )
+
+    def wait_for_arrays(self, call: SlabCall, timeout_s: float) -> bool:
+        """Until the engine's GPU has put them there; False at the timeout."""
+        assert self._segment is not None
+        at, spin_ns = _flag(call.places.slot, GIVEN), int(settings.current().spin_us * 1e3)
+        return wait_for_word(self._segment.memory, at, call.sequence, int(timeout_s * 1e9), spin_ns)
+
+    def compute(self, call: SlabCall) -> None:
+        """Begin the call, or compute it; the flag `done` tells of the end. InvalidCall: an id."""
+        if self._slab is not None:
+            self._slab.enqueue(call)
+            return
+        self._compute_on_host(call)
+        self._tell_done(call.places.slot, call.sequence)
+
+    def tell_failed(self, slot: int, sequence: int) -> None:
+        """Set the flags of a call that was not begun, whose error was sent."""
+        assert self._segment is not None
+        store_word(self._segment.memory, _flag(slot, REFUSED), TOLD)
+        self._tell_done(slot, sequence)
+
+    def _tell_done(self, slot: int, sequence: int) -> None:
+        assert self._segment is not None
+        store_word(self._segment.memory, _flag(slot, DONE), sequence)
+
+    def close(self) -> None:
+        """Wait for what was begun, and let go of the memory; a second time does nothing."""
+        slab, self._slab = self._slab, None
+        if slab is not None:
+            try:
+                slab.close()
+            except DeviceError as error:
+                # A device that is lost has let go of it.
+                _log.warning("a slab was not closed: %s", error)
+        if self._segment is not None:
+            self._segment.close()
+        self._segment = None
+
+    # --- making -------------------------------------------------------------------------------
+
+    def _make_device(self, hello: Hello, data_bytes: int) -> tuple[SlabOffer, int]:
+        backend = self._backend
+        mine = backend.vendor if isinstance(backend, SlabUser) else backend.name
+        if not isinstance(backend, SlabUser) or mine != hello.vendor:
+            raise DeviceError(
+                f"the worker computes on {mine!r}, the engine on {hello.vendor!r}; only GPUs of "
+                "the same vendor open each other's memory"
+            )
+        segment, fd = Segment.create(0)
+        with _closed_on_error(fd):
+            self._slab = backend.open_slab(segment.memory, data_bytes)
+        return self._made(segment, fd, SlabOffer("device", data_bytes, self._slab.handle))
+
+    def _make_pinned(self, _hello: Hello, data_bytes: int) -> tuple[SlabOffer, int]:
+        segment, fd = Segment.create(data_bytes)
+        with _closed_on_error(fd):
+            if isinstance(self._backend, SlabUser):
+                try:
+                    self._slab = self._backend.open_slab(segment.memory, 0)
+                except DeviceError as error:
+                    _log.warning("the host serves a slab for the device: %s", error)
+        return self._made(segment, fd, SlabOffer("pinned", data_bytes))
+
+    def _made(self, segment: Segment, fd: int, offer: SlabOffer) -> tuple[SlabOffer, int]:
+        self._segment, self._data_bytes = segment, offer.data_bytes
+        return offer, fd
+
+    # --- calls --------------------------------------------------------------------------------
+
+    def _ids_of(self, descriptor: Descriptor, view: View) -> _Ids:
+        """Made once for each view, layer and id space."""
+        key = descriptor.view, descriptor.layer, descriptor.are_global
+        found = self._ids.get(key)
+        # Numbers of views that were released are used again.
+        if found is None or found.view is not view:
+            found = self._ids[key] = _ids(descriptor, view)
+        return found
+
+    def _compute_on_host(self, call: SlabCall) -> None:
+        ids = self._array(call.places.topk_ids, _INT32, call.n_tokens, call.top_k)
+        # Copied before they are checked: the client could change them in between.
+        slots = _slots(ids.copy(), call)
+        hidden_size = self._backend.layers[call.layer].hidden_size
+        shape = call.n_tokens, hidden_size
+        self._backend.ffn(
+            call.layer,
+            self._array(call.places.hidden_states, call.dtype.numpy, *shape),
+            slots,
+            self._array(call.places.topk_weights, _FLOAT32, call.n_tokens, call.top_k),
+            self._array(call.places.out, call.dtype.numpy, *shape),
+        )
+
+    def _array(self, offset: int, dtype: np.dtype[np.generic], rows: int, columns: int) -> Array:
+        assert self._segment is not None
+        found: Array = np.frombuffer(self._segment.data, dtype, rows * columns, offset)
+        return found.reshape(rows, columns)
+
+
+def _ids(descriptor: Descriptor, view: View) -> _Ids:
+    info, table = view.layers[descriptor.layer], view.tables.get(descriptor.layer)
+    if not descriptor.are_global or info.holds_all_experts:
+        return _Ids(view, len(info.experts), table)
+    slots = np.full(info.num_experts + 1, -1, np.int32)
+    held = np.arange(len(info.experts)) if table is None else table[:-1]
+    slots[list(info.experts)] = held
+    return _Ids(view, info.num_experts, slots)
+
+
+def _slots(ids: npt.NDArray[np.int32], call: SlabCall) -> npt.NDArray[np.int32]:
+    """The backend's slots of these ids. InvalidCall names one that is not here."""
+    _, wrong = inspect_ids(ids, call.n_ids)
+    if wrong is not None:
+        raise InvalidCall(
+            f"expert id {wrong} of layer {call.layer}; ids are 0..{call.n_ids - 1}, and -1 for an "
+            "empty slot"
+        )
+    if call.slots is None:
+        return ids
+    slots = call.slots[ids]
+    missing = ids[(slots < 0) & (ids >= 0)]
+    if missing.size:
+        raise InvalidCall(f"expert {missing[0]} of layer {call.layer} is not on this worker")
+    return slots
+
+
+def _flag(slot: int, which: int) -> int:
+    return slot * SLOT_BYTES + which
+
+
+@contextlib.contextmanager
+def _closed_on_error(fd: int) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        os.close(fd)
+        raise

@@ -1,0 +1,96 @@
+"""The arithmetic backend on a made-up GPU that takes calls from slabs by itself.
+
+Its device memory is a file without a name, and the handle the path by which others open it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from moeshm._words import load_word, store_word
+from moeshm.backends import SlabCall
+from moeshm.dtypes import Array
+from moeshm.transport.slab import DONE, FLAGS_BYTES, GIVEN, REFUSED, SLOT_BYTES
+from tests.crash.arithmetic import ArithmeticBackend
+
+
+class SlabArithmetic(ArithmeticBackend):
+    """A `SlabUser`; what is enqueued is done in order by a thread, the device."""
+
+    vendor = "cuda"
+
+    def __init__(self, on_turn: Callable[[int, int], None] = lambda _layer, _tag: None) -> None:
+        super().__init__(on_turn)
+        self.enqueued: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def open_slab(self, memory: memoryview, device_bytes: int) -> _Slab:
+        """As `SlabUser.open_slab`."""
+        return _Slab(self, memory, device_bytes)
+
+    def _run(self) -> None:
+        while True:
+            self.enqueued.get()()
+
+
+class _Slab:
+    def __init__(self, backend: SlabArithmetic, memory: memoryview, device_bytes: int) -> None:
+        self._backend = backend
+        self._flags, self._data = memory, memory[FLAGS_BYTES:]
+        self._fd = -1
+        self.handle = b""
+        if device_bytes:
+            self._fd = os.memfd_create("device", os.MFD_CLOEXEC)
+            os.ftruncate(self._fd, device_bytes)
+            self._data = memoryview(mmap.mmap(self._fd, device_bytes))
+            self.handle = f"/proc/{os.getpid()}/fd/{self._fd}".encode()
+
+    def enqueue(self, call: SlabCall) -> None:
+        """As `WorkerSlab.enqueue`."""
+        # Not before the arrays are there.
+        assert load_word(self._flags, call.places.slot * SLOT_BYTES + GIVEN) == call.sequence
+        self._backend.enqueued.put(lambda: self._compute(call))
+
+    def close(self) -> None:
+        """As `WorkerSlab.close`."""
+        if self._fd < 0 and not self._flags:
+            return
+        is_idle = threading.Event()
+        self._backend.enqueued.put(is_idle.set)
+        is_idle.wait()
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._flags, self._data = -1, memoryview(b""), memoryview(b"")
+
+    def _compute(self, call: SlabCall) -> None:
+        info, places = self._backend.layers[call.layer], call.places
+        rows, pairs = (call.n_tokens, info.hidden_size), (call.n_tokens, call.top_k)
+        ids = self._array(places.topk_ids, np.dtype(np.int32), pairs).copy()
+        wrong = np.flatnonzero((ids < -1) | (ids >= call.n_ids))
+        ids.reshape(-1)[wrong] = -1
+        slots = ids if call.slots is None else call.slots[ids]
+        out = self._array(places.out, call.dtype.numpy, rows)
+        try:
+            self._backend.ffn(
+                call.layer,
+                self._array(places.hidden_states, call.dtype.numpy, rows),
+                slots,
+                self._array(places.topk_weights, np.dtype(np.float32), pairs),
+                out,
+            )
+        except RuntimeError:
+            out[...] = 0
+        flags = places.slot * SLOT_BYTES
+        if wrong.size:
+            store_word(self._flags, flags + REFUSED, int(wrong[0]) + 1)
+        store_word(self._flags, flags + DONE, call.sequence)
+
+    def _array(self, offset: int, dtype: np.dtype[np.generic], shape: tuple[int, int]) -> Array:
+        found: Array = np.frombuffer(self._data, dtype, shape[0] * shape[1], offset)
+        return found.reshape(shape)

@@ -1,0 +1,480 @@
+"""Calls whose arrays are on the engine's GPU: results, order, and what becomes of them when a
+worker fails, dies or hangs. No stream waits for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import moeshm
+from moeshm import engine_device
+from moeshm.errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    DeviceError,
+    InvalidCall,
+    NotReady,
+    SettingError,
+    WorkerDied,
+    WorkerFailed,
+)
+from moeshm.transport.slab import SLOTS
+from tests.crash.arithmetic import (
+    BROKEN,
+    FREE,
+    GATED,
+    HIDDEN_SIZE,
+    MANY_TOKENS,
+    TOP_K,
+    WIDE,
+    ArithmeticBackend,
+    CallInputs,
+    assert_exact,
+    make_inputs,
+)
+from tests.crash.processes import GatedWorker, gated_worker, mapped_rings, open_fds, within
+from tests.engine_gpu import PATIENCE_S, GpuArray, Movers, Stream
+
+SOON_S = 15.0
+
+
+class Kind(NamedTuple):
+    """How a worker serves slabs, and what a client asks for and gets."""
+
+    has_gpu: bool
+    transport: str
+    slab: str
+
+
+KINDS = {
+    "pinned, by the host": Kind(False, "auto", "pinned"),
+    "pinned": Kind(True, "shared", "pinned"),
+    "device": Kind(True, "auto", "device"),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Each way."""
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def worker(tmp_path: Path, kind: Kind) -> Iterator[GatedWorker]:
+    """A worker that is ready."""
+    with gated_worker(tmp_path, has_gpu=kind.has_gpu) as started:
+        yield started
+
+
+@pytest.fixture
+def movers(monkeypatch: pytest.MonkeyPatch) -> Movers:
+    """What is opened."""
+    made = Movers()
+    monkeypatch.setattr(engine_device, "open_mover", made.open)
+    return made
+
+
+@pytest.fixture
+def stream() -> Iterator[Stream]:
+    """One that must have passed everything at the end."""
+    made = Stream()
+    yield made
+    made.close()
+
+
+@contextlib.contextmanager
+def connected(
+    worker: GatedWorker, kind: Kind, fallback: ArithmeticBackend | None = None
+) -> Iterator[moeshm.ExpertClient]:
+    """A client with a GPU."""
+    with moeshm.connect(
+        worker.address, transport=kind.transport, engine_device="cuda:0", fallback=fallback
+    ) as client:
+        assert client.slab == kind.slab
+        yield client
+
+
+@pytest.fixture
+def client(worker: GatedWorker, movers: Movers, kind: Kind) -> Iterator[moeshm.ExpertClient]:
+    """Without a fallback."""
+    assert not movers.opened
+    with connected(worker, kind) as made:
+        yield made
+
+
+class GpuCall(NamedTuple):
+    """A call's arrays on the GPU, and its output."""
+
+    inputs: CallInputs
+    arrays: tuple[GpuArray, GpuArray, GpuArray]
+    out: GpuArray
+
+    @classmethod
+    def of(cls, inputs: CallInputs) -> GpuCall:
+        """Copies, and an output that was never written."""
+        hidden, ids, weights = (GpuArray(each.copy()) for each in inputs[1:])
+        return cls(inputs, (hidden, ids, weights), GpuArray(np.full_like(inputs[1], np.nan)))
+
+    def submit(
+        self,
+        client: moeshm.ExpertClient,
+        stream: Stream,
+        timeout_s: float | None = None,
+        slice_tokens: int | None = None,
+    ) -> moeshm.DeviceFuture:
+        """On the stream."""
+        future: moeshm.DeviceFuture = client.submit(
+            self.inputs.layer, *self.arrays, out=self.out, timeout_s=timeout_s,
+            slice_tokens=slice_tokens, stream=stream,
+        )  # fmt: skip
+        return future
+
+    def check(self) -> None:
+        """Its output, where the stream has passed it."""
+        assert_exact(self.out.host, self.inputs)
+
+
+def test_results(client: moeshm.ExpertClient, stream: Stream) -> None:
+    calls = [GpuCall.of(make_inputs(FREE, tag, n_tokens=tag + 1)) for tag in range(8)]
+    futures = [call.submit(client, stream) for call in calls]
+    for call, future in zip(calls, futures, strict=True):
+        assert future.wait(PATIENCE_S) is call.out
+        assert future.done()
+        call.check()
+    stats = client.stats()
+    assert (stats.calls, stats.rows) == (8, 36)
+    assert stats.bytes_in == 36 * HIDDEN_SIZE * 4
+
+
+def test_the_host_waits_for_nothing(client: moeshm.ExpertClient, stream: Stream) -> None:
+    """Neither for the call's own stream, nor for the worker; what comes later on the stream finds
+    the result."""
+    call, seen = GpuCall.of(make_inputs(FREE, 1)), []
+    held = stream.hold()
+    # What fills the arrays comes late, too.
+    stream.do(lambda: call.arrays[0].host.__imul__(2))
+    future = call.submit(client, stream)
+    assert future.result() is call.out
+    stream.do(lambda: seen.append(call.out.host.copy()))
+    assert not future.done()
+    with pytest.raises(NotReady, match="still on its way"):
+        future.wait(0.05)
+    held.set()
+    stream.synchronize()
+    doubled = call.inputs._replace(hidden_states=call.inputs.hidden_states * 2)
+    assert_exact(seen[0], doubled)
+
+
+def test_compute_waits(client: moeshm.ExpertClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Stream()
+    monkeypatch.setattr("moeshm.device_arrays._current_stream", lambda _array: made.ptr)
+    call = GpuCall.of(make_inputs(FREE, 3))
+    assert client.compute(FREE, *call.arrays, out=call.out) is call.out
+    call.check()
+    made.close()
+
+
+def test_formats_and_wide_ids(client: moeshm.ExpertClient, stream: Stream) -> None:
+    inputs = make_inputs(FREE, 5, n_tokens=9)
+    ids = inputs.topk_ids.astype(np.int64)
+    ids[2, 1] = -1
+    call = GpuCall.of(inputs)._replace(
+        inputs=inputs._replace(topk_ids=ids.astype(np.int32)),
+        arrays=(
+            GpuArray(inputs.hidden_states),
+            GpuArray(ids),
+            GpuArray(inputs.topk_weights.astype(np.float16)),
+        ),
+    )
+    call.submit(client, stream).wait(PATIENCE_S)
+    call.check()
+    half = GpuArray(inputs.hidden_states.astype(np.float16))
+    out = GpuArray(np.zeros_like(half.host))
+    client.submit(FREE, half, *call.arrays[1:], out=out, stream=stream).wait(PATIENCE_S)
+    assert out.host.dtype == np.float16
+    assert_exact(out.host.astype(np.float32), call.inputs)
+
+
+def test_no_tokens(client: moeshm.ExpertClient, stream: Stream) -> None:
+    call = GpuCall.of(make_inputs(FREE, 0, n_tokens=1))
+    empty = GpuArray(call.inputs.hidden_states[:0])
+    ids, weights = (GpuArray(each.host[:0]) for each in call.arrays[1:])
+    future = client.submit(FREE, empty, ids, weights, out=GpuArray(empty.host), stream=stream)
+    assert future.done()
+    future.wait(0.0)
+
+
+def test_slices_and_long_calls(client: moeshm.ExpertClient, stream: Stream) -> None:
+    """In more parts than there are slots."""
+    call = GpuCall.of(make_inputs(FREE, 7, n_tokens=3 * SLOTS + 1))
+    call.submit(client, stream, slice_tokens=2).wait(PATIENCE_S)
+    call.check()
+    long = GpuCall.of(make_inputs(FREE, 7, n_tokens=3000))
+    long.submit(client, stream).wait(PATIENCE_S)
+    long.check()
+
+
+def test_a_full_slab_waits_for_room(client: moeshm.ExpertClient, stream: Stream) -> None:
+    calls = [GpuCall.of(make_inputs(WIDE, tag, MANY_TOKENS)) for tag in range(8)]
+    for call in calls:
+        call.submit(client, stream)
+    stream.synchronize()
+    for call in calls:
+        call.check()
+
+
+def test_several_streams(client: moeshm.ExpertClient, stream: Stream) -> None:
+    """One that is held does not hold the other, as long as there is room."""
+    other = Stream()
+    held = stream.hold()
+    first, second = (GpuCall.of(make_inputs(FREE, tag)) for tag in (1, 2))
+    pending = first.submit(client, stream)
+    # A worker takes calls in order: the second waits for the first's arrays.
+    later = second.submit(client, other)
+    held.set()
+    pending.wait(PATIENCE_S)
+    later.wait(PATIENCE_S)
+    first.check()
+    second.check()
+    other.close()
+
+
+def test_calls_of_host_and_device_arrays_mix(client: moeshm.ExpertClient, stream: Stream) -> None:
+    call, inputs = GpuCall.of(make_inputs(FREE, 1)), make_inputs(FREE, 2)
+    future = call.submit(client, stream)
+    assert_exact(client.compute(*inputs), inputs)
+    future.wait(PATIENCE_S)
+    call.check()
+
+
+def test_wrong_ids_are_told_and_the_next_call_works(
+    client: moeshm.ExpertClient, stream: Stream
+) -> None:
+    inputs = make_inputs(FREE, 1)
+    inputs.topk_ids[1, 0] = 99
+    future = GpuCall.of(inputs).submit(client, stream)
+    with pytest.raises(InvalidCall, match=r"99|\[1, 0\]"):
+        future.wait(PATIENCE_S)
+    stream.synchronize()
+    call = GpuCall.of(make_inputs(FREE, 2))
+    call.submit(client, stream).wait(PATIENCE_S)
+    call.check()
+
+
+def test_a_backend_that_fails(client: moeshm.ExpertClient, stream: Stream, kind: Kind) -> None:
+    future = GpuCall.of(make_inputs(BROKEN, 4)).submit(client, stream)
+    if not kind.has_gpu:
+        with pytest.raises(WorkerFailed, match="no luck with call 4"):
+            future.wait(PATIENCE_S)
+    stream.synchronize()
+
+
+def test_a_released_view(client: moeshm.ExpertClient, stream: Stream) -> None:
+    """What a worker refuses before it begins is an error of that call."""
+    call = GpuCall.of(make_inputs(FREE, 1))
+    link = client._link
+    link.views.of(client.view)
+    link.views._numbers[client.view] = 77
+    future = call.submit(client, stream)
+    with pytest.raises(InvalidCall, match="view 77 is not held"):
+        future.wait(PATIENCE_S)
+    stream.synchronize()
+
+
+def test_a_worker_that_is_killed(
+    worker: GatedWorker, client: moeshm.ExpertClient, stream: Stream, movers: Movers
+) -> None:
+    calls = [GpuCall.of(make_inputs(GATED, tag)) for tag in range(3)]
+    futures = [call.submit(client, stream) for call in calls]
+    worker.next_turn()
+    worker.process.kill()
+    with within(SOON_S):
+        for future in futures:
+            with pytest.raises(WorkerDied, match="session with the worker is over"):
+                future.wait(PATIENCE_S)
+        stream.synchronize()
+    client.close()
+    assert [mover.is_closed for mover in movers.opened] == [True]
+
+
+def test_arrays_that_come_after_the_death(
+    worker: GatedWorker, client: moeshm.ExpertClient, stream: Stream
+) -> None:
+    held = stream.hold()
+    future = GpuCall.of(make_inputs(FREE, 1)).submit(client, stream)
+    worker.process.kill()
+    with within(SOON_S), pytest.raises(NotReady):
+        future.wait(0.2)
+    held.set()
+    with within(SOON_S), pytest.raises(WorkerDied):
+        future.wait(PATIENCE_S)
+    stream.synchronize()
+
+
+def test_calls_fall_back_exactly(
+    worker: GatedWorker, movers: Movers, kind: Kind, stream: Stream
+) -> None:
+    """The stream finds what the fallback computed, and nobody raises."""
+    assert not movers.opened
+    with connected(worker, kind, ArithmeticBackend()) as client:
+        calls = [GpuCall.of(make_inputs(GATED, tag, tag + 1)) for tag in range(4)]
+        held = [call.submit(client, stream) for call in calls[:3]]
+        gate = stream.hold()
+        held.append(calls[3].submit(client, stream))
+        worker.next_turn()
+        worker.process.kill()
+        gate.set()
+        with within(SOON_S):
+            for call, future in zip(calls, held, strict=True):
+                future.wait(PATIENCE_S)
+                call.check()
+        assert client.stats().fallbacks == {"worker_died": 4}
+
+
+def test_a_worker_that_hangs(
+    worker: GatedWorker, client: moeshm.ExpertClient, stream: Stream
+) -> None:
+    call = GpuCall.of(make_inputs(FREE, 1))
+    worker.process.stop()
+    future = call.submit(client, stream, timeout_s=0.3)
+    with within(SOON_S), pytest.raises(DeadlineExceeded, match=r"no answer within 0\.3 s"):
+        future.wait(PATIENCE_S)
+    stream.synchronize()
+    worker.process.signal(signal.SIGCONT)
+
+
+def test_a_stream_that_is_late(client: moeshm.ExpertClient, stream: Stream) -> None:
+    """The worker gives the call up, and its session lives."""
+    held = stream.hold()
+    future = GpuCall.of(make_inputs(FREE, 1)).submit(client, stream, timeout_s=0.1)
+    with pytest.raises(NotReady):
+        future.wait(0.5)
+    held.set()
+    with pytest.raises(DeadlineExceeded, match="deadline passed"):
+        future.wait(PATIENCE_S)
+    call = GpuCall.of(make_inputs(FREE, 2))
+    call.submit(client, stream).wait(PATIENCE_S)
+    call.check()
+    assert client.stats().reconnects == 0
+
+
+def test_a_client_that_closes(
+    worker: GatedWorker, client: moeshm.ExpertClient, stream: Stream, movers: Movers
+) -> None:
+    future = GpuCall.of(make_inputs(GATED, 1)).submit(client, stream)
+    worker.next_turn()
+    with within(SOON_S):
+        client.close()
+    with pytest.raises(ClientClosed):
+        future.wait(PATIENCE_S)
+    stream.synchronize()
+    assert movers.opened[0].is_closed
+    worker.let_go()
+
+
+def test_a_client_that_is_forgotten(
+    worker: GatedWorker, movers: Movers, kind: Kind, stream: Stream
+) -> None:
+    """What is on its way is finished, and then the slab is let go of."""
+    client = moeshm.connect(worker.address, transport=kind.transport, engine_device="cuda:0")
+    call = GpuCall.of(make_inputs(FREE, 1))
+    held = stream.hold()
+    future = call.submit(client, stream)
+    watch = future._watch
+    assert watch is not None
+    del client
+    held.set()
+    future.wait(PATIENCE_S)
+    call.check()
+    del future
+    watch.join(PATIENCE_S)
+    assert movers.opened[0].is_closed
+
+
+def test_a_lost_worker_is_found_again(
+    tmp_path: Path, movers: Movers, stream: Stream, kind: Kind
+) -> None:
+    with contextlib.ExitStack() as stack:
+        with gated_worker(tmp_path, has_gpu=kind.has_gpu) as worker:
+            client = stack.enter_context(connected(worker, kind))
+            future = GpuCall.of(make_inputs(GATED, 1)).submit(client, stream)
+            worker.next_turn()
+            worker.process.kill()
+            with pytest.raises(WorkerDied):
+                future.wait(PATIENCE_S)
+        stack.enter_context(gated_worker(tmp_path, has_gpu=kind.has_gpu))
+        # Closed before that worker ends.
+        stack.callback(client.close)
+        call = GpuCall.of(make_inputs(FREE, 2))
+        call.submit(client, stream).wait(PATIENCE_S)
+        call.check()
+        assert client.slab == kind.slab
+        assert len(movers.opened) == 2
+
+
+def test_nothing_is_left(worker: GatedWorker, movers: Movers, kind: Kind, stream: Stream) -> None:
+    before, fds = mapped_rings(worker.process.pid), open_fds(worker.process.pid)
+    for tag in range(3):
+        with connected(worker, kind) as client:
+            call = GpuCall.of(make_inputs(FREE, tag))
+            call.submit(client, stream).wait(PATIENCE_S)
+        worker.process.log.read_until("session ended after 1 calls, 3 rows")
+    assert mapped_rings(worker.process.pid) == before
+    assert open_fds(worker.process.pid) == fds
+    assert all(mover.is_closed for mover in movers.opened)
+
+
+def test_a_gpu_that_cannot_open_the_workers_memory(
+    tmp_path: Path, movers: Movers, stream: Stream
+) -> None:
+    """`auto` goes through the host's memory, and says so; `device` insists."""
+    movers.refuses_device_memory = True
+    with gated_worker(tmp_path, has_gpu=True) as worker:
+        with moeshm.connect(worker.address, engine_device="cuda:0") as client:
+            assert client.slab == "pinned"
+            assert client.stats().stepped_down == {"no peer access between these GPUs": 1}
+            call = GpuCall.of(make_inputs(FREE, 1))
+            call.submit(client, stream).wait(PATIENCE_S)
+            call.check()
+        with pytest.raises(DeviceError, match="no peer access"):
+            moeshm.connect(worker.address, engine_device="cuda:0", transport="device")
+
+
+def test_another_vendors_worker(tmp_path: Path, movers: Movers) -> None:
+    assert not movers.opened
+    with gated_worker(tmp_path, has_gpu=True) as worker:
+        with moeshm.connect(worker.address, engine_device="hip:0") as client:
+            assert client.slab == "pinned"
+        with pytest.raises(DeviceError, match="only GPUs of the same vendor"):
+            moeshm.connect(worker.address, engine_device="hip:0", transport="device")
+
+
+def test_arguments(worker: GatedWorker, movers: Movers, kind: Kind, stream: Stream) -> None:
+    assert not movers.opened
+    call = GpuCall.of(make_inputs(FREE, 1))
+    with moeshm.connect(worker.address) as plain:
+        assert plain.slab is None
+        with pytest.raises(InvalidCall, match="engine_device='cuda:0'"):
+            call.submit(plain, stream)
+    with connected(worker, kind) as client:
+        with pytest.raises(InvalidCall, match="pass the stream"):
+            client.submit(FREE, *call.arrays, out=call.out)
+        with pytest.raises(InvalidCall, match="in the host's memory"):
+            client.submit(FREE, *call.inputs[1:], stream=stream)
+        with pytest.raises(InvalidCall, match="layer 9"):
+            client.submit(9, *call.arrays, out=call.out, stream=stream)
+        assert client.stats().calls == 0
+    for options, match in (
+        ({"engine_device": "gpu"}, "cuda:N or hip:N"),
+        ({"engine_device": "cuda:0", "transport": "stream"}, "carries no arrays"),
+        ({"transport": "device"}, "engine_device"),
+    ):
+        with pytest.raises(SettingError, match=match):
+            moeshm.connect(worker.address, **options)  # type: ignore[arg-type]
+    assert call.arrays[1].host.shape[1] == TOP_K
