@@ -240,8 +240,13 @@ class SessionServer:
         return None
 
     def _wait_for_arrays(self, call: SlabCall, deadline_ns: int) -> None:
+        drain_until = math.inf
         while not self._slab.wait_for_arrays(call, _ARRAYS_SLICE_S):
             _check_deadline(deadline_ns, time.monotonic_ns())
+            if self._draining.is_set():
+                drain_until = min(drain_until, time.monotonic() + DRAIN_LIMIT_S)
+            if time.monotonic() > drain_until:
+                raise WorkerFailed("the worker shuts down, and the call's arrays did not come")
             if self._session.peer_is_gone():
                 raise PeerDied("the client is gone; the arrays of its call will not come")
 

@@ -41,17 +41,23 @@ class Attacker:
         self.stream: socket.socket | None = None
         #: The control page and the data area, once, of the rings for calls and for replies.
         self.calls = self.replies = mmap.mmap(-1, PAGE)
+        #: The flags and the data of a pinned slab, if one was asked for.
+        self.slab = mmap.mmap(-1, PAGE)
         self.epoch = 0
         self.sequence = 0
         self._position = 0
         self._read_position = 0
 
-    def shake_hands(self, transport: str) -> None:
+    def shake_hands(self, transport: str, slab: str = "") -> None:
         """Get a session like anyone."""
-        self.control.send(hello(transport=transport))
+        self.control.send(hello(transport=transport, slab=slab))
         answer, fds = self.receive_control()
         assert answer["type"] == "welcome", answer
         self.epoch = answer["epoch"]
+        if slab:
+            fd = fds.pop()
+            self.slab = mmap.mmap(fd, os.fstat(fd).st_size)
+            os.close(fd)
         if transport == "stream":
             self.stream = socket.socket(fileno=fds[0])
             self.stream.settimeout(PATIENCE_S)
@@ -145,17 +151,17 @@ class Attacker:
         self.control.close()
         if self.stream is not None:
             self.stream.close()
-        for ring in (self.calls, self.replies):
-            ring.close()
+        for memory in (self.calls, self.replies, self.slab):
+            memory.close()
 
 
 @contextlib.contextmanager
-def attacking(address: str, transport: str | None = None) -> Iterator[Attacker]:
+def attacking(address: str, transport: str | None = None, slab: str = "") -> Iterator[Attacker]:
     """An attacker, with a session if a transport is named; it leaves at the end."""
     attacker = Attacker(address)
     try:
         if transport is not None:
-            attacker.shake_hands(transport)
+            attacker.shake_hands(transport, slab)
         yield attacker
     finally:
         attacker.close()
