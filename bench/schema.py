@@ -238,7 +238,7 @@ class PolicyReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class GpuInfo(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The device of `moeshm bench kernels`, and what its limits are taken from."""
+    """A device that computes, and what limits of `moeshm bench kernels` are taken from."""
 
     name: str
     arch: str
@@ -307,3 +307,31 @@ class CopyReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     #: As its driver calls it.
     device: str
     results: list[CopyRow]
+
+
+class DeviceCallRow(Timing, kw_only=True):
+    """One way and number of tokens of `moeshm bench device-calls`: of `client.compute`."""
+
+    way: str
+    shape: str
+    dtype: str
+    n_tokens: int
+    #: The host's time of `client.submit`, without waiting for the result.
+    submit_us: float | None = None
+    #: What the worker's kernels take by themselves, and what a call takes beside that.
+    kernels_us: float | None = None
+    overhead_us: float | None = None
+    #: The time of the bare copies over `overhead_us`; 1 is a call that costs no more than these.
+    copy_ratio: float | None = None
+
+
+class DeviceCallReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The one object of `moeshm bench device-calls --json`."""
+
+    meta: Meta
+    engine_device: str
+    worker_device: str
+    engine_gpu: GpuInfo
+    worker_gpu: GpuInfo
+    floors: list[Floor]
+    results: list[DeviceCallRow]

@@ -170,12 +170,20 @@ DEVICE vec16 load_cached(const void* address) {
 #endif
 }
 
+// What this thread wrote is seen by other devices and by the host before what it writes from here
+// on.
+DEVICE void fence_system() {
+#if !defined(MOESHM_SIMT)
+    __threadfence_system();
+#endif
+}
+
 // --- kernels that overlap -----------------------------------------------------------------
 
 // A kernel that was launched to overlap with the one before it (programmatic dependent launch, CUDA
 // programming guide) may not read what that one writes before this returns. Elsewhere the launch
-// itself waits, and this does nothing. No kernel writes a call's ids, its weights or experts: these
-// may be read at once.
+// itself waits, and this does nothing. No kernel that overlaps with another writes a call's ids,
+// its weights or experts: these may be read at once. `admit` writes ids, and overlaps with none.
 DEVICE void wait_for_previous_kernel() {
 #if !defined(MOESHM_SIMT) && !defined(__HIP__)
 #if __CUDA_ARCH__ >= 900

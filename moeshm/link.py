@@ -370,7 +370,10 @@ class Link:
     def _write_descriptor(self, descriptor: bytes, deadline: float) -> int:
         if self._unsent:
             self._send_unsent()
-        self._write_parts((descriptor,), DESCRIPTOR, deadline)
+        try:
+            self._transport.write((descriptor,), DESCRIPTOR, 0, 0.0)
+        except RingFull:
+            self._write_parts((descriptor,), DESCRIPTOR, deadline)
         return len(descriptor)
 
     def _write_order(self, order: bytes, deadline: float) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from .bench_copies import copies
+from .bench_device_calls import device_calls
 from .bench_kernels import kernels
 from .bench_policy import policy
 from .bench_replay import replay
@@ -112,3 +113,4 @@ bench.add_command(replay)
 bench.add_command(policy)
 bench.add_command(kernels)
 bench.add_command(copies)
+bench.add_command(device_calls)

@@ -94,13 +94,16 @@ SAMPLES = (_QWEN, _QWEN_F32, _GPT_OSS, _ODD, _GEMMA)
 #: Kernels for which the shape makes little difference, and what they are compiled for.
 _PLAIN_FILES = ("route.cu", "convert.cu", "combine.cu")
 _PLAIN_SAMPLES = (_QWEN, _GPT_OSS)
+#: Kernels that are of no layer.
+_SHAPELESS_FILES = ("admit.cu", "move.cu")
 
 
 class Case(NamedTuple):
     """One compilation."""
 
     file: str
-    shape: Shape
+    #: None for kernels that are of no layer.
+    shape: Shape | None
     #: Beyond the shape's.
     macros: tuple[tuple[str, object], ...]
     target: Target
@@ -112,13 +115,16 @@ class Case(NamedTuple):
     def variant(self) -> str:
         """What the file is compiled for, but for the card."""
         shape = self.shape
+        if shape is None:
+            return "any layer"
         words = [f"{shape.weight_dtype}", f"{shape.hidden_size}x{shape.inner}"]
         words += [f"{shape.activation}", *("bias",) * shape.has_bias]
         return " ".join([*words, *(f"{name}={value}" for name, value in self.macros)])
 
     def compile(self) -> list[Usage]:
         """What each kernel takes. Raises CompileError, and CompilerMissing."""
-        macros = {**self.shape.macros(), **dict(self.macros), "WARP": self.target.warp}
+        shape = {} if self.shape is None else self.shape.macros()
+        macros = {**shape, **dict(self.macros), "WARP": self.target.warp}
         # As CupyDevice.compile has it.
         arch = f"{self.target.arch}a" if self.file.endswith("_wgmma.cu") else self.target.arch
         return self.target.find().compile(source(self.file), macros, arch)
@@ -140,6 +146,8 @@ def _steps(sample: Sample, features: Features) -> Iterator[Step]:
 
 def _all_cases() -> Iterator[Case]:
     for target in TARGETS:
+        for file in _SHAPELESS_FILES:
+            yield Case(file, None, (), target)
         for sample in SAMPLES:
             for step in _steps(sample, target.features()):
                 if sample in _PLAIN_SAMPLES or step.file not in _PLAIN_FILES:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from moeshm.backends.gpu.abi import Call, Route
 from moeshm.backends.gpu.device import (
     Bytes,
     CommandList,
@@ -20,6 +19,7 @@ from moeshm.backends.gpu.device import (
     Macros,
     Memory,
     Module,
+    OpenedMemory,
     Registration,
 )
 from moeshm.errors import DeviceError, OutOfDeviceMemory
@@ -28,6 +28,8 @@ from tests import simt
 #: Both memories start like this, which is NaN in every format.
 POISON = 0xFF
 _ALIGNMENT = 256
+#: What can be exported is made of these.
+EXPORT_BYTES = 2 << 20
 
 FEATURES = Features(
     name="SIMT shim",
@@ -45,18 +47,22 @@ FEATURES = Features(
 class SimtMemory:
     """Aligned memory of the host, as a device's and as pinned memory."""
 
-    def __init__(self, nbytes: int, kept: dict[int, int]) -> None:
+    def __init__(
+        self, nbytes: int, kept: dict[int, int], on_close: Callable[[], object] = lambda: None
+    ) -> None:
         held = np.full(nbytes + _ALIGNMENT, POISON, np.uint8)
         skipped = -held.ctypes.data % _ALIGNMENT
         self.array: Bytes = held[skipped : skipped + nbytes]
         self.address = self.array.ctypes.data
         self.nbytes = nbytes
         self._kept = kept
+        self._on_close = on_close
         kept[self.address] = nbytes
 
     def close(self) -> None:
         """Whoever copies from or to it afterwards is told."""
         if self._kept.pop(self.address, None):
+            self._on_close()
             self.array.fill(POISON)
 
     def __del__(self) -> None:
@@ -97,24 +103,42 @@ class SimtRegistration:
             self._address = 0
 
 
+class SimtOpened:
+    """Memory of a device as another process has it: it may stay open when that is freed."""
+
+    def __init__(self, device: SimtDevice, address: int) -> None:
+        self._device = device
+        self.address = address
+        device.opened.append(address)
+
+    def close(self) -> None:
+        """As `OpenedMemory.close`."""
+        if self.address:
+            self._device.opened.remove(self.address)
+            self.address = 0
+
+
 class SimtCommandList:
-    """Copies and launches of the shim."""
+    """Copies, launches and values of the shim."""
 
     def __init__(self, device: SimtDevice) -> None:
         self._device = device
-        self._commands: list[tuple[Callable[..., None], list[Any]]] = []
+        #: The device's methods by name, which tests replace, and their arguments.
+        self._commands: list[tuple[str, list[Any]]] = []
         #: Which argument of a copy is the host's address, by its number.
         self._host: dict[int, int] = {}
+        #: Numbers of values.
+        self._values: set[int] = set()
 
     def copy_in(self, to: int, source: int, nbytes: int) -> int:
         """As `CommandList.copy_in`."""
-        return self._add_copy(self._device.copy_in, [to, source, nbytes], 1)
+        return self._add_copy("copy_in", [to, source, nbytes], 1)
 
     def copy_out(self, to: int, source: int, nbytes: int) -> int:
         """As `CommandList.copy_out`."""
-        return self._add_copy(self._device.copy_out, [to, source, nbytes], 0)
+        return self._add_copy("copy_out", [to, source, nbytes], 0)
 
-    def _add_copy(self, copy: Callable[..., None], arguments: list[Any], host: int) -> int:
+    def _add_copy(self, copy: str, arguments: list[Any], host: int) -> int:
         number = len(self._commands)
         self._commands.append((copy, arguments))
         self._host[number] = host
@@ -125,16 +149,46 @@ class SimtCommandList:
         self._commands[number][1][self._host[number]] = address
 
     def launch(
-        self, kernel: Kernel, grid: int, block: int, shared_bytes: int, call: Call, route: Route
+        self,
+        kernel: Kernel,
+        grid: int,
+        block: int,
+        shared_bytes: int,
+        first: ctypes.Structure,
+        second: ctypes.Structure,
+        *,
+        overlaps: bool = True,
     ) -> None:
         """As `CommandList.launch`."""
-        how = [kernel, grid, block, shared_bytes, call, route]
-        self._commands.append((self._device.launch, how))
+        how = [kernel, grid, block, shared_bytes, first, second]
+        self._commands.append(("launch", how))
+        self._device.overlapping[kernel.name] = overlaps
 
-    def enqueue(self) -> None:
+    def write_value(self, address: int) -> int:
+        """As `CommandList.write_value`."""
+        return self._add_value("write_value", address)
+
+    def wait_value(self, address: int) -> int:
+        """As `CommandList.wait_value`."""
+        return self._add_value("wait_value", address)
+
+    def _add_value(self, command: str, address: int) -> int:
+        number = len(self._commands)
+        self._commands.append((command, [address, 0]))
+        self._values.add(number)
+        return number
+
+    def set_value(self, number: int, address: int, value: int) -> None:
+        """As `CommandList.set_value`."""
+        if number not in self._values:
+            raise IndexError(f"command {number} has no value")
+        self._commands[number][1][:] = address, value
+
+    def enqueue(self, stream: int | None = None) -> None:
         """As `CommandList.enqueue`."""
+        self._device.used_streams.append(stream)
         for command, arguments in self._commands:
-            self._device.do(command, *arguments)
+            self._device.do(getattr(self._device, command), *arguments)
 
 
 class SimtDevice:
@@ -159,6 +213,12 @@ class SimtDevice:
         self.loaded: list[str] = []
         self._modules: list[SimtModule] = []
         self.waited_for: list[int] = []
+        #: Of each list that was enqueued, the stream; None is the device's own.
+        self.used_streams: list[int | None] = []
+        #: By kernel, whether it was last added so that it may overlap.
+        self.overlapping: dict[str, bool] = {}
+        #: Addresses of what is opened of other processes' memory.
+        self.opened: list[int] = []
 
     @property
     def device_bytes(self) -> int:
@@ -182,12 +242,24 @@ class SimtDevice:
         if nbytes > self.free_bytes():
             raise OutOfDeviceMemory(f"{nbytes} bytes of {self.free_bytes()}")
         self.n_allocations += 1
-        return SimtMemory(nbytes, self._device)
+        return SimtMemory(nbytes, self._device, self.on_free)
+
+    def export(self, memory: Memory) -> bytes:
+        """As `Device.export`: of what a driver allocates by itself."""
+        if memory.nbytes % EXPORT_BYTES:
+            raise DeviceError(f"{memory.nbytes} bytes are not of whole {EXPORT_BYTES}")
+        return memory.address.to_bytes(64, "little")
+
+    def open_exported(self, handle: bytes) -> OpenedMemory:
+        """As `Device.open_exported`, of any device in this process."""
+        if len(handle) != 64:
+            raise DeviceError(f"{len(handle)} bytes are no handle")
+        return SimtOpened(self, int.from_bytes(handle, "little"))
 
     def pin(self, nbytes: int) -> HostMemory:
         """As `Device.pin`."""
         self.n_allocations += 1
-        return SimtMemory(nbytes, self._pinned)
+        return SimtMemory(nbytes, self._pinned, self.on_free)
 
     def register(self, address: int, nbytes: int, *, read_only: bool) -> Registration:
         """As `Device.register`: whole pages that are mapped like that, and none of them twice."""
@@ -227,11 +299,33 @@ class SimtDevice:
         command(*arguments)
 
     def launch(
-        self, kernel: Kernel, grid: int, block: int, shared_bytes: int, call: Call, route: Route
+        self,
+        kernel: Kernel,
+        grid: int,
+        block: int,
+        shared_bytes: int,
+        first: ctypes.Structure,
+        second: ctypes.Structure,
     ) -> None:
         """Enqueued by a command list."""
         module = self._modules[kernel.function].compiled
-        module.launch(kernel.name, grid, block, shared_bytes, call, route)
+        module.launch(kernel.name, grid, block, shared_bytes, first, second)
+
+    def write_value(self, address: int, value: int) -> None:
+        """Enqueued by a command list."""
+        _check({**self._device, **self._shifted()}, address, 4)
+        ctypes.c_uint32.from_address(address - self.shift).value = value
+
+    def wait_value(self, address: int, value: int) -> None:
+        """Enqueued by a command list: there is nobody who could set it later."""
+        _check({**self._device, **self._shifted()}, address, 4)
+        found = ctypes.c_uint32.from_address(address - self.shift).value
+        if (found - value) % (1 << 32) >= 1 << 31:
+            raise DeviceError(f"waits for ever for {value} where {found} is")
+
+    def _shifted(self) -> dict[int, int]:
+        """What is registered, by the device's addresses."""
+        return {at + self.shift: nbytes for at, nbytes in self.registered.items()}
 
     def compile(self, file: str, macros: Macros) -> Module:
         """As `Device.compile`."""
@@ -247,6 +341,9 @@ class SimtDevice:
         """As `Device.command_list`."""
         return SimtCommandList(self)
 
+    def on_free(self) -> None:
+        """Something that was allocated is about to be freed."""
+
     def wait(self) -> None:
         """As `Device.wait`."""
 
@@ -261,12 +358,17 @@ class LazyDevice(SimtDevice):
     def __init__(self, features: Features = FEATURES) -> None:
         super().__init__(features)
         self._enqueued: list[Callable[[], None]] = []
+        #: How often memory was freed that what is enqueued could still use.
+        self.n_freed_early = 0
+
+    def on_free(self) -> None:
+        """As `SimtDevice.on_free`."""
+        self.n_freed_early += bool(self._enqueued)
 
     def do(self, command: Callable[..., None], *arguments: Any) -> None:
         """Later, with what the arguments are now."""
-        structs = (Call, Route)
         kept = [
-            type(each).from_buffer_copy(each) if isinstance(each, structs) else each
+            type(each).from_buffer_copy(each) if isinstance(each, ctypes.Structure) else each
             for each in arguments
         ]
         self._enqueued.append(functools.partial(command, *kept))
@@ -279,11 +381,12 @@ class LazyDevice(SimtDevice):
 
 
 class IdleDevice(SimtDevice):
-    """A device whose kernels do nothing but tell `on_launch` of themselves."""
+    """A device whose kernels do nothing but tell `on_launch` of themselves, with their first
+    struct."""
 
     def __init__(self, features: Features = FEATURES) -> None:
         super().__init__(features)
-        self.on_launch: Callable[[str, Call], object] = lambda _kernel, _call: None
+        self.on_launch: Callable[[str, Any], object] = lambda _kernel, _first: None
 
     def launch(
         self,
@@ -291,11 +394,11 @@ class IdleDevice(SimtDevice):
         grid: int,  # noqa: ARG002
         block: int,  # noqa: ARG002
         shared_bytes: int,  # noqa: ARG002
-        call: Call,
-        route: Route,  # noqa: ARG002
+        first: ctypes.Structure,
+        second: ctypes.Structure,  # noqa: ARG002
     ) -> None:
         """Enqueued by a command list."""
-        self.on_launch(kernel.name, call)
+        self.on_launch(kernel.name, first)
 
 
 def modes_of(address: int, nbytes: int) -> set[str]:

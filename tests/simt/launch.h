@@ -1,4 +1,4 @@
-// How a launch gets from Python, which calls `simt_run` of a module, to the scheduler.
+// How a launch gets from Python, which calls `simt_run_KERNEL` of a module, to the scheduler.
 #pragma once
 
 #include <cstddef>
@@ -9,13 +9,12 @@ enum { SIMT_FORWARD = 0, SIMT_REVERSE = 1, SIMT_RANDOM = 2 };
 
 #define SIMT_MAX_THREADS 1024
 
-// What Python says.
+// What Python says. A kernel has two arguments, structs by value.
 struct simt_request {
-    const void* kernel;
-    const void* call;
-    const void* route;
-    uint32_t call_bytes;
-    uint32_t route_bytes;
+    const void* first;
+    const void* second;
+    uint32_t first_bytes;
+    uint32_t second_bytes;
     uint32_t grid[3];
     uint32_t block;
     uint64_t shared_bytes;
@@ -27,11 +26,12 @@ struct simt_request {
     uint64_t fault_code;     // out: the instruction, from the start of the module's file, or 0
 };
 
-// What the module knows.
+// What the module knows of a kernel.
 struct simt_module {
-    void (*call_kernel)(const void* kernel, const void* call, const void* route);
-    uint32_t call_bytes;
-    uint32_t route_bytes;
+    void (*call_kernel)(const void* kernel, const void* first, const void* second);
+    const void* kernel;
+    uint32_t first_bytes;
+    uint32_t second_bytes;
     char* static_begin;  // its static shared memory
     char* static_end;
 };
@@ -45,14 +45,25 @@ bool simt_launch(simt_request* request, const simt_module* module);
 extern char __start_simt_shared[] __attribute__((weak, visibility("hidden")));
 extern char __stop_simt_shared[] __attribute__((weak, visibility("hidden")));
 
-static void simt_call_kernel(const void* kernel, const void* call, const void* route) {
-    ((void (*)(Call, Route))kernel)(*(const Call*)call, *(const Route*)route);
+template <typename First, typename Second>
+static void simt_call_kernel(const void* kernel, const void* first, const void* second) {
+    ((void (*)(First, Second))kernel)(*(const First*)first, *(const Second*)second);
 }
 
-extern "C" __attribute__((visibility("default"))) bool simt_run(simt_request* request) {
-    const simt_module module = {simt_call_kernel, sizeof(Call), sizeof(Route), __start_simt_shared,
+template <typename First, typename Second>
+static bool simt_run(void (*kernel)(First, Second), simt_request* request) {
+    const simt_module module = {simt_call_kernel<First, Second>, (const void*)kernel,
+                                sizeof(First), sizeof(Second), __start_simt_shared,
                                 __stop_simt_shared};
     return simt_launch(request, &module);
 }
+
+// Before each kernel: what Python calls for it.
+#define SIMT_KERNEL(name, First, Second)                                         \
+    extern "C" void name(First, Second);                                         \
+    extern "C" __attribute__((visibility("default"))) bool simt_run_##name(      \
+        simt_request* request) {                                                 \
+        return simt_run(name, request);                                          \
+    }
 
 #endif

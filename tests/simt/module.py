@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from moeshm.backends.gpu.abi import Call, Route
+from moeshm.backends.gpu.abi import Route
 from moeshm.kernels import source
 
 from . import memory
@@ -32,8 +32,14 @@ _FLAGS = (
 # meets the inaccessible page below it, however big the step.
 _KERNEL_FLAGS = (
     *("-ftrivial-auto-var-init=pattern", "-fstack-clash-protection"),
-    *("-DMOESHM_SIMT", "-include", "simt.h"),
+    *("-DMOESHM_SIMT", "-DSIMT_MODULE", "-include", "simt.h", "-include", "launch.h"),
     *("-fsanitize=alignment,bounds-strict", "-fsanitize-undefined-trap-on-error"),
+)
+#: Its name and the types of its arguments; KERNEL is what probes.cu writes for the words before.
+_KERNEL = re.compile(
+    r'^(?:extern "C" __global__ void|KERNEL)\b(?:\s+__launch_bounds__\([^;{]*?\))?'
+    r"\s+(\w+)\((\w+)[^,)]*,\s*(\w+)[^,)]*\)",
+    re.MULTILINE,
 )
 _ERROR_BYTES = 4096
 _ORDERS = {"forward": 0, "reverse": 1}
@@ -50,11 +56,10 @@ class _Request(ctypes.Structure):
     """`simt_request` of launch.h."""
 
     _fields_ = (
-        ("kernel", ctypes.c_void_p),
-        ("call", ctypes.c_void_p),
-        ("route", ctypes.c_void_p),
-        ("call_bytes", ctypes.c_uint32),
-        ("route_bytes", ctypes.c_uint32),
+        ("first", ctypes.c_void_p),
+        ("second", ctypes.c_void_p),
+        ("first_bytes", ctypes.c_uint32),
+        ("second_bytes", ctypes.c_uint32),
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32),
         ("shared_bytes", ctypes.c_uint64),
@@ -80,23 +85,24 @@ class Module:
         grid: int | tuple[int, int, int],
         block: int,
         shared: int,
-        call: Call,
-        route: Route | None = None,
+        first: ctypes.Structure,
+        second: ctypes.Structure | None = None,
         *,
         order: Order = "forward",
     ) -> None:
         """Run every block of `kernel`, of `block` threads and `shared` bytes of dynamic memory.
 
+        `first` and `second`, an empty `Route` if it is None, are its arguments.
         KernelError where the kernel reaches for memory that is not there or not aligned, or where
         threads wait for others that do not come.
         """
         error = ctypes.create_string_buffer(_ERROR_BYTES)
+        second = second or Route()
         request = _Request(
-            kernel=ctypes.cast(self._library[kernel], ctypes.c_void_p),
-            call=ctypes.addressof(call),
-            route=ctypes.addressof(route := route or Route()),
-            call_bytes=ctypes.sizeof(Call),
-            route_bytes=ctypes.sizeof(Route),
+            first=ctypes.addressof(first),
+            second=ctypes.addressof(second),
+            first_bytes=ctypes.sizeof(first),
+            second_bytes=ctypes.sizeof(second),
             grid=(grid, 1, 1) if isinstance(grid, int) else grid,
             block=block,
             shared_bytes=shared,
@@ -106,7 +112,7 @@ class Module:
             error=ctypes.addressof(error),
         )
         with _lock:
-            is_done = self._library.simt_run(ctypes.byref(request))
+            is_done = self._library[f"simt_run_{kernel}"](ctypes.byref(request))
         if not is_done:
             raise KernelError(f"{kernel}, {self._explain(error.value.decode(), request)}")
 
@@ -143,10 +149,10 @@ def compile(name: str, macros: Mapping[str, object], warp: int = 32) -> Module:
 def compile_text(
     text: str, macros: Mapping[str, object], warp: int = 32, *, name: str = "text.cu"
 ) -> Module:
-    """The kernels of a source that includes nothing and has the structs of kernels/ffn.cuh."""
+    """The kernels of a source that includes nothing; each has two structs for arguments."""
     flags = [*_FLAGS, *_KERNEL_FLAGS, f"-I{_FOLDER}", f"-DWARP={warp}"]
     flags += [f"-D{macro}={value}" for macro, value in macros.items()]
-    text += '\n#define SIMT_MODULE\n#include "launch.h"\n'
+    text = _KERNEL.sub(r"SIMT_KERNEL(\1, \2, \3) \g<0>", text)
     return Module(_build(text, flags, [str(_scheduler(warp))], Path(name).stem))
 
 

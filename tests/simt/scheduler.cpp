@@ -159,7 +159,7 @@ class Block {
 
   private:
     static void run_thread() {
-        module->call_kernel(request->kernel, request->call, request->route);
+        module->call_kernel(module->kernel, request->first, request->second);
         running->state = Thread::ENDED;
         simt_switch(&running->context, &scheduler);
     }
@@ -323,11 +323,12 @@ bool simt_launch(simt_request* of_python, const simt_module* of_kernel) {
     request = of_python;
     module = of_kernel;
     request->fault_address = request->fault_code = 0;
-    if (request->call_bytes != module->call_bytes || request->route_bytes != module->route_bytes) {
+    if (request->first_bytes != module->first_bytes ||
+        request->second_bytes != module->second_bytes) {
         snprintf(request->error, request->error_bytes,
-                 "Call and Route have %u and %u bytes in abi.py, %u and %u in the kernels",
-                 request->call_bytes, request->route_bytes, module->call_bytes,
-                 module->route_bytes);
+                 "its structs have %u and %u bytes in Python, %u and %u in the kernel",
+                 request->first_bytes, request->second_bytes, module->first_bytes,
+                 module->second_bytes);
         return false;
     }
     if (request->block < 1 || request->block > SIMT_MAX_THREADS) {
@@ -347,7 +348,7 @@ bool simt_launch(simt_request* of_python, const simt_module* of_kernel) {
     if (failure > 1) {
         const void* address = (const void*)request->fault_address;
         const bool is_stack = current && current->overflows_stack(address);
-        simt_say_fault(failure, is_stack, request->kernel);
+        simt_say_fault(failure, is_stack, module->kernel);
     }
     if (failure) return false;
     run_grid();

@@ -41,7 +41,6 @@ from moeshm.layers import Activation
 from tests.simt.device import IdleDevice, SimtDevice
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "bench" / "results"
 H100 = "NVIDIA H100 80GB HBM3"
 TINY = KernelShape(Shape("tiny", 64, 64, 8, 2, 1), (1, 4))
 #: Sizes that every contender takes.
@@ -566,12 +565,3 @@ def test_tables_show_every_figure_and_each_problem_once() -> None:
         assert figure in text
     assert text.count("triton: no triton (2 rows)") == 1
     assert "sorted by expert" not in text
-
-
-def test_kept_results_follow_the_schema_and_are_listed() -> None:
-    listed = (RESULTS / "README.md").read_text()
-    for path in RESULTS.glob("*.json"):
-        found = msgspec.json.decode(path.read_bytes(), type=KernelReport)
-        assert found.results, path
-        assert found.meta.date.startswith(path.name[:10]), path
-        assert f"`{path.name}`" in listed

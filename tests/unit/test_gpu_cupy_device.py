@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,234 +15,21 @@ from moeshm.backends.gpu.cupy_device import CupyDevice, open_device
 from moeshm.backends.gpu.device import CommandList
 from moeshm.errors import DeviceError, DeviceLost, OutOfDeviceMemory
 
-STREAM = 4711
+from .fake_cupy import (
+    A100,
+    H100,
+    MI250,
+    REGISTERING,
+    SHIFT,
+    STREAM,
+    VALUES,
+    FakeCupy,
+    FakeModule,
+    cuda_driver,
+    opened,
+)
+
 ADDRESS = 0x7F00_0000_0000
-A100 = {"name": b"A card", "major": 8, "minor": 0, "sharedMemPerBlockOptin": 163 << 10}
-H100 = {**A100, "major": 9, "sharedMemPerBlockOptin": 227 << 10}
-MI250 = {"name": b"A card", "gcnArchName": b"gfx90a:sramecc+:xnack-", "warpSize": 64}
-
-
-#: Functions that register memory, undo that, and tell where kernels find it.
-REGISTERING = {
-    "cuda": ("cuMemHostRegister_v2", "cuMemHostUnregister", "cuMemHostGetDevicePointer_v2"),
-    "hip": ("hipHostRegister", "hipHostUnregister", "hipHostGetDevicePointer"),
-}
-#: Kernels find registered memory so much higher.
-SHIFT = 1 << 40
-
-
-class CUDARuntimeError(RuntimeError):
-    """CuPy's errors are RuntimeErrors, too."""
-
-
-class FakeCupy:
-    """The parts of CuPy that are used, for one card; every call is noted."""
-
-    def __init__(self, properties: dict[str, Any], n_devices: int = 2) -> None:
-        self.is_hip = "gcnArchName" in properties
-        self.properties = {
-            "warpSize": 32,
-            "multiProcessorCount": 108,
-            "sharedMemPerBlock": 48 << 10,
-            "totalGlobalMem": 80 << 30,
-            **properties,
-        }
-        self.n_devices = n_devices
-        self.nvrtc_version = (12, 9)
-        self.calls: list[tuple[Any, ...]] = []
-        self.memory: dict[int, Any] = {}
-        #: By function: what it raises.
-        self.raises: dict[str, str] = {}
-        self.limits: list[tuple[str, int]] = []
-        self.modules: list[FakeModule] = []
-        #: By function of the driver: the status that it returns.
-        self.statuses: dict[str, int] = {}
-
-    def install(self, patch: pytest.MonkeyPatch) -> None:
-        """Be what `import cupy` gives."""
-        modules: dict[str, dict[str, Any]] = {
-            "cupy": {"RawModule": self.raw_module},
-            "cupy.cuda": {"Stream": lambda **_: SimpleNamespace(ptr=STREAM)},
-            "cupy.cuda.runtime": self._runtime(),
-            "cupy.cuda.driver": self._driver(),
-            "cupy.cuda.nvrtc": {"getVersion": lambda: self.nvrtc_version},
-        }
-        for name, attributes in modules.items():
-            module = ModuleType(name)
-            vars(module).update(attributes)
-            patch.setitem(sys.modules, name, module)
-            parent, _, child = name.rpartition(".")
-            if parent:
-                setattr(sys.modules[parent], child, module)
-
-    def called(self, name: str) -> list[tuple[Any, ...]]:
-        """The arguments of each call."""
-        return [call[1:] for call in self.calls if call[0] == name]
-
-    def raw_module(self, code: str, options: tuple[str, ...]) -> FakeModule:
-        """CuPy's RawModule."""
-        self.modules.append(FakeModule(self, code, options))
-        return self.modules[-1]
-
-    def _runtime(self) -> dict[str, Any]:
-        functions: dict[str, Callable[..., Any]] = {
-            "getDeviceCount": lambda: self.n_devices,
-            "getDeviceProperties": lambda _index: self.properties,
-            "setDevice": lambda _index: None,
-            "memGetInfo": lambda: (5 << 30, 80 << 30),
-            "malloc": self._allocate,
-            "hostAlloc": lambda nbytes, _flags: self._allocate(nbytes),
-            "free": self.memory.pop,
-            "freeHost": self.memory.pop,
-            "streamSynchronize": lambda _stream: None,
-            "deviceSynchronize": lambda: None,
-        }
-        noted = {name: self._noted(name, function) for name, function in functions.items()}
-        constants = {
-            "is_hip": self.is_hip,
-            "hostAllocDefault": 0,
-            "streamLegacy": 0 if self.is_hip else 1,
-            "streamPerThread": 2,
-        }
-        return {**noted, **constants}
-
-    def _driver(self) -> dict[str, Any]:
-        def check_status(status: int) -> None:
-            if status:
-                raise CUDARuntimeError(f"CUDA_ERROR_{status}")
-
-        return {"check_status": check_status, "__file__": "driver.so"}
-
-    def _allocate(self, nbytes: int) -> int:
-        memory = ctypes.create_string_buffer(nbytes)
-        address = ctypes.addressof(memory)
-        self.memory[address] = memory
-        return address
-
-    def _noted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            self.calls.append((name, *arguments))
-            if name in self.raises:
-                raise CUDARuntimeError(self.raises[name])
-            return function(*arguments)
-
-        return call
-
-
-class FakeCompileError(Exception):
-    """CuPy's is no RuntimeError."""
-
-
-class FakeModule:
-    """CuPy's RawModule, of kernels that are numbered."""
-
-    def __init__(self, cupy: FakeCupy, code: str, options: tuple[str, ...]) -> None:
-        self.code = code
-        self.options = options
-        self._cupy = cupy
-
-    def compile(self) -> None:
-        """Not if it is told to."""
-        if "compile" in self._cupy.raises:
-            raise FakeCompileError(self._cupy.raises["compile"])
-
-    def get_function(self, name: str) -> Any:
-        """Takes limits of shared memory."""
-        cupy = self._cupy
-
-        class Kernel:
-            kernel = SimpleNamespace(ptr=len(name))
-            shared_size_bytes = 1000
-
-            def __setattr__(self, attribute: str, value: int) -> None:
-                assert attribute == "max_dynamic_shared_size_bytes"
-                cupy.limits.append((name, value))
-
-        cupy.calls.append(("get_function", name))
-        if "get_function" in cupy.raises:
-            raise CUDARuntimeError(cupy.raises["get_function"])
-        return Kernel()
-
-
-def opened(
-    patch: pytest.MonkeyPatch, properties: dict[str, Any], name: str = "auto"
-) -> tuple[FakeCupy, CupyDevice]:
-    """The card, and the device that uses it."""
-    cupy = FakeCupy(properties)
-    cupy.install(patch)
-    patch.setattr(
-        ctypes,
-        "CDLL",
-        lambda name: {"libcuda.so.1": cuda_driver, "driver.so": hip_driver}[name](cupy),
-    )
-    return cupy, open_device(name)
-
-
-class Library:
-    """A driver's functions: each notes what it is called with and returns what it is told to.
-
-    `names`: of the two copies, of the launch without attributes, and of what registers memory,
-    undoes that, and tells where kernels find it.
-    """
-
-    def __init__(self, cupy: FakeCupy, names: Sequence[str]) -> None:
-        self._functions: dict[str, Any] = {}
-        self._cupy = cupy
-        u32, u64 = ctypes.c_uint32, ctypes.c_uint64
-        for name in names[:2]:
-            self._add(name, self._copy, u64, u64, ctypes.c_size_t, u64)
-        self._add(names[2], self._launch, u64, *[u32] * 7, u64, u64, u64)
-        self._add("cuLaunchKernelEx", self._launch_overlapping, *[u64] * 4)
-        self._add(names[3], lambda *how: how, u64, ctypes.c_size_t, u32)
-        self._add(names[4], lambda *how: how, u64)
-        self._add(names[5], self._device_address, u64, u64, u32)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._functions[name]
-
-    def _add(self, name: str, function: Callable[..., tuple[Any, ...]], *types: Any) -> None:
-        def call(*arguments: int) -> int:
-            self._cupy.calls.append((name, *function(*arguments)))
-            return self._cupy.statuses.get(name, 0)
-
-        self._functions[name] = ctypes.CFUNCTYPE(ctypes.c_int, *types)(call)
-
-    def _copy(self, to: int, source: int, nbytes: int, stream: int) -> tuple[Any, ...]:
-        ctypes.memmove(to, source, nbytes)
-        return nbytes, stream
-
-    def _device_address(self, result: int, address: int, flags: int) -> tuple[Any, ...]:
-        ctypes.c_uint64.from_address(result).value = address + SHIFT
-        return address, flags
-
-    def _launch(self, function: int, *how: int) -> tuple[Any, ...]:
-        *sizes, stream, parameters, extra = how
-        return function, sizes, stream, *read(parameters), extra
-
-    def _launch_overlapping(
-        self, config: int, function: int, parameters: int, extra: int
-    ) -> tuple[Any, ...]:
-        sizes = list((ctypes.c_uint32 * 7).from_address(config))
-        stream = ctypes.c_uint64.from_address(config + 32).value
-        return function, sizes, stream, *read(parameters), extra
-
-
-def cuda_driver(cupy: FakeCupy) -> Library:
-    """libcuda.so.1."""
-    copies = ("cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2")
-    return Library(cupy, (*copies, "cuLaunchKernel", *REGISTERING["cuda"]))
-
-
-def hip_driver(cupy: FakeCupy) -> Library:
-    """What CuPy's own module is linked with."""
-    copies = ("hipMemcpyHtoDAsync", "hipMemcpyDtoHAsync")
-    return Library(cupy, (*copies, "hipModuleLaunchKernel", *REGISTERING["hip"]))
-
-
-def read(parameters: int) -> tuple[int, int]:
-    """Of a kernel's arguments, the call's tokens and where the route's tiles are."""
-    call, route = (ctypes.c_uint64 * 2).from_address(parameters)
-    return Call.from_address(call).n_tokens, Route.from_address(route).tiles
 
 
 def listed(device: CupyDevice, kernel: str) -> CommandList:
@@ -461,6 +246,73 @@ def test_a_lost_device_registers_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         device.register(ADDRESS, 8192, read_only=False)
 
 
+@pytest.mark.parametrize("properties", [A100, MI250])
+def test_memory_goes_to_other_processes(
+    monkeypatch: pytest.MonkeyPatch, properties: dict[str, Any]
+) -> None:
+    """What is opened is closed and not freed."""
+    cupy, device = opened(monkeypatch, properties)
+    memory = device.allocate(2 << 20)
+    handle = device.export(memory)
+    assert len(handle) == 64
+    found = device.open_exported(handle)
+    # CuPy's own default has the driver enable access to another GPU's memory.
+    assert cupy.called("ipcOpenMemHandle") == [(handle,)]
+    address = found.address
+    assert address == memory.address + SHIFT
+    found.close()
+    found.close()
+    assert cupy.called("ipcCloseMemHandle") == [(address,)]
+    assert cupy.called("free") == []
+
+
+@pytest.mark.parametrize("function", ["ipcGetMemHandle", "ipcOpenMemHandle"])
+def test_memory_that_cannot_go_to_other_processes(
+    monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    cupy, device = opened(monkeypatch, A100)
+    cupy.raises[function] = "cudaErrorNotSupported"
+    with pytest.raises(DeviceError, match=r"cuda:0 \(A card\): cudaErrorNotSupported"):
+        device.open_exported(device.export(device.allocate(2 << 20)))
+
+
+@pytest.mark.parametrize(("properties", "kind"), [(A100, "cuda"), (MI250, "hip")])
+def test_values_are_written_and_waited_for(
+    monkeypatch: pytest.MonkeyPatch, properties: dict[str, Any], kind: str
+) -> None:
+    cupy, device = opened(monkeypatch, properties)
+    write, wait = VALUES[kind]
+    commands = device.command_list()
+    numbers = commands.wait_value(ADDRESS), commands.write_value(ADDRESS)
+    commands.set_value(numbers[0], ADDRESS + 128, 7)
+    commands.set_value(numbers[1], ADDRESS + 256, 8)
+    for stream in (None, 0, 99):
+        commands.enqueue(stream)
+        where = STREAM if stream is None else stream
+        mask = (0xFFFF_FFFF,) if kind == "hip" else ()
+        assert cupy.called(wait)[-1] == (where, ADDRESS + 128, 7, 0, *mask)
+        assert cupy.called(write)[-1] == (where, ADDRESS + 256, 8, 0)
+
+
+@pytest.mark.parametrize(
+    ("function", "named"),
+    [
+        ("cuStreamWriteValue32_v2", "write of a value"),
+        ("cuStreamWaitValue32_v2", "wait for a value"),
+    ],
+)
+def test_values_that_are_refused(
+    monkeypatch: pytest.MonkeyPatch, function: str, named: str
+) -> None:
+    cupy, device = opened(monkeypatch, A100)
+    commands = device.command_list()
+    commands.write_value(ADDRESS)
+    commands.wait_value(ADDRESS)
+    cupy.statuses[function] = 801
+    with pytest.raises(DeviceError, match=rf"cuda:0 \(A card\): {named}: CUDA_ERROR_801"):
+        commands.enqueue()
+
+
 @pytest.mark.parametrize(("properties", "legacy"), [(A100, 1), (MI250, 0)])
 def test_other_streams(
     monkeypatch: pytest.MonkeyPatch, properties: dict[str, Any], legacy: int
@@ -522,6 +374,17 @@ def test_launches(
     handle = len("combine")
     launched = (handle, [5, 1, 1, 256, 1, 1, 1000], STREAM, 7, 99, 0)
     assert cupy.called(function) == [launched] * 2
+
+
+def test_a_launch_that_must_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, device = opened(monkeypatch, H100)
+    commands = device.command_list()
+    kernel = device.compile("combine.cu", {}).kernel("combine")
+    commands.launch(kernel, 5, 256, 0, Call(n_tokens=7), Route(tiles=99), overlaps=False)
+    commands.enqueue(4712)
+    assert cupy.called("cuLaunchKernelEx") == []
+    sizes = [5, 1, 1, 256, 1, 1, 0]
+    assert cupy.called("cuLaunchKernel") == [(len("combine"), sizes, 4712, 7, 99, 0)]
 
 
 def test_a_kernel_is_loaded_once_and_may_use_all_shared_memory(

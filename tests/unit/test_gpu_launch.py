@@ -45,17 +45,21 @@ class LaunchConfig(ctypes.Structure):
 class FakeDriver:
     """Notes every call; the one of number `refused` returns 719."""
 
-    def __init__(self, has_overlap: bool = False) -> None:
+    def __init__(self, has_overlap: bool = False, wait_takes_mask: bool = False) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.refused: int | None = None
         copy = (_U64, _U64, ctypes.c_size_t, ctypes.c_void_p)
         launch = (ctypes.c_void_p, *[_U32] * 7, *[ctypes.c_void_p] * 3)
         overlapping = (ctypes.POINTER(LaunchConfig), *[ctypes.c_void_p] * 3)
+        on_value = (ctypes.c_void_p, _U64, _U32, _U32)
+        mask = (_U32,) if wait_takes_mask else ()
         self._functions = [
             self._made(self._copy_in, copy),
             self._made(self._copy_out, copy),
             self._made(self._launch, launch),
             self._made(self._launch_overlapping, overlapping),
+            self._made(self._write_value, on_value),
+            self._made(self._wait_value, (*on_value, *mask)),
         ]
         addresses = [address_of(function) for function in self._functions]
         self.driver = Driver(
@@ -63,6 +67,9 @@ class FakeDriver:
             copy_out=addresses[1],
             launch=addresses[2],
             launch_overlapping=addresses[3] if has_overlap else 0,
+            write_value=addresses[4],
+            wait_value=addresses[5],
+            wait_takes_mask=wait_takes_mask,
             stream=STREAM,
         )
 
@@ -78,6 +85,12 @@ class FakeDriver:
 
     def _copy_out(self, *arguments: int) -> None:
         self.calls.append(("copy_out", *arguments))
+
+    def _write_value(self, *arguments: int) -> None:
+        self.calls.append(("write_value", *arguments))
+
+    def _wait_value(self, *arguments: int) -> None:
+        self.calls.append(("wait_value", *arguments))
 
     def _launch(self, function: int, *how: int) -> None:
         *sizes, stream, parameters, extra = how
@@ -202,6 +215,95 @@ def test_a_copys_address_of_the_host_is_set_call_by_call() -> None:
         ]
 
 
+@pytest.mark.parametrize("wait_takes_mask", [False, True])
+def test_values_are_set_call_by_call(wait_takes_mask: bool) -> None:
+    """Both with flags 0: a write after all that is before it, and a wait for as much or more."""
+    fake = FakeDriver(wait_takes_mask=wait_takes_mask)
+    commands = CommandList(fake.driver)
+    wait = commands.wait_value(DEVICE)
+    commands.launch(FUNCTION, 1, 32, 0, Call(), Route())
+    write = commands.write_value(DEVICE + 128)
+    assert (wait, write) == (0, 2)
+    mask = (0xFFFF_FFFF,) if wait_takes_mask else ()
+    for value in (0xFFFF_FFFF, 0, 1):
+        commands.set_value(wait, DEVICE + 512, value)
+        commands.set_value(write, DEVICE + 640 + value, value + 1 & 0xFFFF_FFFF)
+        del fake.calls[:]
+        assert commands.enqueue() is None
+        assert [fake.calls[n] for n in (0, 2)] == [
+            ("wait_value", STREAM, DEVICE + 512, value, 0, *mask),
+            ("write_value", STREAM, DEVICE + 640 + value, value + 1 & 0xFFFF_FFFF, 0),
+        ]
+
+
+@pytest.mark.parametrize("number", [-1, 0, 1, 3, 8])
+def test_only_a_write_or_a_wait_has_a_value(number: int) -> None:
+    commands = CommandList(FakeDriver().driver)
+    commands.copy_in(DEVICE, HOST, 1)
+    commands.launch(FUNCTION, 1, 32, 0, Call(), Route())
+    commands.set_value(commands.write_value(DEVICE), DEVICE, 1)
+    with pytest.raises(IndexError, match=f"command {number} of 3 has no value; pass a number"):
+        commands.set_value(number, DEVICE, 1)
+    with pytest.raises(IndexError, match="command 2 of 3 is no copy"):
+        commands.set_host_address(2, HOST)
+
+
+@pytest.mark.parametrize("value", [-1, 1 << 32])
+def test_a_value_of_more_than_32_bits(value: int) -> None:
+    fake = FakeDriver()
+    commands = CommandList(fake.driver)
+    number = commands.write_value(DEVICE)
+    commands.set_value(number, DEVICE, 5)
+    with pytest.raises(OverflowError):
+        commands.set_value(number, HOST, value)
+    commands.enqueue()
+    assert fake.calls == [("write_value", STREAM, DEVICE, 5, 0)]
+
+
+@pytest.mark.parametrize("stream", [0, 2, 0x7FFF_0000_0815])
+@pytest.mark.parametrize("has_overlap", [False, True])
+def test_another_stream(stream: int, has_overlap: bool) -> None:
+    """0 is the default one, of which the driver knows no other number."""
+    fake = FakeDriver(has_overlap, wait_takes_mask=True)
+    commands = CommandList(fake.driver)
+    commands.wait_value(DEVICE)
+    commands.copy_in(DEVICE, HOST, 1)
+    commands.launch(FUNCTION, 1, 32, 0, Call(), Route())
+    commands.write_value(DEVICE)
+    for where in (stream, None):
+        del fake.calls[:]
+        commands.enqueue(where)
+        wait, copy, launch, write = fake.calls
+        found = [wait[1], copy[4], launch[3], write[1]]
+        assert [each or 0 for each in found] == [STREAM if where is None else stream] * 4
+
+
+def test_launches_that_must_not_overlap() -> None:
+    """Some of a list's."""
+    fake = FakeDriver(has_overlap=True)
+    commands = CommandList(fake.driver)
+    for overlaps in (False, True, False):
+        commands.launch(FUNCTION, 4, 32, 0, Call(n_tokens=3), Route(), overlaps)
+    commands.enqueue()
+    assert [call[0] for call in fake.calls] == ["launch", "launch_overlapping", "launch"]
+    assert fake.calls[0][:6] == fake.calls[2][:6]
+    assert fake.calls[0][2:5] == ([4, 1, 1, 32, 1, 1, 0], STREAM, bytes(Call(n_tokens=3)))
+
+
+def test_arguments_are_any_two_structs() -> None:
+    class Wide(ctypes.Structure):
+        _fields_ = (("call", Call), ("more", _U64))
+
+    class Narrow(ctypes.Structure):
+        _fields_ = (("route", Route),)
+
+    fake = FakeDriver()
+    commands = CommandList(fake.driver)
+    commands.launch(FUNCTION, 1, 32, 0, Wide(call=Call(n_tokens=9)), Narrow(route=Route(tiles=8)))
+    commands.enqueue()
+    assert fake.calls[0][4:6] == (bytes(Call(n_tokens=9)), bytes(Route(tiles=8)))
+
+
 @pytest.mark.parametrize("number", [-1, 1, 2, 8])
 def test_only_a_copy_has_an_address_of_the_host(number: int) -> None:
     commands = CommandList(FakeDriver().driver)
@@ -235,6 +337,9 @@ def test_more_commands_than_a_list_takes() -> None:
         commands.launch(FUNCTION, 1, 32, 0, Call(), Route())
     with pytest.raises(IndexError, match="full with 8 commands; make another"):
         commands.copy_out(HOST, DEVICE, 1)
+    for add in (commands.write_value, commands.wait_value):
+        with pytest.raises(IndexError, match="full with 8 commands; make another"):
+            add(DEVICE)
 
 
 def test_other_threads_run_meanwhile() -> None:
@@ -249,7 +354,16 @@ def test_other_threads_run_meanwhile() -> None:
         library.sem_init(semaphore, 0, 0)
     deadline = Timespec(s=int(time.time()) + 20)
     post, wait = address_of(library.sem_post), address_of(library.sem_timedwait)
-    driver = Driver(copy_in=post, copy_out=wait, launch=0, launch_overlapping=0, stream=0)
+    driver = Driver(
+        copy_in=post,
+        copy_out=wait,
+        launch=0,
+        launch_overlapping=0,
+        write_value=0,
+        wait_value=0,
+        wait_takes_mask=False,
+        stream=0,
+    )
     commands = CommandList(driver)
     commands.copy_in(ctypes.addressof(blocked), 0, 0)
     commands.copy_out(ctypes.addressof(freed), ctypes.addressof(deadline), 0)

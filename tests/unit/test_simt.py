@@ -516,7 +516,7 @@ def test_what_does_not_compile_is_an_error_with_the_compilers_words() -> None:
 
 
 def test_the_structs_of_python_and_of_the_kernels_are_compared() -> None:
-    text = 'struct Call { int n; }; struct Route {}; extern "C" __global__ void f(Call, Route) {}'
+    text = 'struct Call { int n; }; struct Route {};\nextern "C" __global__ void f(Call, Route) {}'
     module = simt.compile_text(text, {})
-    with pytest.raises(KernelError, match=f"{ctypes.sizeof(Call)} and .* bytes in abi.py, 4 and"):
+    with pytest.raises(KernelError, match=f"{ctypes.sizeof(Call)} and .* bytes in Python, 4 and"):
         module.launch("f", 1, 1, 0, Call())

@@ -4,7 +4,15 @@ from ctypes import Structure
 
 class Driver:
     def __init__(
-        self, copy_in: int, copy_out: int, launch: int, launch_overlapping: int, stream: int
+        self,
+        copy_in: int,
+        copy_out: int,
+        launch: int,
+        launch_overlapping: int,
+        write_value: int,
+        wait_value: int,
+        wait_takes_mask: bool,
+        stream: int,
     ) -> None: ...
 
 class CommandList:
@@ -18,9 +26,13 @@ class CommandList:
         grid: int,
         block: int,
         shared_bytes: int,
-        call: Structure,
-        route: Structure,
+        first: Structure,
+        second: Structure,
+        overlaps: bool = True,
     ) -> None: ...
-    def enqueue(self) -> tuple[int, int] | None: ...
+    def write_value(self, address: int) -> int: ...
+    def wait_value(self, address: int) -> int: ...
+    def set_value(self, number: int, address: int, value: int) -> None: ...
+    def enqueue(self, stream: int | None = None) -> tuple[int, int] | None: ...
 
 def address_of(buffer: object) -> int: ...

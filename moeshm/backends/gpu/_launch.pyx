@@ -9,9 +9,14 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 import ctypes
 
 cdef enum:
-    # Two copies in, or one and a conversion, four kernels and a copy out are the most that a call
-    # takes.
+    # Two copies in, or one and a conversion, or `admit` and one, four kernels, a copy out and a
+    # written value are the most that a call takes.
     MOST_COMMANDS = 8
+    # CU_STREAM_WAIT_VALUE_GEQ, which by cuda.h compares in a circle, and hipStreamWaitValueGte,
+    # which by HIP's reference compares plain numbers: there a wrapped sequence is seen too early.
+    WAIT_UNTIL_REACHED = 0
+    # CU_STREAM_WRITE_VALUE_DEFAULT: who sees the value sees everything before it on the stream.
+    WRITE_IN_ORDER = 0
     # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION of cuda.h.
     PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
@@ -40,15 +45,27 @@ ctypedef int (*Launch)(
 # cuLaunchKernelEx.
 ctypedef int (*LaunchOverlapping)(
     const LaunchConfig *config, void *function, void **parameters, void **extra) noexcept nogil
+# cuStreamWriteValue32_v2, cuStreamWaitValue32_v2, hipStreamWriteValue32.
+ctypedef int (*OnValue)(
+    void *stream, uint64_t address, uint32_t value, unsigned int flags) noexcept nogil
+# hipStreamWaitValue32.
+ctypedef int (*OnMaskedValue)(
+    void *stream, uint64_t address, uint32_t value, unsigned int flags, uint32_t mask
+    ) noexcept nogil
+
+cdef enum What:
+    COPY, LAUNCH, OVERLAPPING_LAUNCH, WRITTEN_VALUE, AWAITED_VALUE
 
 cdef struct Command:
-    # NULL for a launch.
+    What what
     Copy copy
     uint64_t to
     uint64_t source
-    # Which of the two is the host's; NULL for a launch.
+    # Which of the two is the host's; NULL for what is no copy.
     uint64_t *host
     size_t nbytes
+    # Of a value, which is at `to`.
+    uint32_t value
     void *function
     LaunchConfig config
     void *parameters[2]
@@ -58,28 +75,37 @@ cdef class Driver:
     """A driver's functions, by their addresses, and the stream to use them on.
 
     `launch_overlapping`: cuLaunchKernelEx, for kernels that may start before the one ahead of them
-    has ended; 0 has all of them launched by `launch`.
+    has ended; 0 has all of them launched by `launch`. `wait_takes_mask`: as HIP's `wait_value`.
     """
 
     cdef Copy copy_in, copy_out
     cdef Launch launch
     cdef LaunchOverlapping launch_overlapping
+    cdef OnValue write_value
+    # Of the two, one is NULL.
+    cdef OnValue wait_value
+    cdef OnMaskedValue wait_masked_value
     cdef LaunchAttribute attribute
     cdef void *stream
 
     def __init__(self, uint64_t copy_in, uint64_t copy_out, uint64_t launch,
-                 uint64_t launch_overlapping, uint64_t stream):
+                 uint64_t launch_overlapping, uint64_t write_value, uint64_t wait_value,
+                 bint wait_takes_mask, uint64_t stream):
         self.copy_in = <Copy>copy_in
         self.copy_out = <Copy>copy_out
         self.launch = <Launch>launch
         self.launch_overlapping = <LaunchOverlapping>launch_overlapping
+        self.write_value = <OnValue>write_value
+        self.wait_value = NULL if wait_takes_mask else <OnValue>wait_value
+        self.wait_masked_value = <OnMaskedValue>wait_value if wait_takes_mask else NULL
         self.stream = <void *>stream
         self.attribute.id = PROGRAMMATIC_STREAM_SERIALIZATION
         self.attribute.value = 1
 
 
 cdef class CommandList:
-    """Copies and launches, enqueued in the order in which they were added, any number of times.
+    """Copies, launches and values, enqueued in the order in which they were added, any number of
+    times.
 
     IndexError: more than 8 are added. One thread at a time may use it.
     """
@@ -114,33 +140,57 @@ cdef class CommandList:
         self.commands[number].host[0] = address
 
     def launch(self, uint64_t function, uint32_t grid, uint32_t block, uint32_t shared_bytes,
-               call, route):
+               first, second, bint overlaps=True):
         """Add a launch of `function`, a CUfunction or hipFunction_t.
 
-        `call` and `route`: ctypes structs, its arguments, read whenever this is enqueued.
+        `first` and `second`: ctypes structs, its arguments, read whenever this is enqueued.
+        `overlaps`: it may start before the kernel ahead of it has ended, where kernels can.
         """
-        cdef uint64_t call_address = ctypes.addressof(call)
-        cdef uint64_t route_address = ctypes.addressof(route)
-        cdef Command *command = self._add()
-        self.kept += (call, route)
+        cdef uint64_t first_address = ctypes.addressof(first)
+        cdef uint64_t second_address = ctypes.addressof(second)
+        cdef Command *command = self._add(LAUNCH)
+        self.kept += (first, second)
+        if overlaps and self.driver.launch_overlapping != NULL:
+            command.what = OVERLAPPING_LAUNCH
         command.function = <void *>function
         command.config.grid = [grid, 1, 1]
         command.config.block = [block, 1, 1]
         command.config.shared_bytes = shared_bytes
-        command.config.stream = self.driver.stream
         command.config.attributes = &self.driver.attribute
         command.config.n_attributes = 1
-        command.parameters = [<void *>call_address, <void *>route_address]
+        command.parameters = [<void *>first_address, <void *>second_address]
 
-    def enqueue(self):
+    def write_value(self, uint64_t address):
+        """Add the write of a 32-bit value once all before it is done; its number."""
+        self._add(WRITTEN_VALUE).to = address
+        return self.n_commands - 1
+
+    def wait_value(self, uint64_t address):
+        """Add that what comes next waits until the 32-bit value there has reached one, or is less
+        than 2^31 past it; its number."""
+        self._add(AWAITED_VALUE).to = address
+        return self.n_commands - 1
+
+    def set_value(self, int number, uint64_t address, uint32_t value):
+        """Have a write or a wait use this address, as the device has it, and this value from now
+        on; IndexError: it is neither."""
+        if not 0 <= number < self.n_commands or self.commands[number].what < WRITTEN_VALUE:
+            raise IndexError(f"command {number} of {self.n_commands} has no value; pass a number "
+                             "that write_value or wait_value returned")
+        self.commands[number].to = address
+        self.commands[number].value = value
+
+    def enqueue(self, stream=None):
         """Pass everything to the driver. None, or the first that it refused: (index, status).
 
-        What comes after that one is not enqueued.
+        What comes after that one is not enqueued. `stream`: the handle of another than the
+        driver's; 0 is the default one.
         """
+        cdef void *where = self.driver.stream if stream is None else <void *><uint64_t>stream
         cdef int status = 0, index = 0
         with nogil:
             while index < self.n_commands:
-                status = enqueue_one(self.driver, &self.commands[index])
+                status = enqueue_one(self.driver, &self.commands[index], where)
                 if status != 0:
                     break
                 index += 1
@@ -148,16 +198,17 @@ cdef class CommandList:
 
     cdef Command *_add_copy(
             self, Copy copy, uint64_t to, uint64_t source, size_t nbytes) except NULL:
-        cdef Command *command = self._add()
+        cdef Command *command = self._add(COPY)
         command.copy = copy
         command.to = to
         command.source = source
         command.nbytes = nbytes
         return command
 
-    cdef Command *_add(self) except NULL:
+    cdef Command *_add(self, What what) except NULL:
         if self.n_commands == MOST_COMMANDS:
             raise IndexError(f"the list is full with {MOST_COMMANDS} commands; make another one")
+        self.commands[self.n_commands].what = what
         self.n_commands += 1
         return &self.commands[self.n_commands - 1]
 
@@ -175,13 +226,25 @@ def address_of(buffer):
     return address
 
 
-cdef int enqueue_one(Driver driver, Command *command) noexcept nogil:
+cdef int enqueue_one(Driver driver, Command *command, void *stream) noexcept nogil:
     cdef LaunchConfig *config = &command.config
-    if command.copy != NULL:
-        return command.copy(command.to, command.source, command.nbytes, driver.stream)
-    if driver.launch_overlapping != NULL:
+    if command.what == COPY:
+        return command.copy(command.to, command.source, command.nbytes, stream)
+    if command.what == OVERLAPPING_LAUNCH:
+        config.stream = stream
         return driver.launch_overlapping(config, command.function, command.parameters, NULL)
+    if command.what == WRITTEN_VALUE:
+        return driver.write_value(stream, command.to, command.value, WRITE_IN_ORDER)
+    if command.what == AWAITED_VALUE:
+        return wait_for_value(driver, command, stream)
     return driver.launch(
         command.function, config.grid[0], config.grid[1], config.grid[2],
-        config.block[0], config.block[1], config.block[2], config.shared_bytes, driver.stream,
+        config.block[0], config.block[1], config.block[2], config.shared_bytes, stream,
         command.parameters, NULL)
+
+
+cdef int wait_for_value(Driver driver, Command *command, void *stream) noexcept nogil:
+    if driver.wait_masked_value == NULL:
+        return driver.wait_value(stream, command.to, command.value, WAIT_UNTIL_REACHED)
+    return driver.wait_masked_value(
+        stream, command.to, command.value, WAIT_UNTIL_REACHED, 0xFFFFFFFF)

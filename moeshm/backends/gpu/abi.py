@@ -1,4 +1,4 @@
-"""What kernels are called with: the structs of kernels/ffn.cuh, field by field."""
+"""What kernels are called with: the structs of kernels/ffn.cuh and admit.cu, field by field."""
 
 from __future__ import annotations
 
@@ -34,4 +34,27 @@ class Route(ctypes.Structure):
         ("pairs", ctypes.c_uint64),
         ("n_tiles", ctypes.c_uint64),
         ("tiles", ctypes.c_uint64),
+    )
+
+
+class Asked(ctypes.Structure):
+    """Ids and weights as a client wrote them, and what ids stand for."""
+
+    _fields_ = (
+        ("ids", ctypes.c_uint64),
+        ("weights", ctypes.c_uint64),
+        ("slots", ctypes.c_uint64),
+        ("n_pairs", ctypes.c_int32),
+        ("n_ids", ctypes.c_int32),
+        ("first_pair", ctypes.c_int32),
+    )
+
+
+class Admitted(ctypes.Structure):
+    """Where `admit` puts them, checked, and where it tells of an id that is wrong."""
+
+    _fields_ = (
+        ("ids", ctypes.c_uint64),
+        ("weights", ctypes.c_uint64),
+        ("refused", ctypes.c_uint64),
     )

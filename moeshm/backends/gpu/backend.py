@@ -1,4 +1,4 @@
-"""The experts of some layers on one GPU: a `GrowingBackend`."""
+"""The experts of some layers on one GPU: a `GrowingBackend`, a `MemoryUser` and a `SlabUser`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ from .operands import (
     rows_of,
 )
 from .registered import MemoryStats, Registered, RegisteredMemory
+from .slab import GpuSlab, open_slab
+from .slab_calls import SlabCalls
 from .workspace import Workspace
 
 _log = logging.getLogger(__name__)
@@ -79,6 +81,11 @@ class GpuBackend:
         self._workspace = Workspace(device)
         self._registered = RegisteredMemory(device)
         self._experts = DeviceExperts(device, self._turn)
+        self._slab_calls = SlabCalls(
+            device, self._kernels, self._workspace, self._experts, self._turn
+        )
+        #: As `SlabUser`.
+        self.vendor = device.name.partition(":")[0]
         self._make_room(layers)
         for number, layer in layers.items():
             self._experts.add_layer(number, layer.info, has_bias(layer))
@@ -126,6 +133,10 @@ class GpuBackend:
     def use_memory(self, memory: memoryview) -> Registered:
         """As `MemoryUser.use_memory`: the device copies from and to it by itself."""
         return self._registered.use(memory)
+
+    def open_slab(self, memory: memoryview, device_bytes: int) -> GpuSlab:
+        """As `SlabUser.open_slab`. Arrays must be as those in device memory that `ffn` takes."""
+        return open_slab(self._device, self._slab_calls, memory, device_bytes)
 
     @property
     def memory_stats(self) -> MemoryStats:
@@ -178,7 +189,10 @@ class GpuBackend:
             missing = self._workspace.missing_bytes(host_bytes, device_bytes)
             self._experts.check_room(parts, missing)
             if missing:
+                # Calls from slabs that were begun use what is freed.
+                self._device.wait()
                 self._jobs.clear()
+                self._slab_calls.forget_jobs()
                 self._workspace.resize(host_bytes, device_bytes)
 
     def _compute(

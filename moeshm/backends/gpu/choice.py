@@ -115,9 +115,9 @@ class Step(NamedTuple):
     #: Dynamic ones of each block.
     shared_bytes: int
 
-    def all_macros(self, shape: Shape) -> Macros:
-        """For the compiler."""
-        return {**shape.macros(), **dict(self.macros)}
+    def all_macros(self, shape: Shape | None) -> Macros:
+        """For the compiler; None is for kernels that are of no layer."""
+        return {**({} if shape is None else shape.macros()), **dict(self.macros)}
 
 
 class Plan(NamedTuple):
@@ -317,6 +317,11 @@ def convert(shape: Shape, n_tokens: int, features: Features) -> Step:
     """The launch that gives activations another format."""
     blocks = _ceil(n_tokens * shape.hidden // 4, 256)
     return _step("convert.cu", "convert", (), blocks, 8, 256, features)
+
+
+def admit(n_pairs: int, features: Features) -> Step:
+    """The launch that takes ids and weights from a slab; it is of no layer."""
+    return _step("admit.cu", "admit", (), _ceil(n_pairs, 256), 8, 256, features)
 
 
 _KERNELS: Mapping[tuple[str, str], Callable[[Shape, Size, Features], tuple[Step, ...]]] = {

@@ -26,8 +26,8 @@ class Kernels:
         self._wanted = dict(wanted)
         #: Two threads may make the same, of which one is kept: once `load_all` has run, no call
         #: waits for a compiler.
-        self._modules: dict[tuple[Shape, str, Definitions], Module] = {}
-        self._kernels: dict[tuple[Shape, str, Definitions, str], Kernel] = {}
+        self._modules: dict[tuple[Shape | None, str, Definitions], Module] = {}
+        self._kernels: dict[tuple[Shape | None, str, Definitions, str], Kernel] = {}
         #: Layers for which there is nothing left to load, by what `load_all` takes.
         self._complete: set[tuple[Shape, int, int, int]] = set()
         self._loading = threading.Lock()
@@ -45,8 +45,12 @@ class Kernels:
         """The launch that gives activations another format."""
         return choice.convert(shape, n_tokens, self._device.features)
 
-    def load(self, shape: Shape, step: Step) -> Kernel:
-        """The kernel of a step."""
+    def admit(self, n_pairs: int) -> Step:
+        """The launch that takes ids and weights from a slab; it is of no layer."""
+        return choice.admit(n_pairs, self._device.features)
+
+    def load(self, shape: Shape | None, step: Step) -> Kernel:
+        """The kernel of a step; None is for those that are of no layer."""
         key = (shape, step.file, step.macros, step.kernel)
         found = self._kernels.get(key)
         if found is None:
@@ -66,6 +70,7 @@ class Kernels:
                 shape.hidden_size,
                 shape.inner,
             )
+            self.load(None, self.admit(1))
             self.load(shape, self.convert(shape, 1))
             for size in choice.sizes(most_tokens, top_k, num_experts):
                 for x_dtype in DType:
@@ -73,7 +78,7 @@ class Kernels:
                         self.load(shape, step)
             self._complete.add(layers)
 
-    def _module(self, shape: Shape, step: Step) -> Module:
+    def _module(self, shape: Shape | None, step: Step) -> Module:
         key = (shape, step.file, step.macros)
         found = self._modules.get(key)
         if found is None:

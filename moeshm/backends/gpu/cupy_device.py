@@ -13,7 +13,6 @@ import numpy as np
 from ...errors import DeviceError, DeviceLost, OutOfDeviceMemory
 from ...kernels import source
 from . import _launch
-from .abi import Call, Route
 from .device import (
     Bytes,
     CommandList,
@@ -23,6 +22,7 @@ from .device import (
     Macros,
     Memory,
     Module,
+    OpenedMemory,
     Registration,
 )
 from .driver import Driver
@@ -128,6 +128,19 @@ class CupyDevice:
         """As `Device.allocate`: no pool, so that other processes may map what is exported."""
         with self._errors:
             return _Memory(self._runtime.malloc(nbytes), nbytes, self._runtime.free)
+
+    def export(self, memory: Memory) -> bytes:
+        """As `Device.export`."""
+        with self._errors:
+            handle: bytes = self._runtime.ipcGetMemHandle(memory.address)
+        return handle
+
+    def open_exported(self, handle: bytes) -> OpenedMemory:
+        """As `Device.open_exported`."""
+        with self._errors:
+            # CuPy has the driver enable access to another GPU's memory.
+            address = self._runtime.ipcOpenMemHandle(handle)
+        return _Memory(address, 0, self._runtime.ipcCloseMemHandle)
 
     def pin(self, nbytes: int) -> HostMemory:
         """As `Device.pin`."""
@@ -282,15 +295,37 @@ class _CommandList:
         self._commands.set_host_address(number, address)
 
     def launch(
-        self, kernel: Kernel, grid: int, block: int, shared_bytes: int, call: Call, route: Route
+        self,
+        kernel: Kernel,
+        grid: int,
+        block: int,
+        shared_bytes: int,
+        first: ctypes.Structure,
+        second: ctypes.Structure,
+        *,
+        overlaps: bool = True,
     ) -> None:
         """As `CommandList.launch`."""
-        self._commands.launch(kernel.function, grid, block, shared_bytes, call, route)
+        self._commands.launch(kernel.function, grid, block, shared_bytes, first, second, overlaps)
         self._names.append(kernel.name)
 
-    def enqueue(self) -> None:
+    def write_value(self, address: int) -> int:
+        """As `CommandList.write_value`."""
+        self._names.append("write of a value")
+        return self._commands.write_value(address)
+
+    def wait_value(self, address: int) -> int:
+        """As `CommandList.wait_value`."""
+        self._names.append("wait for a value")
+        return self._commands.wait_value(address)
+
+    def set_value(self, number: int, address: int, value: int) -> None:
+        """As `CommandList.set_value`."""
+        self._commands.set_value(number, address, value)
+
+    def enqueue(self, stream: int | None = None) -> None:
         """As `CommandList.enqueue`."""
-        refused = self._commands.enqueue()
+        refused = self._commands.enqueue(stream)
         if refused is not None:
             index, status = refused
             self._device.check_status(status, self._names[index])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from ctypes import Structure
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-
-from .abi import Call, Route
 
 Bytes = npt.NDArray[np.uint8]
 #: Names and values as the compiler's `-D` takes them.
@@ -44,6 +43,17 @@ class Memory(Protocol):
 
     def close(self) -> None:
         """Free it; a second time does nothing."""
+        ...
+
+
+class OpenedMemory(Protocol):
+    """Memory of a device that another process exported, until `close`."""
+
+    #: Where this process finds its first byte.
+    address: int
+
+    def close(self) -> None:
+        """Let go of it; a second time does nothing. Nothing may use it any more."""
         ...
 
 
@@ -106,20 +116,44 @@ class CommandList(Protocol):
         ...
 
     def launch(
-        self, kernel: Kernel, grid: int, block: int, shared_bytes: int, call: Call, route: Route
+        self,
+        kernel: Kernel,
+        grid: int,
+        block: int,
+        shared_bytes: int,
+        first: Structure,
+        second: Structure,
+        *,
+        overlaps: bool = True,
     ) -> None:
         """Add a launch of `grid` blocks of `block` threads.
 
         Each block has `shared_bytes` of dynamic shared memory. With `Features.has_overlap` the
-        kernel may start before the one ahead of it has ended, for which every kernel waits itself.
-        The two structs are read by `enqueue`, and may be changed afterwards.
+        kernel may start before the one ahead of it has ended, for which every kernel waits itself,
+        unless `overlaps` is False: as where the one ahead is not ours. The two structs, the
+        kernel's arguments, are read by `enqueue`, and may be changed afterwards.
         """
         ...
 
-    def enqueue(self) -> None:
+    def write_value(self, address: int) -> int:
+        """Add the write of 32 bits, once all before it is done and seen; its number."""
+        ...
+
+    def wait_value(self, address: int) -> int:
+        """Add that what comes next waits until 32 bits have reached a value, or are less than 2^31
+        past it; its number."""
+        ...
+
+    def set_value(self, number: int, address: int, value: int) -> None:
+        """Have the write or the wait of that number use this address, as the device has it, and
+        this value from now on."""
+        ...
+
+    def enqueue(self, stream: int | None = None) -> None:
         """Put all of it on the device's stream, in the order in which it was added.
 
-        Where something is refused, what comes after it is not enqueued.
+        `stream`: the handle of another one; 0 is the default stream. Where something is refused,
+        what comes after it is not enqueued.
         """
         ...
 
@@ -127,10 +161,10 @@ class CommandList(Protocol):
 class Device(Protocol):
     """One GPU with one stream, on which everything is done in order.
 
-    One thread at a time may use it, after `use`; only `allocate`, `pin`, `register`, `compile`
-    and what they return, and `command_list`, may be called by others meanwhile. Every method raises
-    OutOfDeviceMemory, DeviceLost when no call on the device will work again in this process, else
-    DeviceError.
+    One thread at a time may use it, after `use`; only `allocate`, `export`, `open_exported`, `pin`,
+    `register`, `compile` and what they return, and `command_list`, may be called by others
+    meanwhile. Every method raises OutOfDeviceMemory, DeviceLost when no call on the device will
+    work again in this process, else DeviceError.
     """
 
     #: As the user names it: "cuda:0".
@@ -147,6 +181,14 @@ class Device(Protocol):
 
     def allocate(self, nbytes: int) -> Memory:
         """Memory of the device, 256-byte aligned, with any content."""
+        ...
+
+    def export(self, memory: Memory) -> bytes:
+        """By what other processes open it; it must have been allocated in whole 2 MiB."""
+        ...
+
+    def open_exported(self, handle: bytes) -> OpenedMemory:
+        """Memory that another process exported, of this GPU or of one that this one reaches."""
         ...
 
     def pin(self, nbytes: int) -> HostMemory:

@@ -18,6 +18,8 @@ class _Names(NamedTuple):
     copy_in: str
     copy_out: str
     launch: str
+    write_value: str
+    wait_value: str
     register: str
     unregister: str
     device_address: str
@@ -27,6 +29,8 @@ _CUDA = _Names(
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuLaunchKernel",
+    "cuStreamWriteValue32_v2",
+    "cuStreamWaitValue32_v2",
     "cuMemHostRegister_v2",
     "cuMemHostUnregister",
     "cuMemHostGetDevicePointer_v2",
@@ -36,6 +40,8 @@ _HIP = _Names(
     "hipMemcpyHtoDAsync",
     "hipMemcpyDtoHAsync",
     "hipModuleLaunchKernel",
+    "hipStreamWriteValue32",
+    "hipStreamWaitValue32",
     "hipHostRegister",
     "hipHostUnregister",
     "hipHostGetDevicePointer",
@@ -71,6 +77,9 @@ class Driver:
             launch=_address(library[names.launch]),
             # CUDA 11.8's driver has it, which is as old as the first that knows sm_90.
             launch_overlapping=_address(library["cuLaunchKernelEx"]) if has_overlap else 0,
+            write_value=_address(library[names.write_value]),
+            wait_value=_address(library[names.wait_value]),
+            wait_takes_mask=names is _HIP,
             stream=stream,
         )
 

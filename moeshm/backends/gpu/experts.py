@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ...checkpoint.layer import ExpertLayer
-from ...errors import CheckpointError, OutOfDeviceMemory
+from ...errors import CheckpointError, DeviceLost, OutOfDeviceMemory
 from ...layers import LayerInfo
 from .choice import Shape
 from .device import Device, Memory
@@ -65,15 +66,18 @@ class BlockPool:
                 del self._free[address]
         return taken
 
-    def give_back(self, addresses: Sequence[int]) -> None:
-        """Nothing on the device uses these blocks any more."""
+    def give_back(self, addresses: Sequence[int]) -> list[Memory]:
+        """No call that comes uses these blocks any more; slabs to be freed once none on its way
+        does, either."""
+        unused: list[Memory] = []
         for address in addresses:
             base = max(slab for slab in self._slabs if slab <= address)
             blocks = self._free.setdefault(base, [])
             blocks.append(address)
             if len(blocks) * self._step == self._slabs[base].nbytes:
                 del self._free[base]
-                self._slabs.pop(base).close()
+                unused.append(self._slabs.pop(base))
+        return unused
 
     def _n_free(self) -> int:
         return sum(map(len, self._free.values()))
@@ -168,21 +172,35 @@ class DeviceExperts:
             self._enter(layer, dict(zip(slots, blocks, strict=True)))
         except BaseException:
             with self._changing:
-                self._forget(layer, slots, blocks)
+                unused = self._forget(layer, slots, blocks)
+            self._free(unused)
             raise
         return slots
 
     def remove(self, number: int, slots: Sequence[int]) -> None:
-        """Forget the experts in these slots, which no call uses."""
+        """Forget the experts in these slots, which no call that comes uses."""
         layer = self.layers[number]
         with self._changing:
-            self._forget(layer, slots, [layer.blocks[slot] for slot in slots])
+            unused = self._forget(layer, slots, [layer.blocks[slot] for slot in slots])
             layer.n_slots = max(layer.blocks, default=0) + 1
+        self._free(unused)
 
-    def _forget(self, layer: DeviceLayer, slots: Sequence[int], blocks: Sequence[int]) -> None:
+    def _forget(
+        self, layer: DeviceLayer, slots: Sequence[int], blocks: Sequence[int]
+    ) -> list[Memory]:
         for slot in slots:
             del layer.blocks[slot]
-        self._pool(layer.shape.block_bytes).give_back(blocks)
+        return self._pool(layer.shape.block_bytes).give_back(blocks)
+
+    def _free(self, unused: Sequence[Memory]) -> None:
+        """What calls from slabs may still use that were begun."""
+        if not unused:
+            return
+        # A device that is lost computes nothing any more.
+        with self._turn, contextlib.suppress(DeviceLost):
+            self._device.wait()
+        for memory in unused:
+            memory.close()
 
     def _pool(self, block_bytes: int) -> BlockPool:
         return self._pools.setdefault(block_bytes, BlockPool(self._device, block_bytes))
@@ -216,7 +234,7 @@ class DeviceExperts:
         self._copy(table.address, 8 * len(blocks))
         with self._turn:
             old, layer.table = layer.table, table
-        old.close()
+        self._free([old])
 
     def _copy(self, to: int, n_bytes: int) -> None:
         """The first bytes of the staging memory, which is free again afterwards."""

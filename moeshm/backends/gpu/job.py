@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from ctypes import Structure
 from typing import NamedTuple
 
 import numpy as np
@@ -47,10 +48,18 @@ class Launch(NamedTuple):
     step: Step
     kernel: Kernel
 
-    def add_to(self, commands: CommandList, call: Call, route: Route) -> None:
-        """To what a job enqueues."""
+    def add_to(
+        self,
+        commands: CommandList,
+        first: Structure,
+        second: Structure,
+        *,
+        overlaps: bool = True,
+    ) -> None:
+        """To what a job enqueues, with the kernel's arguments."""
         step = self.step
-        commands.launch(self.kernel, step.grid, step.block, step.shared_bytes, call, route)
+        how = (step.grid, step.block, step.shared_bytes, first, second)
+        commands.launch(self.kernel, *how, overlaps=overlaps)
 
 
 class _Staging(NamedTuple):
@@ -102,7 +111,7 @@ class Job:
         self._staging = _Staging.of(kind, plan.x_dtype, at, host.array)
         #: The format that activations are staged in, if it is another one than theirs.
         self._narrow_to = None if kind.x_dtype is plan.x_dtype else plan.x_dtype
-        self._call, route = _structs(kind, plan, at, base)
+        self._call, route = structs(kind.size, plan.x_dtype, kind.out_dtype, at, base)
         if is_in_place:
             self._call.out = host.address + at.out
         commands = self._commands = device.command_list()
@@ -192,9 +201,10 @@ class Job:
             staging.x_padding[...] = 0
 
 
-def _structs(kind: Kind, plan: Plan, at: Layout, base: int) -> tuple[Call, Route]:
+def structs(
+    size: Size, x_dtype: DType, out_dtype: DType, at: Layout, base: int
+) -> tuple[Call, Route]:
     """What kernels are called with when all arrays are in the workspace, but for a layer's own."""
-    size = kind.size
     call = Call(
         x=base + at.x,
         ids=base + at.ids,
@@ -205,8 +215,8 @@ def _structs(kind: Kind, plan: Plan, at: Layout, base: int) -> tuple[Call, Route
         n_tokens=size.n_tokens,
         top_k=size.top_k,
         n_slots=size.n_slots,
-        x_dtype=plan.x_dtype,
-        out_dtype=kind.out_dtype,
+        x_dtype=x_dtype,
+        out_dtype=out_dtype,
     )
     route = Route(
         begin=base + at.begin,
