@@ -82,7 +82,8 @@ def is_device_array(values: Any) -> bool:
     if _is_tensor(values):
         # Of ROCm's, too.
         return bool(values.is_cuda)
-    return hasattr(values, "__cuda_array_interface__")
+    # CuPy makes its arrays' interface each time that it is asked for.
+    return _is_cupy(values) or hasattr(values, "__cuda_array_interface__")
 
 
 def check_device(
@@ -225,6 +226,8 @@ def _locate(name: str, values: Any, device_index: int | None) -> _Located:
     """Where the array is; InvalidCall unless it is on that GPU, or on any if that is None."""
     if _is_tensor(values):
         found = _of_tensor(values) if values.is_cuda else None
+    elif _is_cupy(values):
+        found = _of_cupy(values)
     else:
         interface = getattr(values, "__cuda_array_interface__", None)
         found = None if interface is None else _of_interface(values, interface)
@@ -256,6 +259,17 @@ def _of_tensor(tensor: Any) -> _Located:
         tensor.is_contiguous(),
         True,
         tensor.device.index,
+    )
+
+
+def _of_cupy(array: Any) -> _Located:
+    return _Located(
+        array.data.ptr,
+        array.shape,
+        array.dtype.str,
+        array.flags.c_contiguous,
+        True,
+        array.device.id,
     )
 
 

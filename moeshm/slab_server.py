@@ -49,6 +49,8 @@ class SlabServer:
         self._data_bytes = 0
         #: The device's; None for a slab that the host serves.
         self._slab: WorkerSlab | None = None
+        #: The call that the device was given last, unless it is known to be done.
+        self._last: SlabCall | None = None
         self._ids: dict[tuple[int, int, int], _Ids] = {}
 
     def offer(self, hello: Hello, data_bytes: int) -> tuple[SlabOffer, int]:
@@ -100,9 +102,22 @@ class SlabServer:
         """Begin the call, or compute it; the flag `done` tells of the end. InvalidCall: an id."""
         if self._slab is not None:
             self._slab.enqueue(call)
+            self._last = call
             return
         self._compute_on_host(call)
         self._tell_done(call.places.slot, call.sequence)
+
+    def check(self) -> None:
+        """Where the device has taken long for what it was given, wait until it is done.
+
+        DeviceLost: it never will be. A device that fails says so to nobody who does not ask.
+        """
+        last, self._last = self._last, None
+        if last is None or self._slab is None or self._segment is None:
+            return
+        done = _flag(last.places.slot, DONE)
+        if not wait_for_word(self._segment.memory, done, last.sequence, 0, 0):
+            self._slab.wait()
 
     def tell_failed(self, slot: int, sequence: int) -> None:
         """Set the flags of a call that was not begun, whose error was sent."""

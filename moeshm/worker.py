@@ -167,6 +167,7 @@ class SessionServer:
                 if is_draining:
                     return "the worker shuts down"
                 slice_s = self._answer_orders()
+                self._check_slab()
                 continue
             self._answer(record)
             if self._orders:
@@ -264,6 +265,12 @@ class SessionServer:
         except CallError as error:
             return order.call_id, type(error)(str(error))
         return order.call_id, None
+
+    def _check_slab(self) -> None:
+        try:
+            self._slab.check()
+        except DeviceLost as error:
+            self.device_lost = DeviceLost(str(error))
 
     def _answer_orders(self) -> float:
         """Answer the orders that are carried out; how long to wait until the next look."""

@@ -146,8 +146,8 @@ class HostMover:
 
     def fetch(self, offset: int, n_bytes: int) -> Array:
         """As `Mover.fetch`."""
-        found: Array = np.frombuffer(self._data, np.uint8, n_bytes, offset)
-        return found.copy()
+        copy: Array = np.frombuffer(self._data, np.uint8, n_bytes, offset).copy()
+        return copy
 
     def put(self, offset: int, array: Array) -> None:
         """As `Mover.put`."""
@@ -178,5 +178,5 @@ class Movers:
 
 def _read(address: int, dtype: npt.DTypeLike, n: int) -> Array:
     kind = np.dtype(dtype)
-    found: Array = np.frombuffer(ctypes.string_at(address, n * kind.itemsize), kind)
-    return found
+    copy: Array = np.frombuffer(ctypes.string_at(address, n * kind.itemsize), kind)
+    return copy

@@ -110,6 +110,10 @@ class WorkerSlab(Protocol):
         """
         ...
 
+    def wait(self) -> None:
+        """Until every call that was begun is done. DeviceLost: they never will be."""
+        ...
+
     def close(self) -> None:
         """Wait for the calls that were begun, and let go of it; a second time does nothing."""
         ...

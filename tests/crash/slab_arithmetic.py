@@ -57,13 +57,17 @@ class _Slab:
         assert load_word(self._flags, call.places.slot * SLOT_BYTES + GIVEN) == call.sequence
         self._backend.enqueued.put(lambda: self._compute(call))
 
+    def wait(self) -> None:
+        """As `WorkerSlab.wait`."""
+        is_idle = threading.Event()
+        self._backend.enqueued.put(is_idle.set)
+        is_idle.wait()
+
     def close(self) -> None:
         """As `WorkerSlab.close`."""
         if self._fd < 0 and not self._flags:
             return
-        is_idle = threading.Event()
-        self._backend.enqueued.put(is_idle.set)
-        is_idle.wait()
+        self.wait()
         if self._fd >= 0:
             os.close(self._fd)
         self._fd, self._flags, self._data = -1, memoryview(b""), memoryview(b"")

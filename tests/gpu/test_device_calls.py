@@ -231,7 +231,8 @@ def test_a_fallback(way: Way, cupy: Any) -> None:
         future = client.submit(LAYER, *given, stream=stream)
         os.kill(client.worker_pid, signal.SIGKILL)
         found = cupy.asnumpy(future.wait(PATIENCE_S))
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        # In between the GPU rounds to the weights' bfloat16, and the fallback does not.
+        assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
         assert client.stats().fallbacks == {"worker_died": 1}
 
 

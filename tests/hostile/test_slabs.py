@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from moeshm.backends import Ids
 from tests.crash.arithmetic import FREE, HIDDEN_SIZE, NUM_EXPERTS, make_inputs
 from tests.hostile.attacker import Attacker, attacking, hello
 from tests.hostile.conftest import Victim
@@ -37,7 +38,7 @@ def descriptor(**changed: int) -> bytes:
     return struct.pack(FORM, *header.values())
 
 
-def give(attacker: Attacker, ids: np.ndarray = GOOD.topk_ids, sequence: int = 1) -> None:  # type: ignore[type-arg]
+def give(attacker: Attacker, ids: Ids = GOOD.topk_ids, sequence: int = 1) -> None:
     """Put a good call's arrays where the descriptor says."""
     for offset, array in ((0, GOOD.hidden_states), (256, ids), (512, GOOD.topk_weights)):
         data = array.tobytes()

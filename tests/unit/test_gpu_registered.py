@@ -400,3 +400,32 @@ def test_a_device_that_is_lost(
 def test_other_transports_have_no_memory() -> None:
     with connected("stream") as ends:
         assert ends.worker.memory() == ends.client.memory() == []
+
+
+@pytest.mark.parametrize("weight_dtype", DType)
+@pytest.mark.parametrize("direct_bytes", [0, 16 << 10])
+def test_calls_of_a_decode_are_made_ready_before_they_come(
+    monkeypatch: pytest.MonkeyPatch, weight_dtype: DType, direct_bytes: int
+) -> None:
+    """From the host's memory and from rings: the first call of a size has nothing left to do."""
+    monkeypatch.setattr(gpu_backend, "DIRECT_BYTES", direct_bytes)
+    layer = random_layer(2, hidden_size=256, weight_dtype=weight_dtype, num_experts=9, top_k=2)
+    backend = GpuBackend({0: layer}, IdleDevice())
+    backend.warm_up()
+
+    def refuse(_kind: object) -> None:
+        raise AssertionError("a job was missing")
+
+    monkeypatch.setattr(backend, "_make_job", refuse)
+    with rings(backend, 1 << 20) as ends:
+        for n_tokens in range(1, gpu_backend.PREPARED_TOKENS + 1):
+            for dtype in DType:
+                hidden = np.zeros((n_tokens, 256), dtype.numpy)
+                ids = np.zeros((n_tokens, 2), np.int32)
+                weights = np.ones(ids.shape, np.float32)
+                backend.ffn(0, hidden, ids, weights, hidden.copy())
+                serve(ends, layer, backend, hidden, ids, weights)
+    many = np.zeros((gpu_backend.PREPARED_TOKENS + 1, 256), np.float32)
+    ids = np.zeros((len(many), 2), np.int32)
+    with pytest.raises(AssertionError, match="a job was missing"):
+        backend.ffn(0, many, ids, np.ones(ids.shape, np.float32), many)

@@ -22,7 +22,8 @@ LAYERS = {
     "L2 compute": "checkpoint backends",
     "L3 policy": "placement swaps routing_stats policy",
     "L4 engine": (
-        "client connecting engine_device choice call windows arrays link held fallback reconnect offload supervisor worker"
+        "client connecting engine_device choice call windows arrays link held fallback reconnect"
+        " offload supervisor worker"
         " views holdings slab_server device_calls daemon stats logs metrics integrations diagnosis"
     ),
     # `moeshm` itself is the public names: who imports them imports everything.

@@ -325,7 +325,18 @@ def test_nothing_and_what_has_gaps_is_copied(opened: Slab) -> None:
     spread = np.arange(32, dtype=np.float32).reshape(4, 8)[:, ::2]
     opened.mover.put(256, spread)
     np.testing.assert_array_equal(opened.found(256, spread), spread)
-    assert opened.device.pinned_bytes == 0
+
+
+def test_a_fallback_allocates_nothing(opened: Slab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drivers wait for every stream when they allocate or free, and one waits for the fallback."""
+    monkeypatch.setattr(mover, "_BOUNCE_BYTES", 1000)
+    before = opened.device.n_allocations, opened.device.pinned_bytes
+    call = Call(50)
+    opened.mover.put(AT.out, call.output)
+    np.testing.assert_array_equal(opened.found(AT.out, call.output), call.output)
+    fetched = opened.mover.fetch(AT.out, call.output.nbytes)
+    np.testing.assert_array_equal(fetched, call.output.reshape(-1).view(np.uint8))
+    assert (opened.device.n_allocations, opened.device.pinned_bytes) == before
 
 
 # --- what is left -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -44,6 +45,8 @@ _log = logging.getLogger(__name__)
 
 #: Kinds of calls that stay made ready.
 _MAX_JOBS = 512
+#: Calls of up to so many tokens are made ready before the first of them comes: a decode's.
+PREPARED_TOKENS = 32
 #: Activations of so many bytes are copied by the device from where they lie in registered memory;
 #: fewer by the host, to beside the ids and weights, so that one copy brings all to the device. Not
 #: tuned: no other size was measured.
@@ -168,6 +171,26 @@ class GpuBackend:
                 # All experts that are here, as far as there are pairs for them.
                 ids = np.resize(np.array([*layer.blocks] or [-1], np.int32), (n_tokens, info.top_k))
                 self.ffn(number, x, ids, np.ones(ids.shape, np.float32), np.empty_like(x))
+        with self._turn:
+            self._prepare(layer)
+
+    def _prepare(self, layer: DeviceLayer) -> None:
+        """Make ready calls of few tokens, from and to the host's memory, rings and slabs."""
+        has_padding = layer.shape.hidden != layer.shape.hidden_size
+        for n_tokens, dtype in itertools.product(range(1, PREPARED_TOKENS + 1), DType):
+            size = Size(n_tokens, layer.info.top_k, layer.n_slots)
+            is_large = n_tokens * layer.shape.hidden * dtype.itemsize >= DIRECT_BYTES
+            in_ring = Place.HOST if has_padding else Place.REGISTERED
+            places = {
+                Places(Place.HOST, Place.HOST, Place.HOST, Place.HOST),
+                Places(Place.HOST, Place.HOST, in_ring if is_large else Place.HOST, in_ring),
+            }
+            for each in places:
+                kind = Kind(layer.shape, size, dtype, dtype, each)
+                if kind not in self._jobs and len(self._jobs) < _MAX_JOBS // 2:
+                    self._make_job(kind)
+            if not has_padding:
+                self._slab_calls.prepare(layer.shape, size, dtype)
 
     def _load_kernels(self, shape: Shape, info: LayerInfo) -> int:
         """All that calls to such layers may need; how many tokens these have at most."""

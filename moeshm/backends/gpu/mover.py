@@ -16,6 +16,8 @@ from ._launch import address_of
 from .cupy_device import open_device
 from .device import Bytes, CommandList, Device, Kernel
 
+#: Of the pinned memory that arrays are fetched and put through.
+_BOUNCE_BYTES = 1 << 20
 #: Threads of a block, as kernels/move.cu has it.
 _THREADS = 256
 
@@ -83,6 +85,10 @@ class Mover:
                 opened = device.open_exported(handle)
                 undo.callback(opened.close)
                 self._data = opened.address
+            # Not when it is needed: then a stream waits for what is fetched through it, and drivers
+            # wait for every stream when they allocate or free such memory.
+            self._bounce = device.pin(_BOUNCE_BYTES)
+            undo.callback(self._bounce.close)
             counts = device.allocate(4 * SLOTS)
             undo.callback(counts.close)
             self._counts = counts.address
@@ -193,26 +199,26 @@ class Mover:
 
     def _copy_in(self, to: int, array: Array) -> None:
         """On the device's own stream, by way of pinned memory; returns when it is done."""
-        stored = array.view(np.uint8)
-        if not stored.nbytes:
-            return
-        with contextlib.closing(self._device.pin(stored.nbytes)) as host:
-            host.array[...] = stored
+        stored, bounce = array.view(np.uint8), self._bounce
+        for first in range(0, stored.nbytes, _BOUNCE_BYTES):
+            part = stored[first : first + _BOUNCE_BYTES]
+            bounce.array[: part.nbytes] = part
             commands = self._device.command_list()
-            commands.copy_in(to, host.address, stored.nbytes)
+            commands.copy_in(to + first, bounce.address, part.nbytes)
             commands.enqueue()
             self._device.wait()
 
-    def _copy_out(self, source: int, n_bytes: int) -> Bytes:
+    def _copy_out(self, source: int, n_bytes: int) -> Array:
         """As `_copy_in`, the other way."""
-        if not n_bytes:
-            return np.empty(0, np.uint8)
-        with contextlib.closing(self._device.pin(n_bytes)) as host:
+        found, bounce = np.empty(n_bytes, np.uint8), self._bounce
+        for first in range(0, n_bytes, _BOUNCE_BYTES):
+            part = found[first : first + _BOUNCE_BYTES]
             commands = self._device.command_list()
-            commands.copy_out(host.address, source, n_bytes)
+            commands.copy_out(bounce.address, source + first, part.nbytes)
             commands.enqueue()
             self._device.wait()
-            return np.array(host.array)
+            part[...] = bounce.array[: part.nbytes]
+        return found
 
 
 class _Launches:

@@ -76,6 +76,10 @@ class GpuSlab:
         """Write a flag as calls do, of a slot that none has used: it stays 0."""
         self._calls.finish(self._done)
 
+    def wait(self) -> None:
+        """As `WorkerSlab.wait`."""
+        self._calls.wait()
+
     def close(self) -> None:
         """As `WorkerSlab.close`."""
         if self._memory is None:

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from typing import NamedTuple
 
+from ...dtypes import DType
 from ...errors import DeviceError, InvalidCall
 from .. import SlabCall
 from .choice import Shape, Size, Step
@@ -90,6 +91,13 @@ class SlabCalls:
         with self._turn:
             self._device.use()
             self._device.wait()
+
+    def prepare(self, shape: Shape, size: Size, dtype: DType) -> None:
+        """Make such a call ready in both kinds of slabs, as long as there is room for more. For
+        whoever has the turn."""
+        for is_pinned in (False, True):
+            if len(self._jobs) < _MAX_JOBS // 2:
+                self._job(SlabKind(shape, size, dtype, is_pinned))
 
     def forget_jobs(self) -> None:
         """The workspace changes. For whoever uses the device's stream."""

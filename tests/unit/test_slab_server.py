@@ -1,0 +1,124 @@
+"""The worker's side of a slab: what it offers, and that it asks a device that does not answer."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from moeshm._words import store_word
+from moeshm.backends import SlabCall
+from moeshm.dtypes import DType
+from moeshm.errors import DeviceError, DeviceLost
+from moeshm.handshake import Hello
+from moeshm.slab_server import SlabServer
+from moeshm.transport.slab import DONE, PAGE_BYTES, Places
+from tests.crash.arithmetic import FREE, NUM_EXPERTS, ArithmeticBackend
+
+
+class Slab:
+    """A `WorkerSlab` of a device that forgets calls."""
+
+    def __init__(self, memory: memoryview, handle: bytes) -> None:
+        self.memory = memory
+        self.handle = handle
+        self.is_lost = False
+        self.n_waits = 0
+
+    def enqueue(self, call: SlabCall) -> None:
+        """As `WorkerSlab.enqueue`."""
+
+    def wait(self) -> None:
+        """As `WorkerSlab.wait`."""
+        self.n_waits += 1
+        if self.is_lost:
+            raise DeviceLost("it fell off the bus")
+
+    def close(self) -> None:
+        """As `WorkerSlab.close`."""
+        self.memory = memoryview(b"")
+
+
+class Backend(ArithmeticBackend):
+    """A `SlabUser` that may refuse."""
+
+    vendor = "cuda"
+
+    def __init__(self, refuses: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self._refuses = refuses
+        self.slabs: list[Slab] = []
+
+    def open_slab(self, memory: memoryview, device_bytes: int) -> Slab:
+        """As `SlabUser.open_slab`."""
+        if ("device" if device_bytes else "pinned") in self._refuses:
+            raise DeviceError("not this one")
+        self.slabs.append(Slab(memory, b"here" if device_bytes else b""))
+        return self.slabs[-1]
+
+
+def offer(server: SlabServer, slab: str, vendor: str = "cuda") -> str:
+    """The kind that a client gets."""
+    hello = Hello(
+        protocol=1, version="", transport="auto", batch_capacity=1, slab=slab, vendor=vendor
+    )
+    made, fd = server.offer(hello, PAGE_BYTES)
+    os.close(fd)
+    return made.kind
+
+
+CALL = SlabCall(FREE, 1, 2, DType.F32, Places(3, 0, 256, 512, 768), 9, NUM_EXPERTS, None)
+
+
+def test_a_device_that_takes_long_is_asked() -> None:
+    backend = Backend()
+    server = SlabServer(backend)
+    offer(server, "pinned")
+    (slab,) = backend.slabs
+    server.check()
+    server.compute(CALL)
+    assert slab.n_waits == 0
+    server.check()
+    assert slab.n_waits == 1
+    # Once is enough: it waited.
+    server.check()
+    assert slab.n_waits == 1
+    server.compute(CALL)
+    store_word(slab.memory, 3 * 512 + DONE, 9)
+    server.check()
+    assert slab.n_waits == 1
+    store_word(slab.memory, 3 * 512 + DONE, 8)
+    server.compute(CALL)
+    slab.is_lost = True
+    with pytest.raises(DeviceLost, match="fell off"):
+        server.check()
+    server.close()
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("refuses", "wish", "vendor", "kind"),
+    [
+        ((), "auto", "cuda", "device"),
+        ((), "auto", "hip", "pinned"),
+        ((), "pinned", "cuda", "pinned"),
+        (("device",), "auto", "cuda", "pinned"),
+        # Then the host serves it.
+        (("device", "pinned"), "auto", "cuda", "pinned"),
+    ],
+)
+def test_what_is_offered(refuses: tuple[str, ...], wish: str, vendor: str, kind: str) -> None:
+    server = SlabServer(Backend(refuses))
+    assert offer(server, wish, vendor) == kind
+    assert server.summary.startswith(f"{kind} slab of 2 MiB")
+    assert ("served by the host" in server.summary) == ("pinned" in refuses)
+    server.close()
+
+
+def test_why_there_is_none() -> None:
+    with pytest.raises(DeviceError, match="no device slab: not this one"):
+        offer(SlabServer(Backend(("device",))), "device")
+    with pytest.raises(DeviceError, match="computes on 'cuda', the engine on 'hip'"):
+        offer(SlabServer(Backend()), "device", "hip")
+    with pytest.raises(DeviceError, match="computes on 'arithmetic', the engine on 'cuda'"):
+        offer(SlabServer(ArithmeticBackend()), "device")
