@@ -164,7 +164,8 @@ class SlabServer:
                 try:
                     self._slab = self._backend.open_slab(segment.memory, 0)
                 except DeviceError as error:
-                    _log.warning("the host serves a slab for the device: %s", error)
+                    # Its words alone: the error's frames hold on to the memory.
+                    _log.warning("the host serves a slab for the device: %s", str(error))
         return self._made(segment, fd, SlabOffer("pinned", data_bytes))
 
     def _made(self, segment: Segment, fd: int, offer: SlabOffer) -> tuple[SlabOffer, int]:
