@@ -44,6 +44,8 @@ class DeviceInputs(msgspec.Struct, frozen=True, gc=False):
     weights_dtype: DType
     #: They keep the memory alive.
     owners: tuple[Any, Any, Any]
+    #: None where the library of hidden_states does not say.
+    device_index: int | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -116,6 +118,7 @@ def check_device(
     return DeviceInputs(
         hidden.address, ids.address, weights.address, ids.shape[0], info.hidden_size, ids.shape[1],
         dtype, ids_itemsize, weights_dtype, (hidden_states, topk_ids, topk_weights),
+        hidden.device_index,
     )  # fmt: skip
 
 
@@ -127,13 +130,13 @@ def make_device_output(inputs: DeviceInputs, hidden_states: Any, out: Any) -> tu
     if out is None:
         made = _empty_like(hidden_states)
         return made, _locate("out", made, None).address
-    like = _locate("hidden_states", hidden_states, None)
-    found = _locate("out", out, like.device_index)
+    found = _locate("out", out, inputs.device_index)
     if (
         _FORMATS.get(found.dtype) is not inputs.dtype
-        or found.shape != like.shape
+        or found.shape != (inputs.n_tokens, inputs.hidden_size)
         or not found.is_writable
     ):
+        like = _locate("hidden_states", hidden_states, None)
         what = "" if found.is_writable else "read-only "
         raise InvalidCall(
             f"out is {what}{found.dtype} {list(found.shape)}; pass a writable, contiguous "

@@ -7,6 +7,7 @@ see transport/slab.py. A thread looks after what is on its way, so that no strea
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import threading
 import time
@@ -41,6 +42,9 @@ _log = logging.getLogger(__name__)
 
 #: How often what is on its way is looked after.
 _SLICE_S = 0.01
+#: Looks at nothing after which the thread sleeps until it is woken: to wake it for every call would
+#: take longer than the rest of a `submit`.
+_IDLE_LOOKS = 100
 #: How long a sender leaves a full slab alone.
 _FULL_PAUSE_S = 0.0002
 #: A worker that lives tells of a missed deadline itself, so long after it at most.
@@ -257,7 +261,8 @@ class _Watch:
         #: Oldest first, one for each of the allocator's claims.
         self.parts: collections.deque[_Part] = collections.deque()
         self._segment = segment
-        self._changed = threading.Event()
+        self._woken = threading.Event()
+        self._is_asleep = False
         self._is_over = False
         self._thread = threading.Thread(target=self._run, name="moeshm-slab", daemon=True)
         self._thread.start()
@@ -265,12 +270,13 @@ class _Watch:
     def add(self, part: _Part) -> None:
         """Look after it, too; holds the lock."""
         self.parts.append(part)
-        self._changed.set()
+        if self._is_asleep:
+            self._woken.set()
 
     def end(self) -> None:
         """Let go of the slab as soon as nothing is on its way."""
         self._is_over = True
-        self._changed.set()
+        self._woken.set()
 
     def join(self, timeout_s: float) -> None:
         """Wait until it is let go of."""
@@ -310,11 +316,16 @@ class _Watch:
         part.is_settled = True
 
     def _run(self) -> None:
+        n_idle = 0
         while not (self._is_over and not self.parts):
-            if not self.parts:
-                self._changed.wait()
-                self._changed.clear()
-            time.sleep(_SLICE_S)
+            n_idle = 0 if self.parts else n_idle + 1
+            if n_idle > _IDLE_LOOKS:
+                self._sleep()
+                n_idle = 0
+            if self.parts:
+                time.sleep(_SLICE_S)
+            else:
+                self._woken.wait(_SLICE_S)
             try:
                 self._look()
             except Exception:  # whatever it is, streams must not wait for ever
@@ -325,6 +336,16 @@ class _Watch:
             _log.warning("a slab was not closed: %s", error)
         self.memory = memoryview(b"")
         self._segment.close()
+
+    def _sleep(self) -> None:
+        """Until there is something to look after."""
+        self._is_asleep = True
+        # Looked at after that was said: whoever adds a part meanwhile sees the one or the other.
+        if not (self.parts or self._is_over):
+            self._woken.wait()
+        self._is_asleep = False
+        if not self._is_over:
+            self._woken.clear()
 
     def _look(self) -> None:
         self.settle()
@@ -386,11 +407,13 @@ class DeviceCalls:
     """The device calls of one session. Any thread may submit."""
 
     def __init__(self, link: Link, segment: Segment, data_bytes: int, mover: Mover) -> None:
-        # Weak, as the link owns this: a client that is forgotten must end at once.
-        self._link: Link = weakref.proxy(link)
-        self._data_bytes = data_bytes
+        self._max_tokens = link.max_tokens
+        self._most_tokens = functools.lru_cache(64)(
+            functools.partial(descriptors.most_tokens, data_bytes)
+        )
         self._watch = _Watch(segment, data_bytes, mover)
-        self._finalizer = weakref.finalize(self, self._watch.end)
+        # Weakly known: a client that is forgotten ends at once, and then this.
+        weakref.finalize(self, self._watch.end).atexit = False
 
     def submit(self, call: DeviceCall) -> DeviceFuture:
         """Enqueue the call on its stream, in parts as the slab and the worker need.
@@ -400,10 +423,8 @@ class DeviceCalls:
         """
         inputs = call.given.inputs
         future = DeviceFuture(call)
-        most = descriptors.most_tokens(
-            self._data_bytes, inputs.hidden_size, inputs.top_k, inputs.dtype
-        )
-        step = min(most, self._link.max_tokens, call.slice_tokens)
+        most = self._most_tokens(inputs.hidden_size, inputs.top_k, inputs.dtype)
+        step = min(most, self._max_tokens, call.slice_tokens)
         for first in range(0, inputs.n_tokens, step):
             self._submit_part(call, future, first, min(first + step, inputs.n_tokens))
         return future

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import moeshm
-from moeshm import engine_device
+from moeshm import device_calls, engine_device
 from moeshm.errors import (
     ClientClosed,
     DeadlineExceeded,
@@ -106,6 +107,14 @@ def client(worker: GatedWorker, movers: Movers, kind: Kind) -> Iterator[moeshm.E
     assert not movers.opened
     with connected(worker, kind) as made:
         yield made
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Until a thread of this process has got there."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 class GpuCall(NamedTuple):
@@ -478,3 +487,21 @@ def test_arguments(worker: GatedWorker, movers: Movers, kind: Kind, stream: Stre
         with pytest.raises(SettingError, match=match):
             moeshm.connect(worker.address, **options)  # type: ignore[arg-type]
     assert call.arrays[1].host.shape[1] == TOP_K
+
+
+def test_a_long_pause_between_calls(
+    client: moeshm.ExpertClient, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After which nobody looks after anything until something is on its way."""
+    monkeypatch.setattr(device_calls, "_IDLE_LOOKS", 1)
+    for tag in range(3):
+        call = GpuCall.of(make_inputs(FREE, tag))
+        future = call.submit(client, stream)
+        watch = future._watch
+        # By nobody but the thread that looks after it.
+        stream.synchronize()
+        assert watch is not None
+        wait_until(lambda: not watch.parts)  # noqa: B023
+        wait_until(lambda: watch._is_asleep)  # noqa: B023
+        assert future.done()
+        call.check()

@@ -203,6 +203,7 @@ def test_what_kernels_are_told(library: Any, hidden: str, ids: str, weights: str
         ids_itemsize=int(ids[1]),
         weights_dtype=formats[weights],
         owners=(given[0], given[1], given[2]),
+        device_index=DEVICE,
     )
     assert inputs.n_bytes == N_TOKENS * HIDDEN_SIZE * int(hidden[1])
 
