@@ -109,6 +109,11 @@ class ExpertClient:
         return None if offer is None or self._link.device_calls is None else offer.kind
 
     @property
+    def engine_device(self) -> str | None:
+        """The GPU whose arrays calls may hold, like "cuda:0"; None where they cannot go."""
+        return self._engine.name if self.slab is not None else None
+
+    @property
     def worker_pid(self) -> int:
         """The worker's process id; that of the last one, when it was lost."""
         return int(self._link.session.control.peer_pid)

@@ -85,6 +85,11 @@ class Engine:
         self.wish = SlabWish() if device is None else device.wish
         self._why_none = ""
 
+    @property
+    def name(self) -> str | None:
+        """Like "cuda:0"; None for none."""
+        return None if self._device is None else f"{self._device.vendor}:{self._device.number}"
+
     def open_slab(self, link: Link) -> bool:
         """Use the session's slab; False if another session, which is asked for less, is to be
         opened. DeviceError: there is none of the kind that the caller insists on."""

@@ -17,6 +17,7 @@ import numpy as np
 from ..backends.reference import activate
 from ..client import ExpertClient
 from ..connecting import connect
+from ..device_arrays import ALIGNMENT
 from ..errors import InvalidCall, SettingError, UnsupportedPlatform
 from ..layers import LayerInfo
 from ..supervisor import spawn_worker
@@ -43,13 +44,20 @@ EXPERTS_IMPLEMENTATION = "moeshm"
 ModelOrPath: TypeAlias = PreTrainedModel | str | os.PathLike[str]
 
 
-def offload(model_or_path: ModelOrPath, client_or_worker: ExpertClient | str) -> PreTrainedModel:
+def offload(
+    model_or_path: ModelOrPath,
+    client_or_worker: ExpertClient | str,
+    *,
+    engine_device: str | None = None,
+) -> PreTrainedModel:
     """A model whose `experts_implementation` is `moeshm` and that holds no expert weights.
 
     `model_or_path`: the directory of a checkpoint, whose expert tensors are not read, or a
     model, which is changed in place: its expert weights are dropped. `client_or_worker`: a
     client, which stays yours to close; `"unix:PATH"`, to connect to the worker there; or the
     name of a device such as `"cpu"`, to start a worker there on the model's directory.
+    `engine_device`: as of `connect`, for a client that is opened here: a model on that GPU then
+    passes activations from GPU to GPU.
 
     The client is `model.moeshm_client`. One that was opened here is closed when the model goes,
     or earlier by `model.moeshm_client.close()`.
@@ -61,7 +69,7 @@ def offload(model_or_path: ModelOrPath, client_or_worker: ExpertClient | str) ->
     """
     if not isinstance(client_or_worker, str):
         return _offload(model_or_path, client_or_worker)
-    client = _open(client_or_worker, model_or_path)
+    client = _open(client_or_worker, model_or_path, engine_device)
     try:
         model = _offload(model_or_path, client)
     except BaseException:
@@ -71,12 +79,12 @@ def offload(model_or_path: ModelOrPath, client_or_worker: ExpertClient | str) ->
     return model
 
 
-def _open(worker: str, model_or_path: ModelOrPath) -> ExpertClient:
+def _open(worker: str, model_or_path: ModelOrPath, engine_device: str | None) -> ExpertClient:
     if worker.startswith("unix:"):
-        return connect(worker)
+        return connect(worker, engine_device=engine_device)
     if isinstance(model_or_path, PreTrainedModel):
         model_or_path = model_or_path.name_or_path
-    return spawn_worker(_directory(model_or_path), device=worker)
+    return spawn_worker(_directory(model_or_path), device=worker, engine_device=engine_device)
 
 
 def _directory(path: str | os.PathLike[str]) -> Path:
@@ -307,10 +315,22 @@ def _forward(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: A
             f"layer {experts.layer}: a gradient is wanted, and experts at a worker have none; "
             "run the model under torch.no_grad() or torch.inference_mode()"
         )
-    output = experts.client.compute(
-        experts.layer, hidden_states.cpu(), top_k_index.cpu(), top_k_weights.cpu()
-    )
+    given = hidden_states, top_k_index, top_k_weights
+    if _stays_on_gpu(experts.client, hidden_states):
+        # Waits for the result: a lost worker must be heard of before it is used.
+        return experts.client.compute(experts.layer, *(each.contiguous() for each in given))
+    output = experts.client.compute(experts.layer, *(each.cpu() for each in given))
     return output.to(hidden_states.device)
+
+
+def _stays_on_gpu(client: ExpertClient, hidden_states: Any) -> bool:
+    """Whether the client takes such activations as they are."""
+    if not hidden_states.is_cuda or client.engine_device is None:
+        return False
+    # torch says "cuda" of ROCm's GPUs, too.
+    is_there = client.engine_device.endswith(f":{hidden_states.device.index}")
+    row_bytes = hidden_states.shape[1] * hidden_states.element_size()
+    return is_there and row_bytes % ALIGNMENT == 0
 
 
 # Left out of compiled graphs: torch.compile would trace the client's NumPy code as its own.
