@@ -356,7 +356,7 @@ class ExpertClient:
         self._reconnector.close()
         if link.device_calls is not None:
             # The calls' streams are let go on, and the worker's memory is closed before it ends.
-            link.device_calls.close(_SLAB_CLOSE_S)
+            link.device_calls.join(_SLAB_CLOSE_S)
         self._on_close()
 
     def __enter__(self) -> ExpertClient:

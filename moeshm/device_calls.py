@@ -197,11 +197,12 @@ class _Part:
         #: What the worker said, and why there will be no more words of its.
         self.told: CallError | None = None
         self.loss: CallError | None = None
-        #: The stream need not wait for `done` any more; with which error, None if it was computed.
-        self.is_released = False
-        self.error: CallError | None = None
+        #: Whoever submits it has enqueued what there will be of it.
+        self.is_begun = False
         #: `take` is on the stream: `taken` will be set.
         self.has_take = False
+        #: The stream need not wait for the worker any more.
+        self.is_released = False
         #: Nothing of it is on its way, and its future knows.
         self.is_settled = False
         self._memory = memory
@@ -223,7 +224,7 @@ class _Part:
 
     def release(self, error: CallError | None) -> None:
         """Let the stream go on, in the worker's place."""
-        self.is_released, self.error = True, error
+        self.is_released = True
         if error is not None:
             self.future.fail(error)
         self.set(DONE, self.claim.sequence)
@@ -258,12 +259,13 @@ class _Watch:
         self.memory = segment.memory
         self.mover = mover
         self.allocator = Allocator(data_bytes)
+        #: Nothing more is added: seen by whoever holds the lock.
+        self.is_over = False
         #: Oldest first, one for each of the allocator's claims.
         self.parts: collections.deque[_Part] = collections.deque()
         self._segment = segment
         self._woken = threading.Event()
         self._is_asleep = False
-        self._is_over = False
         self._thread = threading.Thread(target=self._run, name="moeshm-slab", daemon=True)
         self._thread.start()
 
@@ -274,8 +276,8 @@ class _Watch:
             self._woken.set()
 
     def end(self) -> None:
-        """Let go of the slab as soon as nothing is on its way."""
-        self._is_over = True
+        """Take no more, and let go of the slab as soon as nothing is on its way."""
+        self.is_over = True
         self._woken.set()
 
     def join(self, timeout_s: float) -> None:
@@ -292,6 +294,8 @@ class _Watch:
                 self._tell(part)
 
     def _is_over_for(self, part: _Part) -> bool:
+        if not part.is_begun:
+            return False
         return part.has_reached(TAKEN) if part.has_take else part.is_released
 
     def _tell(self, part: _Part) -> None:
@@ -317,7 +321,7 @@ class _Watch:
 
     def _run(self) -> None:
         n_idle = 0
-        while not (self._is_over and not self.parts):
+        while not (self.is_over and not self.parts):
             n_idle = 0 if self.parts else n_idle + 1
             if n_idle > _IDLE_LOOKS:
                 self._sleep()
@@ -341,10 +345,10 @@ class _Watch:
         """Until there is something to look after."""
         self._is_asleep = True
         # Looked at after that was said: whoever adds a part meanwhile sees the one or the other.
-        if not (self.parts or self._is_over):
+        if not (self.parts or self.is_over):
             self._woken.wait()
         self._is_asleep = False
-        if not self._is_over:
+        if not self.is_over:
             self._woken.clear()
 
     def _look(self) -> None:
@@ -352,7 +356,7 @@ class _Watch:
         with self.lock:
             parts = list(self.parts)
         for part in parts:
-            if not part.is_released:
+            if part.is_begun and not part.is_released:
                 self._look_at(part)
 
     def _look_at(self, part: _Part) -> None:
@@ -412,6 +416,8 @@ class DeviceCalls:
             functools.partial(descriptors.most_tokens, data_bytes)
         )
         self._watch = _Watch(segment, data_bytes, mover)
+        #: Held by whoever enqueues on a stream: the mover is for one thread at a time.
+        self._moving = threading.Lock()
         # Weakly known: a client that is forgotten ends at once, and then this.
         weakref.finalize(self, self._watch.end).atexit = False
 
@@ -429,38 +435,54 @@ class DeviceCalls:
             self._submit_part(call, future, first, min(first + step, inputs.n_tokens))
         return future
 
-    def close(self, timeout_s: float) -> None:
-        """Wait until nothing is on its way and the slab is let go of, at most so long."""
+    def end(self) -> None:
+        """The session is over: take no more, let streams go on, and let go of the slab."""
         self._watch.end()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until the slab is let go of, at most so long."""
         self._watch.join(timeout_s)
 
     def _submit_part(self, call: DeviceCall, future: DeviceFuture, first: int, end: int) -> None:
-        given, link, watch = call.given, call.link, self._watch
-        whole = given.inputs
+        link, watch, whole = call.link, self._watch, call.given.inputs
         inputs = whole if end - first == whole.n_tokens else whole.rows(first, end)
         sizes = descriptors.sizes(inputs.n_tokens, inputs.hidden_size, inputs.top_k, inputs.dtype)
         with watch.lock:
             claim = watch.allocator.claim(sizes)
             while claim is None:
                 claim = self._wait_for_room(sizes, call.deadline)
+            if watch.is_over:
+                raise another(link.loss or WorkerDied("the session is over"))
             part = _Part(future, link, claim, watch.memory, inputs, call.fallback)
-            part.set(REFUSED, 0)
-            try:
-                # First: there may be no room for it. The worker waits for the arrays.
-                link.describe(part, part.call_id, descriptors.pack(_descriptor(call, part)))
-            except BaseException:
-                watch.allocator.give_back()
-                raise
             watch.add(part)
-            future.add(part, sum(sizes[:3]), watch)
-            try:
-                watch.mover.give(given.stream, inputs, claim.places, claim.sequence)
-                out = given.out_address + first * inputs.hidden_size * inputs.dtype.itemsize
-                watch.mover.take(given.stream, out, sizes[0], claim.places, claim.sequence)
-                part.has_take = True
-            except DeviceError as error:
-                link.lose(error)
-                raise
+        future.add(part, sum(sizes[:3]), watch)
+        try:
+            part.set(REFUSED, 0)
+            # First: there may be no room for it. The worker waits for the arrays.
+            link.describe(part, part.call_id, descriptors.pack(_descriptor(call, part)))
+            self._enqueue(call, part, first)
+        finally:
+            if not part.has_take:
+                # Nothing takes the output; or something might, after an interrupt.
+                part.release(None)
+            part.is_begun = True
+
+    def _enqueue(self, call: DeviceCall, part: _Part, first: int) -> None:
+        given, inputs, claim = call.given, part.inputs, part.claim
+        out = given.out_address + first * inputs.hidden_size * inputs.dtype.itemsize
+        mover, where = self._watch.mover, (claim.places, claim.sequence)
+        try:
+            with self._moving:
+                mover.give(given.stream, inputs, *where)
+                mover.take(given.stream, out, inputs.n_bytes, *where)
+            part.has_take = True
+        except BaseException as error:
+            # The worker waits for arrays that may never come.
+            why = (
+                error if isinstance(error, DeviceError) else WorkerDied("a submit was interrupted")
+            )
+            call.link.lose(why)
+            raise
 
     def _wait_for_room(self, sizes: tuple[int, int, int, int], deadline: float) -> Claim | None:
         """Let go of the lock for a moment, and try again. RingFull: until the deadline."""

@@ -337,6 +337,8 @@ class Link:
         self.session.close()
         while self._pending:
             self._pending.popitem()[1].fail(another(error))
+        if self.device_calls is not None:
+            self.device_calls.end()
         self._changed.notify_all()
         # Whoever receives may be copying rows into an array that is its caller's again once this
         # returns; with the session closed it cannot take longer than that.

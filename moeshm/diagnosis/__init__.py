@@ -7,6 +7,7 @@ traceback.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -96,7 +97,8 @@ def choose(findings: Iterable[Finding]) -> Auto:
     if blockers:
         reason = f"moeshm cannot run without {', '.join(blockers)}"
         return Auto(None, None, reason, reason)
-    gpus = [name for name in status if name.startswith(("cuda:", "hip:"))]
+    # Not "cuda:0-cuda:1", which is a way between two.
+    gpus = [name for name in status if re.fullmatch(r"(cuda|hip):\d+", name)]
     device = gpus[0] if gpus else "cpu"
     device_reason = "the first GPU that CuPy sees" if gpus else "CuPy sees no GPU"
     lacking = [name for name in SHARED_NEEDS if status[name] != "ok"]

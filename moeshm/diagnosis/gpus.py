@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import gpu_paths
 from .finding import Finding, describe, read, size
 
 #: A page of device memory: what is exported to other processes is a multiple of it.
@@ -20,7 +21,8 @@ ROCM_LACKS = "IPC events, mallocAsync, cooperative launch, cuFuncSetAttribute, g
 
 
 def check_gpus() -> list[Finding]:
-    """A finding per GPU that CuPy sees; without CuPy, whether there is a GPU at all."""
+    """A finding per GPU that CuPy sees, and per way between these and the host; without CuPy,
+    whether there is a GPU at all."""
     try:
         from cupy.cuda import runtime
     except ImportError as error:
@@ -31,7 +33,8 @@ def check_gpus() -> list[Finding]:
         return [Finding("gpu", "missing", describe(error), _ON_CPU)]
     if count == 0:
         return [Finding("gpu", "missing", "CuPy sees none", _ON_CPU)]
-    return [check_gpu(runtime, index) for index in range(count)]
+    found = [check_gpu(runtime, index) for index in range(count)]
+    return found + gpu_paths.check_paths(runtime, [gpu.name for gpu in found])
 
 
 def check_gpu(runtime: Any, index: int) -> Finding:

@@ -138,8 +138,3 @@ class Allocator:
     def free_oldest(self) -> None:
         """Nothing uses the oldest claim any more."""
         self._begin = self._claims.popleft().end
-
-    def give_back(self) -> None:
-        """The newest claim is not needed: nothing uses it, nor ever did."""
-        self._sequence = (self._claims.pop().sequence - 1) % _SEQUENCES
-        self._end = self._claims[-1].end if self._claims else self._begin

@@ -489,6 +489,36 @@ def test_arguments(worker: GatedWorker, movers: Movers, kind: Kind, stream: Stre
     assert call.arrays[1].host.shape[1] == TOP_K
 
 
+@pytest.mark.parametrize("step", ["give", "take"])
+@pytest.mark.parametrize("error", [DeviceError("not today"), KeyboardInterrupt()])
+def test_a_submit_that_is_cut_short(
+    client: moeshm.ExpertClient,
+    stream: Stream,
+    movers: Movers,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    error: BaseException,
+) -> None:
+    """The caller hears of it, nothing waits for ever, and the next call has another session."""
+    earlier = GpuCall.of(make_inputs(FREE, 1))
+    first = earlier.submit(client, stream)
+    first.wait(PATIENCE_S)
+
+    def fail(*_arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(movers.opened[0], step, fail)
+    with pytest.raises(type(error)):
+        GpuCall.of(make_inputs(FREE, 2)).submit(client, stream)
+    call = GpuCall.of(make_inputs(FREE, 3))
+    with within(SOON_S):
+        call.submit(client, stream).wait(PATIENCE_S)
+    call.check()
+    assert client.stats().reconnects == 1
+    stream.synchronize()
+    wait_until(lambda: movers.opened[0].is_closed)
+
+
 def test_a_long_pause_between_calls(
     client: moeshm.ExpertClient, stream: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from moeshm.backends.gpu import driver
-from moeshm.diagnosis import gpus
+from moeshm.diagnosis import gpu_paths, gpus
 from moeshm.diagnosis.finding import Finding
 
 GIB = 1 << 30
@@ -106,6 +106,18 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeDriver]]:
     assert Fresh.held == []
 
 
+@pytest.fixture(autouse=True)
+def paths(monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
+    """What is found of the ways between GPUs: nothing, until a test adds something."""
+    found: list[Finding] = []
+
+    def check(_runtime: Any, names: list[str]) -> list[Finding]:
+        return [each for each in found if each.name.partition("-")[0] in names]
+
+    monkeypatch.setattr(gpu_paths, "check_paths", check)
+    return found
+
+
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeRuntime], FakeRuntime]:
     def install(runtime: FakeRuntime) -> FakeRuntime:
@@ -133,6 +145,12 @@ def test_each_cuda_device_has_a_line(pretend: Pretend) -> None:
     )
     assert runtime.held == []
     assert runtime.device == 0
+
+
+def test_ways_between_gpus_follow_the_gpus(pretend: Pretend, paths: list[Finding]) -> None:
+    pretend(FakeRuntime(count=2))
+    paths += [Finding("cuda:0-cuda:1", "ok", "fast"), Finding("cuda:2-host", "ok", "slow")]
+    assert [found.name for found in gpus.check_gpus()] == ["cuda:0", "cuda:1", "cuda:0-cuda:1"]
 
 
 def test_a_ring_that_is_taken_by_halves(pretend: Pretend, card: type[FakeDriver]) -> None:

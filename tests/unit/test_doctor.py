@@ -131,7 +131,8 @@ def test_auto_steps_down_to_stream_and_says_why(name: str, status: Status) -> No
 
 
 def test_auto_takes_the_first_gpu() -> None:
-    gpus = [Finding(name, "degraded", "") for name in ("hip:0", "hip:1")]
+    names = ("hip:0-hip:1", "hip:0-host", "hip:0", "hip:1")
+    gpus = [Finding(name, "degraded", "") for name in names]
     assert diagnosis.choose([*all_ok_but(), *gpus]).device == "hip:0"
 
 
