@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .call import CallFuture
     from .client import ExpertClient
     from .connecting import connect
-    from .device_calls import DeviceFuture
+    from .device_future import DeviceFuture
     from .layers import Activation, LayerInfo
     from .offload import ExpertOffload, OffloadStats
     from .placement import Placement
@@ -50,7 +50,7 @@ _HOMES = {
     "Activation": "layers",
     "CallFuture": "call",
     "ClientStats": "stats",
-    "DeviceFuture": "device_calls",
+    "DeviceFuture": "device_future",
     "ExpertClient": "client",
     "ExpertOffload": "offload",
     "LayerInfo": "layers",

@@ -18,7 +18,7 @@ from .backends import Backend
 from .call import CallFuture
 from .choice import MAX_TIMEOUT_S
 from .device_arrays import is_device_array
-from .device_calls import DeviceFuture
+from .device_future import DeviceFuture
 from .dtypes import Array, DType
 from .engine_device import Engine, EngineDevice
 from .errors import (
@@ -76,7 +76,7 @@ class ExpertClient:
         self._timeout_s = settings.current().timeout_s
         self._capacity = batch_capacity or settings.current().batch_capacity
         self._counter = StatsCounter()
-        self._engine = Engine(engine, self._counter)
+        self._engine = Engine(engine, self._counter, fallback is not None)
         self._reconnector = Reconnector(on_close)
         self._closed = threading.Event()
         #: The session that takes the last one's place, until it holds the views.

@@ -177,6 +177,7 @@ class Daemon:
         )
         server = SessionServer(opened, views, self._turns, self._draining, slab)
         why = server.serve()
+        slab.wait_until_taken(opened.peer_is_gone)
         if server.device_lost is not None:
             self._device_lost = server.device_lost
             # It is closed when the worker drains already.

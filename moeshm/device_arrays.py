@@ -14,6 +14,9 @@ from .layers import LayerInfo
 
 #: What kernels copy at once: rows have a multiple of so many bytes, and the first starts at one.
 ALIGNMENT = 16
+#: Of values, what rows have a multiple of: so many float16 are as long as that, and kernels take no
+#: other rows of float32 either.
+ROW_VALUES = 8
 #: As torch names them, and as `__cuda_array_interface__` does, which has no bfloat16.
 _FORMATS = {
     "torch.float32": DType.F32,
@@ -109,11 +112,10 @@ def check_device(
     _check_contiguous("hidden_states", hidden, ALIGNMENT)
     _check_contiguous("topk_ids", ids, ids_itemsize)
     _check_contiguous("topk_weights", weights, weights_dtype.itemsize)
-    row_bytes = info.hidden_size * dtype.itemsize
-    if row_bytes % ALIGNMENT:
+    if info.hidden_size % ROW_VALUES:
         raise InvalidCall(
-            f"hidden_states has rows of {row_bytes} bytes, {info.hidden_size} values of {dtype}; "
-            f"on a GPU they must be a multiple of {ALIGNMENT}: pass arrays in the host's memory"
+            f"hidden_size={info.hidden_size}; on a GPU it must be a multiple of {ROW_VALUES}: pass "
+            "arrays in the host's memory"
         )
     return DeviceInputs(
         hidden.address, ids.address, weights.address, ids.shape[0], info.hidden_size, ids.shape[1],
@@ -122,13 +124,16 @@ def check_device(
     )  # fmt: skip
 
 
-def make_device_output(inputs: DeviceInputs, hidden_states: Any, out: Any) -> tuple[Any, int]:
+def make_device_output(
+    inputs: DeviceInputs, hidden_states: Any, out: Any, stream: int | None = None
+) -> tuple[Any, int]:
     """What the caller gets, and the address that the result goes to.
 
     `out`, if not None, must be contiguous and like hidden_states, on the same GPU; InvalidCall.
+    `stream`: the handle of the one that a new array is for, None for the library's current one.
     """
     if out is None:
-        made = _empty_like(hidden_states)
+        made = _empty_like(hidden_states, stream)
         return made, _locate("out", made, None).address
     found = _locate("out", out, inputs.device_index)
     if (
@@ -146,17 +151,20 @@ def make_device_output(inputs: DeviceInputs, hidden_states: Any, out: Any) -> tu
     return out, found.address
 
 
-def stream_of(stream: Any, hidden_states: Any) -> int:
-    """The driver's handle of a stream; InvalidCall if it is none.
+def stream_of(stream: Any, hidden_states: Any, device_index: int | None = None) -> int:
+    """The driver's handle of a stream; InvalidCall if it is none, or another GPU's.
 
     `stream`: CuPy's, torch's, a handle, or None for the one that is current in the library of
     `hidden_states`, on their GPU. 0 is the default stream.
     """
     if stream is None:
         return _current_stream(hidden_states)
+    index = getattr(getattr(stream, "device", None), "index", getattr(stream, "device_id", None))
+    if index is not None and device_index not in (None, -1) and index not in (device_index, -1):
+        raise InvalidCall(f"stream is of GPU {index}; pass one of GPU {device_index}")
     # torch's name for it, and CuPy's.
     for handle in (stream, getattr(stream, "cuda_stream", None), getattr(stream, "ptr", None)):
-        if isinstance(handle, int) and handle >= 0:
+        if isinstance(handle, int) and handle >= 0 and handle is not True:
             return handle
     raise InvalidCall(
         f"stream is {stream!r}; pass a cupy.cuda.Stream, a torch.cuda.Stream, its handle, or None "
@@ -303,13 +311,23 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: i
     return True
 
 
-def _empty_like(values: Any) -> Any:
+def _empty_like(values: Any, stream: int | None) -> Any:
+    """On that stream, as libraries give out what was freed there, where its last use is known."""
+    is_current = stream is None or stream == _current_stream(values)
     if _is_tensor(values):
-        return sys.modules["torch"].empty_like(values)
+        torch = sys.modules["torch"]
+        if is_current:
+            return torch.empty_like(values)
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=values.device)):
+            return torch.empty_like(values)
     if _is_cupy(values):
+        cupy = sys.modules["cupy"]
         # CuPy allocates on the current device, whichever the array is on.
         with values.device:
-            return sys.modules["cupy"].empty_like(values)
+            if is_current:
+                return cupy.empty_like(values)
+            with cupy.cuda.ExternalStream(stream, values.device.id):
+                return cupy.empty_like(values)
     raise InvalidCall(
         f"hidden_states is {type(values).__name__}, which moeshm cannot make; pass `out`, or an "
         "array of CuPy's or torch's"

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import arrays, device_arrays, settings
-from .device_calls import DeviceCall, DeviceCalls, DeviceFuture, Given, HostFallback, Mover
+from .device_calls import DeviceCalls
+from .device_future import DeviceCall, DeviceFuture, Given, HostFallback
+from .device_watch import Mover
 from .dtypes import Array
 from .errors import (
     ClientClosed,
@@ -78,11 +80,17 @@ def parse(name: str | None, transport: str | None) -> tuple[EngineDevice | None,
 class Engine:
     """The calls of one client whose arrays are on the engine's GPU, if it named one."""
 
-    def __init__(self, device: EngineDevice | None, counter: StatsCounter) -> None:
+    def __init__(
+        self, device: EngineDevice | None, counter: StatsCounter, has_fallback: bool
+    ) -> None:
         self._device = device
         self._counter = counter
         #: What workers are asked for: what they, or this process, could not is not tried again.
         self.wish = SlabWish() if device is None else device.wish
+        if has_fallback and self.wish.kind == "auto":
+            # A fallback must reach the slab while streams wait for it, and drivers may wait for
+            # these streams before they copy from another GPU's memory.
+            self.wish = self.wish._replace(kind="pinned")
         self._why_none = ""
 
     @property
@@ -96,22 +104,30 @@ class Engine:
         device = self._device
         if device is None:
             return True
+        welcome = link.session.welcome
+        if welcome.slab_refused:
+            self._tell(welcome.slab_refused)
         try:
             link.device_calls = open_calls(device, link)
         except DeviceError as error:
-            if device.kind != "auto":
+            is_device = welcome.slab is not None and welcome.slab.kind == "device"
+            if device.kind != "auto" or (welcome.slab is not None and not is_device):
+                # The GPU is not there, or the caller insists.
                 link.close(ClientClosed(f"the session is of no use: {error}"))
                 raise
             # Its words alone: the error's frames hold on to the slab.
-            self._why_none = why = str(error)
-            self._counter.stepped_down(why)
-            offer = link.session.welcome.slab
-            if offer is not None and offer.kind == "device":
-                _log.warning("arrays on %s go through the host's memory: %s", device.name, why)
+            self._why_none = str(error)
+            self._tell(self._why_none)
+            if is_device:
                 self.wish = self.wish._replace(kind="pinned")
                 return False
-            _log.warning("arrays on %s cannot be passed to this worker: %s", device.name, why)
         return True
+
+    def _tell(self, why: str) -> None:
+        """Arrays go another way than they might."""
+        if self._counter.stepped_down(why):
+            assert self._device is not None
+            _log.warning("arrays on %s: %s", self._device.name, why)
 
     def check(
         self,
@@ -132,8 +148,9 @@ class Engine:
         inputs = device_arrays.check_device(
             layer, info, hidden_states, topk_ids, topk_weights, self._device.number
         )
-        made = device_arrays.make_device_output(inputs, hidden_states, out)
-        return Given(layer, inputs, *made, device_arrays.stream_of(stream, hidden_states))
+        handle = device_arrays.stream_of(stream, hidden_states, self._device.number)
+        made = device_arrays.make_device_output(inputs, hidden_states, out, handle)
+        return Given(layer, inputs, *made, handle)
 
     def submit(
         self,

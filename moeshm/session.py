@@ -58,8 +58,8 @@ _SLAB_CALLS = 2
 _NO_WISH = SlabWish()
 
 #: `(hello, data bytes)`: makes the slab that a client wishes for; with the fd of its segment, which
-#: is the caller's to close.
-OfferSlab = Callable[[Hello, int], tuple[SlabOffer, int]]
+#: is the caller's to close, and why it is not better than it is.
+OfferSlab = Callable[[Hello, int], tuple[SlabOffer, int, str]]
 
 
 def parse_address(address: str) -> str:
@@ -332,7 +332,7 @@ def _join(
 # --- worker -------------------------------------------------------------------------------
 
 
-def _offer_none(_hello: Hello, _data_bytes: int) -> tuple[SlabOffer, int]:
+def _offer_none(_hello: Hello, _data_bytes: int) -> tuple[SlabOffer, int, str]:
     raise DeviceError("this worker gives none")
 
 
@@ -422,11 +422,11 @@ def _offer(
         return None, ""
     n_bytes = min(_SLAB_CALLS * call_bytes, MAX_RING_BYTES)
     try:
-        offer, fd = offer_slab(hello, -(-n_bytes // PAGE_BYTES) * PAGE_BYTES)
+        offer, fd, why = offer_slab(hello, -(-n_bytes // PAGE_BYTES) * PAGE_BYTES)
     except (SegmentError, DeviceError) as error:
         return None, str(error)
     fds.append(fd)
-    return offer, ""
+    return offer, why
 
 
 def _call_sizes(info: LayerInfo, max_tokens: int) -> tuple[int, int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from . import descriptors, settings
 from ._inputs import inspect_ids
-from ._words import store_word, wait_for_word
+from ._words import load_word, store_word, wait_for_word
 from .backends import Backend, SlabCall, SlabUser, WorkerSlab
 from .descriptors import Descriptor
 from .dtypes import Array
@@ -21,10 +22,15 @@ from .errors import DeviceError, InvalidCall, ProtocolError, SegmentError
 from .handshake import Hello, SlabOffer
 from .holdings import View
 from .protocol import SlotTable
-from .transport.slab import DONE, GIVEN, REFUSED, SLOT_BYTES, TOLD, Segment
+from .transport.slab import DONE, GIVEN, REFUSED, SLOT_BYTES, SLOTS, TAKEN, TOLD, Segment
 
 _log = logging.getLogger(__name__)
 
+#: Of views, layers and id spaces, what stays known.
+_MAX_IDS = 1024
+#: How long a slab is kept for a client whose GPU still copies from it.
+_TAKEN_LIMIT_S = 5.0
+_TAKEN_SLICE_NS = 10_000_000
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 
 
@@ -47,23 +53,31 @@ class SlabServer:
         self._backend = backend
         self._segment: Segment | None = None
         self._data_bytes = 0
+        #: Why the host serves it though the backend has a device.
+        self._why_host: list[str] = []
         #: The device's; None for a slab that the host serves.
         self._slab: WorkerSlab | None = None
         #: The call that the device was given last, unless it is known to be done.
         self._last: SlabCall | None = None
         self._ids: dict[tuple[int, int, int], _Ids] = {}
 
-    def offer(self, hello: Hello, data_bytes: int) -> tuple[SlabOffer, int]:
+    def offer(self, hello: Hello, data_bytes: int) -> tuple[SlabOffer, int, str]:
         """As `session.OfferSlab`. DeviceError, SegmentError: why there is none."""
         kinds = ("device", "pinned") if hello.slab == "auto" else (hello.slab,)
-        whys = []
+        whys: list[str] = []
         for kind in kinds:
             make = self._make_device if kind == "device" else self._make_pinned
             try:
-                return make(hello, data_bytes)
+                offer, fd = make(hello, data_bytes)
+                return offer, fd, "; ".join(whys + self._why_host)
             except (DeviceError, SegmentError) as error:
                 whys.append(f"no {kind} slab: {error}")
         raise DeviceError("; ".join(whys))
+
+    def check_open(self) -> None:
+        """ProtocolError: the session has no slab."""
+        if self._segment is None:
+            raise ProtocolError("a descriptor in a session without a slab")
 
     @property
     def summary(self) -> str:
@@ -76,8 +90,6 @@ class SlabServer:
 
     def call_of(self, descriptor: Descriptor, view: View, most: int) -> SlabCall:
         """The call that it describes. InvalidCall, ProtocolError: as `descriptors.check`."""
-        if self._segment is None:
-            raise ProtocolError("a descriptor in a session without a slab")
         info = view.layers.get(descriptor.layer)
         dtype = descriptors.check(descriptor, info, most, self._data_bytes)
         ids = self._ids_of(descriptor, view)
@@ -90,6 +102,7 @@ class SlabServer:
             descriptor.sequence,
             ids.n_ids,
             ids.slots,
+            descriptor.hidden_size,
         )
 
     def wait_for_arrays(self, call: SlabCall, timeout_s: float) -> bool:
@@ -129,6 +142,19 @@ class SlabServer:
         assert self._segment is not None
         store_word(self._segment.memory, _flag(slot, DONE), sequence)
 
+    def wait_until_taken(self, is_gone: Callable[[], bool]) -> None:
+        """Until the client's GPU has copied what is done out of device memory, which must not be
+        freed under it; not for a client that is gone, nor for longer than 5 s."""
+        if self._slab is None or not self._slab.handle or self._segment is None:
+            return
+        deadline = time.monotonic() + _TAKEN_LIMIT_S
+        memory = self._segment.memory
+        for slot in range(SLOTS):
+            done = load_word(memory, _flag(slot, DONE))
+            while not wait_for_word(memory, _flag(slot, TAKEN), done, _TAKEN_SLICE_NS, 0):
+                if is_gone() or time.monotonic() > deadline:
+                    return
+
     def close(self) -> None:
         """Wait for what was begun, and let go of the memory; a second time does nothing."""
         slab, self._slab = self._slab, None
@@ -165,7 +191,8 @@ class SlabServer:
                     self._slab = self._backend.open_slab(segment.memory, 0)
                 except DeviceError as error:
                     # Its words alone: the error's frames hold on to the memory.
-                    _log.warning("the host serves a slab for the device: %s", str(error))
+                    self._why_host = [f"the host serves the slab for the device: {error}"]
+                    _log.warning("%s", self._why_host[0])
         return self._made(segment, fd, SlabOffer("pinned", data_bytes))
 
     def _made(self, segment: Segment, fd: int, offer: SlabOffer) -> tuple[SlabOffer, int]:
@@ -178,8 +205,11 @@ class SlabServer:
         """Made once for each view, layer and id space."""
         key = descriptor.view, descriptor.layer, descriptor.are_global
         found = self._ids.get(key)
-        # Numbers of views that were released are used again.
+        # A client may use the number of a view that it released again.
         if found is None or found.view is not view:
+            if len(self._ids) >= _MAX_IDS:
+                # Views come and go; those in use are soon there again.
+                self._ids.clear()
             found = self._ids[key] = _ids(descriptor, view)
         return found
 
@@ -187,8 +217,7 @@ class SlabServer:
         ids = self._array(call.places.topk_ids, _INT32, call.n_tokens, call.top_k)
         # Copied before they are checked: the client could change them in between.
         slots = _slots(ids.copy(), call)
-        hidden_size = self._backend.layers[call.layer].hidden_size
-        shape = call.n_tokens, hidden_size
+        shape = call.n_tokens, call.hidden_size
         self._backend.ffn(
             call.layer,
             self._array(call.places.hidden_states, call.dtype.numpy, *shape),

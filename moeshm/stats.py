@@ -91,10 +91,11 @@ class StatsCounter:
         with self._lock:
             self._bytes_in += bytes_in
 
-    def stepped_down(self, why: str) -> None:
-        """Arrays on the engine's GPU go another way than was wished for."""
+    def stepped_down(self, why: str) -> bool:
+        """Arrays on the engine's GPU go another way than they might; True the first time."""
         with self._lock:
             self._stepped_down[why] += 1
+            return self._stepped_down[why] == 1
 
     def answered(self, answer: Answer, rows: int, start_ns: int) -> None:
         """A call that began at `start_ns` (of time.perf_counter) is over."""

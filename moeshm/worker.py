@@ -121,6 +121,7 @@ class SessionServer:
         self._draining = draining
         self._slab = slab or SlabServer(views.backend)
         self._compute_ns = 0
+        self._drain_until = math.inf
         #: Why this worker's device will compute no call any more; the session ends with it.
         self.device_lost: DeviceLost | None = None
         self.calls = 0
@@ -148,7 +149,6 @@ class SessionServer:
         return why
 
     def _take_calls(self) -> str:
-        drain_until = math.inf
         slice_s = _IDLE_SLICE_S
         while True:
             if self._views.device_lost is not None and not self._orders:
@@ -157,9 +157,7 @@ class SessionServer:
                 return str(self.device_lost)
             # Looked at first, so that what was sent before is answered.
             is_draining = self._draining.is_set()
-            if is_draining:
-                drain_until = min(drain_until, time.monotonic() + DRAIN_LIMIT_S)
-            if time.monotonic() > drain_until:
+            if self._is_drained():
                 return "the worker shuts down"
             try:
                 record = self._transport.acquire(0.0 if is_draining else slice_s)
@@ -217,6 +215,7 @@ class SessionServer:
             descriptor = descriptors.read(record)
         finally:
             record.release()
+        self._slab.check_open()
         error = self._begin(descriptor)
         if error is not None:
             self._say(protocol.pack_error(descriptor.call_id, error))
@@ -241,12 +240,9 @@ class SessionServer:
         return None
 
     def _wait_for_arrays(self, call: SlabCall, deadline_ns: int) -> None:
-        drain_until = math.inf
         while not self._slab.wait_for_arrays(call, _ARRAYS_SLICE_S):
             _check_deadline(deadline_ns, time.monotonic_ns())
-            if self._draining.is_set():
-                drain_until = min(drain_until, time.monotonic() + DRAIN_LIMIT_S)
-            if time.monotonic() > drain_until:
+            if self._is_drained():
                 raise WorkerFailed("the worker shuts down, and the call's arrays did not come")
             if self._session.peer_is_gone():
                 raise PeerDied("the client is gone; the arrays of its call will not come")
@@ -265,6 +261,12 @@ class SessionServer:
         except CallError as error:
             return order.call_id, type(error)(str(error))
         return order.call_id, None
+
+    def _is_drained(self) -> bool:
+        """What the client sends on, or does not give, is not waited for any more."""
+        if self._draining.is_set():
+            self._drain_until = min(self._drain_until, time.monotonic() + DRAIN_LIMIT_S)
+        return time.monotonic() > self._drain_until
 
     def _check_slab(self) -> None:
         try:

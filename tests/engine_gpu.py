@@ -54,6 +54,7 @@ class Stream:
 
     def __init__(self) -> None:
         self.ptr = next(_handles)
+        self.is_capturing = False
         #: What went wrong in the thread.
         self.failures: list[BaseException] = []
         self._enqueued: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -112,6 +113,10 @@ class HostMover:
         #: Calls that were given, and that were taken.
         self.n_given = self.n_taken = 0
         self.is_closed = False
+
+    def is_capturing(self, stream: int) -> bool:
+        """As `Mover.is_capturing`."""
+        return _streams[stream].is_capturing
 
     def give(self, stream: int, arrays: DeviceInputs, at: Places, sequence: int) -> None:
         """As `Mover.give`."""

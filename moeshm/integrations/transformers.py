@@ -17,7 +17,7 @@ import numpy as np
 from ..backends.reference import activate
 from ..client import ExpertClient
 from ..connecting import connect
-from ..device_arrays import ALIGNMENT
+from ..device_arrays import ROW_VALUES
 from ..errors import InvalidCall, SettingError, UnsupportedPlatform
 from ..layers import LayerInfo
 from ..supervisor import spawn_worker
@@ -329,8 +329,7 @@ def _stays_on_gpu(client: ExpertClient, hidden_states: Any) -> bool:
         return False
     # torch says "cuda" of ROCm's GPUs, too.
     is_there = client.engine_device.endswith(f":{hidden_states.device.index}")
-    row_bytes = hidden_states.shape[1] * hidden_states.element_size()
-    return is_there and row_bytes % ALIGNMENT == 0
+    return is_there and hidden_states.shape[1] % ROW_VALUES == 0
 
 
 # Left out of compiled graphs: torch.compile would trace the client's NumPy code as its own.

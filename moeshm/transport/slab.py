@@ -46,8 +46,12 @@ class Segment:
     """The mapping of a slab's segment; it stays mapped while views of `memory` are in use."""
 
     def __init__(self, fd: int) -> None:
+        try:
+            mapping = mmap.mmap(fd, os.fstat(fd).st_size)
+        except OSError as error:
+            raise SegmentError(error.errno, f"a slab cannot be mapped: {error.strerror}") from error
         #: The flags, then the data if it is pinned.
-        self.memory = memoryview(mmap.mmap(fd, os.fstat(fd).st_size))
+        self.memory = memoryview(mapping)
 
     @classmethod
     def create(cls, pinned_bytes: int) -> tuple[Segment, int]:

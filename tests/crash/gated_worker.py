@@ -2,7 +2,7 @@
 
 Arguments: address, the pipe to tell events to, the pipe to wait at, seconds that a reply may lie
 unread (0: as shipped), most open fds (0: as they are), most bytes of a segment (0: any), 1 for a
-made-up GPU.
+made-up GPU, seconds that what a client sends on is waited for at the end (0: as shipped).
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ def main() -> None:
     events, gate = map(int, sys.argv[2:4])
     reply_timeout_s = float(sys.argv[4])
     max_fds, max_segment_bytes, has_gpu = map(int, sys.argv[5:8])
+    drain_limit_s = float(sys.argv[8])
+    if drain_limit_s:
+        worker.DRAIN_LIMIT_S = drain_limit_s
     if reply_timeout_s:
         worker.REPLY_TIMEOUT_S = stream._STALL_S = reply_timeout_s
     if max_fds:

@@ -195,6 +195,7 @@ def gated_worker(
     max_fds: int = 0,
     max_segment_bytes: int = 0,
     has_gpu: bool = False,
+    drain_limit_s: float = 0,
     name: str = "w",
 ) -> Iterator[GatedWorker]:
     """Start one that listens in the folder; killed at the end."""
@@ -208,7 +209,7 @@ def gated_worker(
             [
                 *("-m", "tests.crash.gated_worker", address),
                 *(str(events_of_worker), str(gate_of_worker), str(reply_timeout_s)),
-                *(str(max_fds), str(max_segment_bytes), str(int(has_gpu))),
+                *(str(max_fds), str(max_segment_bytes), str(int(has_gpu)), str(drain_limit_s)),
             ],
             environment=notify.environment,
             pass_fds=its_own,

@@ -69,6 +69,8 @@ class _Slab:
             return
         self.wait()
         if self._fd >= 0:
+            # Somebody else's from now on.
+            self._data[:] = b"\xff" * len(self._data)
             os.close(self._fd)
         self._fd, self._flags, self._data = -1, memoryview(b""), memoryview(b"")
 

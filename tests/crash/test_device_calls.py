@@ -4,17 +4,20 @@ worker fails, dies or hangs. No stream waits for ever."""
 from __future__ import annotations
 
 import contextlib
+import select
 import signal
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 import moeshm
-from moeshm import device_calls, engine_device
+from moeshm import device_watch, engine_device
 from moeshm.errors import (
     ClientClosed,
     DeadlineExceeded,
@@ -25,7 +28,7 @@ from moeshm.errors import (
     WorkerDied,
     WorkerFailed,
 )
-from moeshm.transport.slab import SLOTS
+from moeshm.transport.slab import DONE, SLOTS
 from tests.crash.arithmetic import (
     BROKEN,
     FREE,
@@ -94,8 +97,12 @@ def connected(
     worker: GatedWorker, kind: Kind, fallback: ArithmeticBackend | None = None
 ) -> Iterator[moeshm.ExpertClient]:
     """A client with a GPU."""
+    transport = kind.transport
+    if fallback is not None and kind.slab == "device":
+        # By itself a client with a fallback asks for pinned ones.
+        transport = "device"
     with moeshm.connect(
-        worker.address, transport=kind.transport, engine_device="cuda:0", fallback=fallback
+        worker.address, transport=transport, engine_device="cuda:0", fallback=fallback
     ) as client:
         assert client.slab == kind.slab
         yield client
@@ -239,13 +246,14 @@ def test_a_full_slab_waits_for_room(client: moeshm.ExpertClient, stream: Stream)
 
 
 def test_several_streams(client: moeshm.ExpertClient, stream: Stream) -> None:
-    """One that is held does not hold the other, as long as there is room."""
+    """Calls begin in the order of their submits: one that is held holds the next."""
     other = Stream()
     held = stream.hold()
     first, second = (GpuCall.of(make_inputs(FREE, tag)) for tag in (1, 2))
     pending = first.submit(client, stream)
-    # A worker takes calls in order: the second waits for the first's arrays.
     later = second.submit(client, other)
+    with pytest.raises(NotReady):
+        later.wait(0.1)
     held.set()
     pending.wait(PATIENCE_S)
     later.wait(PATIENCE_S)
@@ -395,8 +403,7 @@ def test_a_client_that_is_forgotten(
     call = GpuCall.of(make_inputs(FREE, 1))
     held = stream.hold()
     future = call.submit(client, stream)
-    watch = future._watch
-    assert watch is not None
+    watch = future._parts[0].watch
     del client
     held.set()
     future.wait(PATIENCE_S)
@@ -489,15 +496,174 @@ def test_arguments(worker: GatedWorker, movers: Movers, kind: Kind, stream: Stre
     assert call.arrays[1].host.shape[1] == TOP_K
 
 
+def test_an_error_is_heard_while_an_earlier_call_is_on_its_way(
+    worker: GatedWorker, client: moeshm.ExpertClient, stream: Stream, kind: Kind
+) -> None:
+    """Of another stream; the output is nobody's result."""
+    other = Stream()
+    first = GpuCall.of(make_inputs(GATED, 1))
+    pending = first.submit(client, stream)
+    worker.next_turn()
+    link = client._link
+    link.views._numbers[client.view] = 77
+    failing = GpuCall.of(make_inputs(FREE, 2)).submit(client, other)
+    link.views._numbers[client.view] = 0
+    if not kind.has_gpu:
+        # The host computes one call after the other.
+        worker.let_go()
+    with pytest.raises(InvalidCall, match="view 77"):
+        failing.wait(PATIENCE_S)
+    if kind.has_gpu:
+        assert not pending.done()
+        worker.let_go()
+    pending.wait(PATIENCE_S)
+    first.check()
+    other.close()
+
+
+def test_threads_on_one_stream(client: moeshm.ExpertClient, stream: Stream) -> None:
+    failures: list[BaseException] = []
+
+    def call(thread: int) -> None:
+        try:
+            for tag in range(30):
+                each = GpuCall.of(make_inputs(FREE, 100 * thread + tag))
+                each.submit(client, stream, timeout_s=PATIENCE_S).wait(PATIENCE_S)
+                each.check()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(4 * PATIENCE_S)
+    assert failures == []
+
+
+class BrokenFallback(ArithmeticBackend):
+    """Raises what no backend should."""
+
+    def ffn(self, *_arguments: object) -> None:
+        raise ZeroDivisionError("no luck here either")
+
+
+def test_a_fallback_that_raises(
+    worker: GatedWorker, movers: Movers, kind: Kind, stream: Stream
+) -> None:
+    assert not movers.opened
+    with connected(worker, kind, BrokenFallback()) as client:
+        futures = [GpuCall.of(make_inputs(GATED, tag)).submit(client, stream) for tag in range(3)]
+        worker.next_turn()
+        worker.process.kill()
+        for future in futures:
+            with within(SOON_S), pytest.raises(WorkerDied, match="no luck here either"):
+                future.wait(PATIENCE_S)
+        stream.synchronize()
+
+
+def test_a_late_stream_of_anothers_does_not_end_the_session(
+    client: moeshm.ExpertClient, stream: Stream
+) -> None:
+    """Behind it, a call misses its deadline; when its turn comes the worker says so."""
+    other = Stream()
+    held = stream.hold()
+    first, second = (GpuCall.of(make_inputs(FREE, tag)) for tag in (1, 2))
+    patient = first.submit(client, stream)
+    hasty = second.submit(client, other, timeout_s=0.2)
+    with pytest.raises(NotReady):
+        hasty.wait(1.0)
+    held.set()
+    patient.wait(PATIENCE_S)
+    first.check()
+    with pytest.raises(DeadlineExceeded, match="deadline passed"):
+        hasty.wait(PATIENCE_S)
+    assert client.stats().reconnects == 0
+    other.close()
+
+
+def test_a_stream_that_is_captured(client: moeshm.ExpertClient, stream: Stream) -> None:
+    stream.is_capturing = True
+    with pytest.raises(InvalidCall, match="captured into a graph"):
+        GpuCall.of(make_inputs(FREE, 1)).submit(client, stream)
+    stream.is_capturing = False
+    call = GpuCall.of(make_inputs(FREE, 2))
+    call.submit(client, stream).wait(PATIENCE_S)
+    call.check()
+
+
+def test_a_worker_that_is_told_to_end_waits_for_the_output_to_be_taken(
+    worker: GatedWorker,
+    client: moeshm.ExpertClient,
+    stream: Stream,
+    movers: Movers,
+    kind: Kind,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its device memory is not freed under the engine's GPU."""
+    call = GpuCall.of(make_inputs(FREE, 1))
+    gate, take = threading.Event(), movers.opened[0].take
+
+    def take_late(handle: int, *arguments: Any) -> None:
+        stream.do(lambda: gate.wait(PATIENCE_S))
+        take(handle, *arguments)
+
+    monkeypatch.setattr(movers.opened[0], "take", take_late)
+    future = call.submit(client, stream)
+    part = future._parts[0]
+    wait_until(lambda: part.has_reached(DONE))
+    worker.process.signal(signal.SIGTERM)
+    # Its goodbye.
+    control = client._link.session.control.fileno()
+    assert select.select([control], [], [], PATIENCE_S)[0]
+    if kind.slab == "device":
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.process.wait(0.5)
+    gate.set()
+    future.wait(PATIENCE_S)
+    call.check()
+    assert worker.process.wait() == 0
+
+
+def test_arrays_that_never_come_do_not_hold_up_a_shutdown(tmp_path: Path, movers: Movers) -> None:
+    assert not movers.opened
+    stream = Stream()
+    with gated_worker(tmp_path, drain_limit_s=0.5) as worker:
+        client = moeshm.connect(worker.address, engine_device="cuda:0")
+        held = stream.hold()
+        futures = [GpuCall.of(make_inputs(FREE, tag)).submit(client, stream) for tag in range(8)]
+        worker.process.signal(signal.SIGTERM)
+        with within(SOON_S):
+            assert worker.process.wait() == 0
+        held.set()
+        for future in futures:
+            with pytest.raises((WorkerDied, WorkerFailed)):
+                future.wait(PATIENCE_S)
+        client.close()
+    stream.close()
+
+
+def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise DeviceError("no GPU cuda:7; CuPy sees cuda:0")
+
+    monkeypatch.setattr(engine_device, "open_mover", refuse)
+    with (
+        gated_worker(tmp_path, has_gpu=True) as worker,
+        pytest.raises(DeviceError, match="no GPU cuda:7"),
+    ):
+        moeshm.connect(worker.address, engine_device="cuda:7")
+
+
 @pytest.mark.parametrize("step", ["give", "take"])
-@pytest.mark.parametrize("error", [DeviceError("not today"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [DeviceError, KeyboardInterrupt])
 def test_a_submit_that_is_cut_short(
     client: moeshm.ExpertClient,
     stream: Stream,
     movers: Movers,
     monkeypatch: pytest.MonkeyPatch,
     step: str,
-    error: BaseException,
+    error: type[BaseException],
 ) -> None:
     """The caller hears of it, nothing waits for ever, and the next call has another session."""
     earlier = GpuCall.of(make_inputs(FREE, 1))
@@ -505,10 +671,10 @@ def test_a_submit_that_is_cut_short(
     first.wait(PATIENCE_S)
 
     def fail(*_arguments: object) -> None:
-        raise error
+        raise error("not today")
 
     monkeypatch.setattr(movers.opened[0], step, fail)
-    with pytest.raises(type(error)):
+    with pytest.raises(error):
         GpuCall.of(make_inputs(FREE, 2)).submit(client, stream)
     call = GpuCall.of(make_inputs(FREE, 3))
     with within(SOON_S):
@@ -523,14 +689,13 @@ def test_a_long_pause_between_calls(
     client: moeshm.ExpertClient, stream: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After which nobody looks after anything until something is on its way."""
-    monkeypatch.setattr(device_calls, "_IDLE_LOOKS", 1)
+    monkeypatch.setattr(device_watch, "_IDLE_LOOKS", 1)
     for tag in range(3):
         call = GpuCall.of(make_inputs(FREE, tag))
         future = call.submit(client, stream)
-        watch = future._watch
+        watch = client._link.device_calls._watch  # type: ignore[union-attr]
         # By nobody but the thread that looks after it.
         stream.synchronize()
-        assert watch is not None
         wait_until(lambda: not watch.parts)  # noqa: B023
         wait_until(lambda: watch._is_asleep)  # noqa: B023
         assert future.done()

@@ -196,5 +196,5 @@ def test_wishes(victim: Victim, transport: str, wish: str | int) -> None:
         assert len(fds) == expected
         kind = None if answer["slab"] is None else answer["slab"]["kind"]
         assert kind == ("pinned" if wish in ("auto", "pinned") else None)
-        assert ("no device slab" in answer["slab_refused"]) == (wish == "device")
+        assert ("no device slab" in answer["slab_refused"]) == (wish in ("device", "auto"))
     victim.expect_log("session ended after 0 calls")

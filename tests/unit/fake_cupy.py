@@ -59,6 +59,8 @@ class FakeCupy:
         self.modules: list[FakeModule] = []
         #: By function of the driver: the status that it returns.
         self.statuses: dict[str, int] = {}
+        #: What a look at the stream returns: not ready, at first.
+        self.query_status = 600
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Be what `import cupy` gives."""
@@ -100,7 +102,7 @@ class FakeCupy:
             "ipcOpenMemHandle": lambda handle: int.from_bytes(handle, "little") + SHIFT,
             "ipcCloseMemHandle": lambda _address: None,
             "streamSynchronize": lambda _stream: None,
-            "deviceSynchronize": lambda: None,
+            "streamQuery": lambda _stream: self.query_status,
         }
         noted = {name: self._noted(name, function) for name, function in functions.items()}
         constants = {

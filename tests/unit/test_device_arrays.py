@@ -349,12 +349,10 @@ def test_odd_addresses_are_refused(
         check(library, **{name: make(library, name, kind=kind, address=address)})
 
 
-@pytest.mark.parametrize(("hidden_size", "kind", "row_bytes"), [(6, "f4", 24), (12, "f2", 24)])
-def test_rows_of_odd_sizes_are_refused(
-    library: Any, hidden_size: int, kind: str, row_bytes: int
-) -> None:
+@pytest.mark.parametrize(("hidden_size", "kind"), [(6, "f4"), (4, "f4"), (12, "f2")])
+def test_rows_of_odd_sizes_are_refused(library: Any, hidden_size: int, kind: str) -> None:
     hidden = make(library, "hidden_states", shape=(N_TOKENS, hidden_size), kind=kind)
-    with refused(f"rows of {row_bytes} bytes, {hidden_size} values.*pass arrays in the host's"):
+    with refused(f"hidden_size={hidden_size};.* multiple of 8: pass arrays in the host's"):
         check(library, dense_info(hidden_size, 8, 4), hidden_states=hidden)
 
 

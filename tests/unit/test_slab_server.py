@@ -57,14 +57,14 @@ class Backend(ArithmeticBackend):
         return self.slabs[-1]
 
 
-def offer(server: SlabServer, slab: str, vendor: str = "cuda") -> str:
-    """The kind that a client gets."""
+def offer(server: SlabServer, slab: str, vendor: str = "cuda") -> tuple[str, str]:
+    """The kind that a client gets, and why it is not another."""
     hello = Hello(
         protocol=1, version="", transport="auto", batch_capacity=1, slab=slab, vendor=vendor
     )
-    made, fd = server.offer(hello, PAGE_BYTES)
+    made, fd, why = server.offer(hello, PAGE_BYTES)
     os.close(fd)
-    return made.kind
+    return made.kind, why
 
 
 CALL = SlabCall(FREE, 1, 2, DType.F32, Places(3, 0, 256, 512, 768), 9, NUM_EXPERTS, None)
@@ -97,19 +97,24 @@ def test_a_device_that_takes_long_is_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("refuses", "wish", "vendor", "kind"),
+    ("refuses", "wish", "vendor", "kind", "words"),
     [
-        ((), "auto", "cuda", "device"),
-        ((), "auto", "hip", "pinned"),
-        ((), "pinned", "cuda", "pinned"),
-        (("device",), "auto", "cuda", "pinned"),
-        # Then the host serves it.
-        (("device", "pinned"), "auto", "cuda", "pinned"),
+        ((), "auto", "cuda", "device", ""),
+        ((), "auto", "hip", "pinned", "no device slab: the worker computes on 'cuda'"),
+        ((), "pinned", "cuda", "pinned", ""),
+        (("device",), "auto", "cuda", "pinned", "no device slab: not this one"),
+        (("device", "pinned"), "auto", "cuda", "pinned", "the host serves the slab"),
     ],
 )
-def test_what_is_offered(refuses: tuple[str, ...], wish: str, vendor: str, kind: str) -> None:
+def test_what_is_offered(
+    refuses: tuple[str, ...], wish: str, vendor: str, kind: str, words: str
+) -> None:
+    """And the client hears why it is not better."""
     server = SlabServer(Backend(refuses))
-    assert offer(server, wish, vendor) == kind
+    found, why = offer(server, wish, vendor)
+    assert found == kind
+    assert words in why
+    assert bool(words) == bool(why)
     assert server.summary.startswith(f"{kind} slab of 2 MiB")
     assert ("served by the host" in server.summary) == ("pinned" in refuses)
     server.close()

@@ -33,6 +33,8 @@ _INSTALL = (
     "pip install 'moeshm[cuda13]' ('moeshm[cuda12]' for drivers before 580 and cards before sm_75, "
     "'moeshm[rocm]' for AMD's)"
 )
+#: CUDA's and HIP's status for work that is not done.
+_NOT_READY = 600
 _NAME = re.compile(r"(?P<kind>cuda|hip)(:(?P<index>\d+))?")
 
 
@@ -223,10 +225,9 @@ class CupyDevice:
         # The runtime's, HIP's and the driver's name for it.
         if re.search("MemoryAllocation|OutOfMemory|OUT_OF_MEMORY", str(error)):
             return OutOfDeviceMemory(f"{where}: {doing}{error}; hold fewer experts there")
-        try:
-            # After an error that sticks every call fails, this one too.
-            self._runtime.deviceSynchronize()
-        except RuntimeError:
+        # After an error that sticks every call fails, this one too. Not one that waits: an engine's
+        # streams may wait for what only the caller's next steps bring.
+        if self._runtime.streamQuery(self._stream) not in (0, _NOT_READY):
             return DeviceLost(
                 f"{where} is lost: {doing}{error}; this process cannot use it any more, start it "
                 "anew"

@@ -101,6 +101,14 @@ class Mover:
         if not handle:
             self._host_data = np.frombuffer(memory, np.uint8)[FLAGS_BYTES:]
 
+    def is_capturing(self, stream: int) -> bool:
+        """Whether what is enqueued on the stream is recorded into a graph instead."""
+        try:
+            return bool(self._runtime.streamIsCapturing(stream))
+        except RuntimeError:
+            # The default stream, while another one is captured.
+            return True
+
     def give(self, stream: int, arrays: DeviceInputs, at: Places, sequence: int) -> None:
         """Enqueue the copies of a call's arrays into the slab, and then setting `given`.
 

@@ -1,0 +1,213 @@
+"""A call of arrays on the engine's GPU: as its caller has it, and its parts on their way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import settings
+from ._words import load_word, store_word, wait_for_word
+from .device_arrays import DeviceInputs
+from .dtypes import Array
+from .errors import CallError, DeadlineExceeded, NotReady, ProtocolError, WorkerDied
+from .link import Link, another
+from .protocol import Message, Reply
+from .transport.slab import DONE, GIVEN, REFUSED, TAKEN, Claim
+
+if TYPE_CHECKING:
+    from .device_watch import Watch
+
+#: How often a waiting thread looks for signals, and whether the call has ended otherwise.
+_SLICE_S = 0.01
+#: How long it leaves a part alone that another thread is told of.
+_SETTLED_PAUSE_S = 0.0002
+
+#: `(layer, hidden_states, topk_ids, topk_weights, cause)`: the output, computed elsewhere.
+HostFallback = Callable[[int, Array, Array, Array, WorkerDied | DeadlineExceeded], Array]
+
+
+class Given(NamedTuple):
+    """A call's arrays, checked, and the stream's handle."""
+
+    layer: int
+    inputs: DeviceInputs
+    #: What the caller gets, and where that is.
+    output: Any
+    out_address: int
+    stream: int
+
+
+class DeviceCall(NamedTuple):
+    """A call that is to be enqueued; all checked."""
+
+    link: Link
+    given: Given
+    #: Of time.monotonic, and how far that was away.
+    deadline: float
+    timeout_s: float
+    #: The number of the view, and what ids are.
+    view: int
+    are_global: bool
+    #: Most tokens in one descriptor.
+    slice_tokens: int
+    fallback: HostFallback | None
+    #: Is told the bytes of each part's output, once it was taken.
+    on_taken: Callable[[int], None]
+
+
+class DeviceFuture:
+    """The result of a `submit` of arrays on a GPU. Made by ExpertClient.
+
+    The inputs and the output belong to the call until the stream has passed it.
+    """
+
+    def __init__(self, call: DeviceCall) -> None:
+        self.layer = call.given.layer
+        self.deadline = call.deadline
+        self.timeout_s = call.timeout_s
+        self.on_taken = call.on_taken
+        #: Descriptors that the call was cut into, and bytes that were given.
+        self.n_parts = self.bytes_out = 0
+        self._output = call.given.output
+        #: That are not settled: they refer to the session, which must end with its client.
+        self._parts: list[Part] = []
+        self._error: CallError | None = None
+
+    def result(self) -> Any:
+        """The weighted sum of the selected experts' outputs, like hidden_states: an array for what
+        is enqueued later on the call's stream. Waits for nothing.
+
+        An error that is known by now is raised; `wait` tells of any. The array's content is
+        undefined then, and the stream goes on.
+        """
+        if self._error is not None:
+            raise another(self._error)
+        return self._output
+
+    def done(self) -> bool:
+        """True when the stream has passed the call."""
+        return all(part.has_reached(TAKEN) for part in list(self._parts))
+
+    def wait(self, timeout_s: float | None = None) -> Any:
+        """As `result`, once the stream has passed the call; waits for that on the host.
+
+        NotReady: not within `timeout_s`. DeadlineExceeded, WorkerDied: no worker, and no fallback.
+        InvalidCall: an id is out of range. WorkerFailed: the worker said so.
+        """
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        for part in list(self._parts):
+            while not part.is_settled:
+                if part.is_over or part.wait(TAKEN, _SLICE_S):
+                    part.watch.settle()
+                    if not part.is_settled:
+                        # Another thread is about to.
+                        time.sleep(_SETTLED_PAUSE_S)
+                elif until is not None and time.monotonic() > until:
+                    raise NotReady(f"no result within {timeout_s} s; the call is still on its way")
+        return self.result()
+
+    def add(self, part: Part, n_bytes: int) -> None:
+        """It is on its way."""
+        self._parts.append(part)
+        self.n_parts += 1
+        self.bytes_out += n_bytes
+
+    def fail(self, error: CallError) -> None:
+        """The first error of several stays."""
+        self._error = self._error or error
+
+    def settled(self, part: Part) -> None:
+        """Nothing of it is on its way."""
+        self._parts.remove(part)
+        if self._error is None:
+            self.on_taken(part.inputs.n_bytes)
+
+
+class Part:
+    """One descriptor's part of a call; a `link.Receiver` of what is wrong with it."""
+
+    def __init__(
+        self,
+        future: DeviceFuture,
+        link: Link,
+        watch: Watch,
+        claim: Claim,
+        inputs: DeviceInputs,
+        fallback: HostFallback | None,
+    ) -> None:
+        self.future = future
+        self.link = link
+        self.watch = watch
+        self.call_id = link.new_id()
+        self.claim = claim
+        self.inputs = inputs
+        self.fallback = fallback
+        self.deadline = future.deadline
+        #: What the worker said, and why there will be no more words of its.
+        self.told: CallError | None = None
+        self.loss: CallError | None = None
+        #: Whoever submits it has enqueued what there will be of it.
+        self.is_begun = False
+        #: `give`, and `take`, are on the stream: their flags will be set.
+        self.has_give = self.has_take = False
+        #: The stream need not wait for the worker any more.
+        self.is_released = False
+        #: When the worker will have had time enough, of time.monotonic; 0.0 for not known yet.
+        self.late_at = 0.0
+        #: A thread tells its future of the end; and has.
+        self.is_told = self.is_settled = False
+        self._memory = watch.memory
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing of it is on its way."""
+        if self.has_take:
+            return self.has_reached(TAKEN)
+        is_given = not self.has_give or self.has_reached(GIVEN)
+        return self.is_begun and self.is_released and is_given
+
+    @property
+    def is_done(self) -> bool:
+        """No more will be said of it."""
+        return self.told is not None or self.loss is not None
+
+    def take(self, reply: Reply, record: Message) -> None:  # noqa: ARG002
+        """As `Receiver.take`: replies to descriptors are errors."""
+        if reply.error is None:
+            raise ProtocolError(f"call {self.call_id} has its output in a slab, and got a reply")
+        self.told = self.told or reply.error
+
+    def fail(self, error: CallError) -> None:
+        """As `Receiver.fail`."""
+        self.loss = self.loss or error
+
+    def release(self, error: CallError | None) -> None:
+        """Let the stream go on, in the worker's place."""
+        if error is not None:
+            self.future.fail(error)
+        self.is_released = True
+        self.set(DONE, self.claim.sequence)
+
+    def settle(self) -> None:
+        """Its future knows."""
+        self.future.settled(self)
+        self.is_settled = True
+
+    def has_reached(self, flag: int) -> bool:
+        """That flag was set for it."""
+        return self.wait(flag, 0.0)
+
+    def wait(self, flag: int, timeout_s: float) -> bool:
+        """Until that flag is set for it; False at the timeout."""
+        at, spin_ns = self.claim.flag(flag), int(settings.current().spin_us * 1e3)
+        return wait_for_word(self._memory, at, self.claim.sequence, int(timeout_s * 1e9), spin_ns)
+
+    def set(self, flag: int, value: int) -> None:
+        """By the host."""
+        store_word(self._memory, self.claim.flag(flag), value)
+
+    @property
+    def refused(self) -> int:
+        """That flag."""
+        return load_word(self._memory, self.claim.flag(REFUSED))

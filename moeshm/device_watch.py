@@ -1,0 +1,255 @@
+"""What is on its way in one slab, and the thread that looks after it: no stream waits for ever."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+import traceback
+from typing import Protocol
+
+import numpy as np
+
+from . import descriptors
+from .device_arrays import DeviceInputs
+from .device_future import HostFallback, Part
+from .dtypes import Array
+from .errors import (
+    CallError,
+    DeadlineExceeded,
+    DeviceError,
+    InvalidCall,
+    WorkerDied,
+    WorkerFailed,
+)
+from .link import Link, too_late
+from .transport.slab import DONE, GIVEN, TOLD, Allocator, Places, Segment
+
+_log = logging.getLogger(__name__)
+
+#: How often what is on its way is looked after.
+_SLICE_S = 0.01
+#: Looks at nothing after which the thread sleeps until it is woken: to wake it for every call would
+#: take longer than the rest of a `submit`.
+_IDLE_LOOKS = 100
+#: A worker that lives tells of a missed deadline itself, so long after it at most.
+_GRACE_S = 0.25
+#: Longer than taking in a reply that was sent takes.
+_REPLY_LIMIT_S = 5.0
+
+
+class Mover(Protocol):
+    """Moves arrays between the engine's GPU and a slab; `backends.gpu.mover` has the real one."""
+
+    def is_capturing(self, stream: int) -> bool:
+        """Whether what is enqueued there is recorded instead of done."""
+        ...
+
+    def give(self, stream: int, arrays: DeviceInputs, at: Places, sequence: int) -> None:
+        """Enqueue the copies of a call's arrays into the slab, and then setting `given`."""
+        ...
+
+    def take(self, stream: int, out: int, n_bytes: int, at: Places, sequence: int) -> None:
+        """Enqueue waiting for `done`, the copy of the output to `out`, and setting `taken`."""
+        ...
+
+    def fetch(self, offset: int, n_bytes: int) -> Array:
+        """A copy, as uint8, of what is there in the slab's data."""
+        ...
+
+    def put(self, offset: int, array: Array) -> None:
+        """Copy the array to there."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the slab, which nothing on a stream uses any more."""
+        ...
+
+
+class Watch:
+    """What is on its way in one slab, and the thread that looks after it.
+
+    It knows no client: one that is forgotten ends at once, and its slab once nothing uses it.
+    """
+
+    def __init__(self, segment: Segment, data_bytes: int, mover: Mover) -> None:
+        self.lock = threading.Lock()
+        self.memory = segment.memory
+        self.mover = mover
+        self.allocator = Allocator(data_bytes)
+        #: Nothing more is added: seen by whoever holds the lock.
+        self.is_over = False
+        #: Oldest first, one for each of the allocator's claims.
+        self.parts: collections.deque[Part] = collections.deque()
+        self._segment = segment
+        #: Kinds of errors that the log has.
+        self._logged: set[str] = set()
+        self._woken = threading.Event()
+        self._is_asleep = False
+        self._thread = threading.Thread(target=self._run, name="moeshm-slab", daemon=True)
+        self._thread.start()
+
+    def add(self, part: Part) -> None:
+        """Look after it, too; holds the lock."""
+        self.parts.append(part)
+        if self._is_asleep:
+            self._woken.set()
+
+    def end(self) -> None:
+        """Take no more, and let go of the slab as soon as nothing is on its way."""
+        self.is_over = True
+        self._woken.set()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until it is let go of."""
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def settle(self) -> None:
+        """Tell the futures of parts that are over, and free the room of the oldest of them."""
+        with self.lock:
+            over = [part for part in self.parts if not part.is_told and part.is_over]
+            for part in over:
+                part.is_told = True
+        # Not under the lock: what the worker said may still have to be taken in.
+        for part in over:
+            self._tell(part)
+        with self.lock:
+            while self.parts and self.parts[0].is_settled:
+                self.parts.popleft()
+                self.allocator.free_oldest()
+
+    def _tell(self, part: Part) -> None:
+        link, refused = part.link, part.refused
+        if part.is_released:
+            pass  # it knows
+        elif refused == TOLD:
+            # Sent before the flags were set; another thread may be about to take it in.
+            link.wait(part, time.monotonic() + _REPLY_LIMIT_S)
+            self._fail(part, part.told or part.loss or WorkerFailed("the worker gave no reason"))
+        elif refused:
+            token, slot = divmod(refused - 1, part.inputs.top_k)
+            error = InvalidCall(
+                f"topk_ids[{token}, {slot}] of this call, or of a part of it, is no id of layer "
+                f"{part.future.layer} here; pass ids of the view, and -1 for an empty slot"
+            )
+            self._fail(part, error)
+        link.forget_now(part.call_id)
+        part.settle()
+
+    def _fail(self, part: Part, error: CallError) -> None:
+        part.future.fail(error)
+        # Whoever uses results on a stream may never ask for errors.
+        kind = type(error).__name__
+        if kind not in self._logged:
+            self._logged.add(kind)
+            _log.warning("layer %d, arrays on a GPU: %s: %s", part.future.layer, kind, str(error))
+
+    def _run(self) -> None:
+        n_idle = 0
+        while not (self.is_over and not self.parts):
+            n_idle = 0 if self.parts else n_idle + 1
+            if n_idle > _IDLE_LOOKS:
+                self._sleep()
+                n_idle = 0
+            if self.parts:
+                time.sleep(_SLICE_S)
+            else:
+                self._woken.wait(_SLICE_S)
+            self._look()
+        try:
+            self.mover.close()
+        except DeviceError as error:
+            _log.warning("a slab was not closed: %s", error)
+        self.memory = memoryview(b"")
+        self._segment.close()
+
+    def _sleep(self) -> None:
+        """Until there is something to look after."""
+        self._is_asleep = True
+        # Looked at after that was said: whoever adds a part meanwhile sees the one or the other.
+        if not (self.parts or self.is_over):
+            self._woken.wait()
+        self._is_asleep = False
+        if not self.is_over:
+            self._woken.clear()
+
+    def _look(self) -> None:
+        self.settle()
+        with self.lock:
+            parts = list(self.parts)
+        is_oldest = True
+        for part in parts:
+            if not part.is_begun or part.is_released:
+                continue
+            try:
+                self._look_at(part, is_oldest)
+            except Exception as error:  # whatever it is, streams must not wait for ever
+                words = traceback.format_exc()
+                _log.error("what is on its way to the worker was not looked after: %s", words)
+                part.release(WorkerDied(f"the call could not be looked after: {error}"))
+            is_oldest = is_oldest and part.has_reached(DONE)
+
+    def _look_at(self, part: Part, is_oldest: bool) -> None:
+        link = part.link
+        if link.loss is None and _is_gone(link):
+            link.lose(WorkerDied("its process is gone"))
+        # Before its turn comes, and its arrays are given, the worker cannot do anything: others'
+        # streams, or the caller's own, are late, and it says so when it gets there.
+        if link.loss is None and is_oldest and part.has_reached(GIVEN):
+            part.late_at = part.late_at or max(part.deadline, time.monotonic()) + _GRACE_S
+            if time.monotonic() > part.late_at and not part.has_reached(DONE):
+                late = too_late(part.future.timeout_s)
+                part.fail(late)
+                link.lose(late)
+        if link.loss is not None and not part.has_reached(DONE):
+            self._release(part)
+
+    def _release(self, part: Part) -> None:
+        """Its worker is lost: compute it elsewhere if that can be, and let the stream go on."""
+        error = part.told or part.loss or WorkerDied("the session is over")
+        fallback = part.fallback
+        if fallback is not None and isinstance(error, WorkerDied | DeadlineExceeded):
+            if not part.has_reached(GIVEN):
+                return  # the stream has not come so far
+            outcome = self._fall_back(part, fallback, error)
+        else:
+            outcome = error
+        if outcome is not None:
+            self._fail(part, outcome)
+        part.release(None)
+
+    def _fall_back(
+        self, part: Part, fallback: HostFallback, cause: WorkerDied | DeadlineExceeded
+    ) -> CallError | None:
+        """Put what the fallback computes where the stream takes the output from."""
+        inputs, at = part.inputs, part.claim.places
+        rows, pairs = (inputs.n_tokens, inputs.hidden_size), (inputs.n_tokens, inputs.top_k)
+        sizes = descriptors.sizes(*rows, inputs.top_k, inputs.dtype)
+        fetch = self.mover.fetch
+        try:
+            output = fallback(
+                part.future.layer,
+                fetch(at.hidden_states, sizes[0]).view(inputs.dtype.numpy).reshape(rows),
+                fetch(at.topk_ids, sizes[1]).view(np.int32).reshape(pairs),
+                fetch(at.topk_weights, sizes[2]).view(np.float32).reshape(pairs),
+                cause,
+            )
+            self.mover.put(at.out, output)
+        except CallError as error:
+            return error
+        except Exception as error:  # a backend's own, or the GPU's
+            # As text: a record with the error's frames would hold on to the slab.
+            words = traceback.format_exc()
+            _log.error("layer %d: the fallback failed: %s", part.future.layer, words)
+            return WorkerDied(f"{cause}; and the fallback could not compute it: {error}")
+        return None
+
+
+def _is_gone(link: Link) -> bool:
+    try:
+        return link.session.peer_is_gone()
+    except ValueError:
+        # Another thread has just closed it, and says why.
+        return False
