@@ -253,7 +253,10 @@ class ExpertClient:
 
         With `stream`, arrays on the engine's GPU (CuPy's, torch's; ids int32 or int64): everything
         is enqueued on that stream of CuPy's or torch's, and nothing waits for it; the result is for
-        what comes later on the stream. Rows travel as they are. DeviceError: the GPU refused it.
+        what comes later on the stream. Rows travel as they are, and calls of all streams begin in
+        the order of their submits. A fallback computes calls on their way when a worker is lost; a
+        later one waits for a worker, and without one is WorkerDied. RingFull: no room until the
+        deadline. DeviceError: the GPU refused it.
 
         InvalidCall: shapes, ids, dtype or layer are not allowed; nothing was sent. WorkerDied,
         DeadlineExceeded: no worker, and no fallback. ForkedProcess, ClientClosed.
@@ -427,7 +430,8 @@ class ExpertClient:
     ) -> DeviceFuture:
         """Of hidden_states, topk_ids, topk_weights, out; `stream`: None for the current one."""
         given = self._engine.check(layer, self._info(view, layer), *arrays_given, stream)
-        link = self._live_link(time.monotonic() + timeout_s)
+        # The fallback takes over calls that are on their way, and this one is not yet.
+        link = self._live_link(time.monotonic() + timeout_s, can_fall_back=False)
         return self._engine.submit(
             given, link, view, timeout_s, are_global, slice_tokens or MAX_TOKENS, self._fallback
         )
@@ -516,7 +520,7 @@ class ExpertClient:
 
     # --- the session ----------------------------------------------------------------------
 
-    def _live_link(self, deadline: float) -> Link:
+    def _live_link(self, deadline: float, can_fall_back: bool = True) -> Link:
         """The session, a new one if the last was lost; WorkerDied when there is none to be had."""
         self._check_open()
         link = self._link
@@ -524,7 +528,10 @@ class ExpertClient:
             return link
         try:
             found = self._reconnector.link(
-                self._reconnect, lambda: self._link, deadline, self._fallback is not None
+                self._reconnect,
+                lambda: self._link,
+                deadline,
+                can_fall_back and self._fallback is not None,
             )
         except WorkerDied:
             if not self._closed.is_set():

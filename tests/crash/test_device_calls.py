@@ -18,6 +18,7 @@ import pytest
 
 import moeshm
 from moeshm import device_watch, engine_device
+from moeshm.demo import tiny_moe_path
 from moeshm.errors import (
     ClientClosed,
     DeadlineExceeded,
@@ -700,3 +701,29 @@ def test_a_long_pause_between_calls(
         wait_until(lambda: watch._is_asleep)  # noqa: B023
         assert future.done()
         call.check()
+
+
+def test_experts_that_are_held_later(movers: Movers, stream: Stream) -> None:
+    """Of a layer that the worker was not started with, served by its host."""
+    assert not movers.opened
+    rng = np.random.default_rng(1)
+    hidden = rng.standard_normal((5, 128), np.float32)
+    ids, weights = np.tile(np.arange(4, dtype=np.int32), (5, 1)), np.ones((5, 4), np.float32)
+    with moeshm.spawn_worker(tiny_moe_path(), layers=[3], engine_device="cuda:0") as client:
+        view = client.hold({1: [7, 5, 3, 1]})
+        expected = client.compute(1, hidden, ids, weights, view=view)
+        arrays, out = [GpuArray(each) for each in (hidden, ids, weights)], GpuArray(hidden.copy())
+        client.submit(1, *arrays, out=out, view=view, stream=stream).wait(PATIENCE_S)
+        np.testing.assert_array_equal(out.host, expected)
+        # The same experts by the model's numbers.
+        named = GpuArray(np.array([7, 5, 3, 1], np.int64)[ids])
+        again = GpuArray(np.zeros_like(hidden))
+        client.submit(
+            1, arrays[0], named, arrays[2], out=again, view=view, global_ids=True, stream=stream
+        ).wait(PATIENCE_S)
+        np.testing.assert_array_equal(again.host, expected)
+        named.host[2, 3] = 6
+        with pytest.raises(InvalidCall, match="expert 6 of layer 1 is not on this worker"):
+            client.submit(
+                1, arrays[0], named, arrays[2], out=again, view=view, global_ids=True, stream=stream
+            ).wait(PATIENCE_S)
