@@ -326,12 +326,23 @@ def _empty_like(values: Any, stream: int | None) -> Any:
         with values.device:
             if is_current:
                 return cupy.empty_like(values)
-            with cupy.cuda.ExternalStream(stream, values.device.id):
+            with cupy.cuda.Stream.from_external(_Handle(stream)):
                 return cupy.empty_like(values)
     raise InvalidCall(
         f"hidden_states is {type(values).__name__}, which moeshm cannot make; pass `out`, or an "
         "array of CuPy's or torch's"
     )
+
+
+class _Handle:
+    """A stream that is known by its handle, as CuPy takes those of others."""
+
+    def __init__(self, stream: int) -> None:
+        self._stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        # The protocol's version.
+        return 0, self._stream
 
 
 def _current_stream(values: Any) -> int:

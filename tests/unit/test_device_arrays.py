@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -43,6 +45,10 @@ TORCH_TYPES = {
     "i8": "torch.int64",
     "i2": "torch.int16",
 }
+
+
+#: That arrays were made on, other than the current ones.
+USED_STREAMS: list[tuple[int, int]] = []
 
 
 class CupyArray:
@@ -131,8 +137,15 @@ def _cupy() -> Any:
     def get_current_stream(device: int) -> Any:
         return SimpleNamespace(ptr=100 + device)
 
+    @contextlib.contextmanager
+    def from_external(stream: Any) -> Iterator[None]:
+        USED_STREAMS.append(stream.__cuda_stream__())
+        yield
+
     module.empty_like = empty_like
-    module.cuda = SimpleNamespace(get_current_stream=get_current_stream)
+    module.cuda = SimpleNamespace(
+        get_current_stream=get_current_stream, Stream=SimpleNamespace(from_external=from_external)
+    )
     return module
 
 
@@ -148,8 +161,19 @@ def _torch() -> Any:
     def current_stream(device: _TorchDevice) -> Any:
         return SimpleNamespace(cuda_stream=200 + (device.index or 0))
 
+    @contextlib.contextmanager
+    def use_stream(handle: int) -> Iterator[None]:
+        USED_STREAMS.append((0, handle))
+        yield
+
+    def external(handle: int, device: _TorchDevice) -> int:
+        assert device.index == DEVICE
+        return handle
+
     module.empty_like = empty_like
-    module.cuda = SimpleNamespace(current_stream=current_stream)
+    module.cuda = SimpleNamespace(
+        current_stream=current_stream, stream=use_stream, ExternalStream=external
+    )
     return module
 
 
@@ -420,6 +444,19 @@ def test_what_no_library_makes_must_be_passed(monkeypatch: pytest.MonkeyPatch) -
     assert device_arrays.make_device_output(inputs, hidden, out) == (out, ADDRESSES["out"])
     with refused("hidden_states is CupyArray, .*pass `stream`"):
         device_arrays.stream_of(None, hidden)
+
+
+def test_an_output_is_made_on_the_calls_stream(library: Any) -> None:
+    """What was freed on another stream may still be in use there."""
+    hidden, inputs = make(library, "hidden_states"), check(library)
+    USED_STREAMS.clear()
+    current = device_arrays.stream_of(None, hidden)
+    for stream in (None, current):
+        device_arrays.make_device_output(inputs, hidden, None, stream)
+    assert USED_STREAMS == []
+    _, address = device_arrays.make_device_output(inputs, hidden, None, 77)
+    assert address == ADDRESSES["out"]
+    assert USED_STREAMS == [(0, 77)]
 
 
 # --- streams ------------------------------------------------------------------------------
