@@ -313,20 +313,20 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: i
 
 def _empty_like(values: Any, stream: int | None) -> Any:
     """On that stream, as libraries give out what was freed there, where its last use is known."""
-    is_current = stream is None or stream == _current_stream(values)
+    other = None if stream is None or stream == _current_stream(values) else stream
     if _is_tensor(values):
         torch = sys.modules["torch"]
-        if is_current:
+        if other is None:
             return torch.empty_like(values)
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=values.device)):
+        with torch.cuda.stream(torch.cuda.ExternalStream(other, device=values.device)):
             return torch.empty_like(values)
     if _is_cupy(values):
         cupy = sys.modules["cupy"]
         # CuPy allocates on the current device, whichever the array is on.
         with values.device:
-            if is_current:
+            if other is None:
                 return cupy.empty_like(values)
-            with cupy.cuda.Stream.from_external(_Handle(stream)):
+            with cupy.cuda.Stream.from_external(_Handle(other)):
                 return cupy.empty_like(values)
     raise InvalidCall(
         f"hidden_states is {type(values).__name__}, which moeshm cannot make; pass `out`, or an "

@@ -93,10 +93,11 @@ class DeviceFuture:
         """As `result`, once the stream has passed the call; waits for that on the host.
 
         NotReady: not within `timeout_s`. DeadlineExceeded, WorkerDied: no worker, and no fallback.
-        InvalidCall: an id is out of range. WorkerFailed: the worker said so.
+        InvalidCall: an id is out of range. WorkerFailed: the worker said so. ForkedProcess.
         """
         until = None if timeout_s is None else time.monotonic() + timeout_s
         for part in list(self._parts):
+            part.link.check_process()
             while not part.is_settled:
                 if part.is_over or part.wait(TAKEN, _SLICE_S):
                     part.watch.settle()

@@ -114,7 +114,10 @@ class Watch:
                 part.is_told = True
         # Not under the lock: what the worker said may still have to be taken in.
         for part in over:
-            self._tell(part)
+            try:
+                self._tell(part)
+            finally:
+                part.settle()
         with self.lock:
             while self.parts and self.parts[0].is_settled:
                 self.parts.popleft()
@@ -136,7 +139,6 @@ class Watch:
             )
             self._fail(part, error)
         link.forget_now(part.call_id)
-        part.settle()
 
     def _fail(self, part: Part, error: CallError) -> None:
         part.future.fail(error)
@@ -157,7 +159,10 @@ class Watch:
                 time.sleep(_SLICE_S)
             else:
                 self._woken.wait(_SLICE_S)
-            self._look()
+            try:
+                self._look()
+            except Exception:  # whatever it is, the next look must come
+                _log.error("calls on their way were not looked after: %s", traceback.format_exc())
         try:
             self.mover.close()
         except DeviceError as error:

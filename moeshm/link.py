@@ -286,7 +286,7 @@ class Link:
 
         ForkedProcess: the reply is the parent's.
         """
-        self._check_process()
+        self.check_process()
         while True:
             with self._state:
                 if self._receiver and not self._leave_it_to_others(call, deadline):
@@ -302,7 +302,7 @@ class Link:
     def await_order(self, order: Awaited, deadline: float) -> bool:
         """As `wait`, for what may take minutes: it only looks in from time to time, so that
         meanwhile whoever makes a call can receive its reply at once."""
-        self._check_process()
+        self.check_process()
         while not order.is_done:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
@@ -348,7 +348,8 @@ class Link:
         self._n_waiting -= 1
         return another(error)
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
+        """ForkedProcess: the session is the parent's."""
         if os.getpid() != self._pid:
             raise ForkedProcess(
                 f"this call belongs to process {self._pid}; connect anew in {os.getpid()}"

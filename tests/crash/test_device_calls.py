@@ -4,6 +4,7 @@ worker fails, dies or hangs. No stream waits for ever."""
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from moeshm.errors import (
     ClientClosed,
     DeadlineExceeded,
     DeviceError,
+    ForkedProcess,
     InvalidCall,
     NotReady,
     SettingError,
@@ -727,3 +729,26 @@ def test_experts_that_are_held_later(movers: Movers, stream: Stream) -> None:
             client.submit(
                 1, arrays[0], named, arrays[2], out=again, view=view, global_ids=True, stream=stream
             ).wait(PATIENCE_S)
+
+
+# A child may only end, which Python 3.12 and later cannot know.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_child(client: moeshm.ExpertClient, stream: Stream) -> None:
+    """Neither waits for the parent's calls, nor makes any."""
+    held = stream.hold()
+    future = GpuCall.of(make_inputs(FREE, 1)).submit(client, stream)
+    pid = os.fork()
+    if pid == 0:
+        n_refused = 0
+        for attempt in (
+            lambda: future.wait(1.0),
+            lambda: GpuCall.of(make_inputs(FREE, 2)).submit(client, stream),
+        ):
+            try:
+                attempt()
+            except ForkedProcess:
+                n_refused += 1
+        os._exit(n_refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+    held.set()
+    future.wait(PATIENCE_S)

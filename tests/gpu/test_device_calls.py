@@ -241,21 +241,19 @@ def _free_bytes(cupy: Any, way: Way) -> int:
         return int(cupy.cuda.runtime.memGetInfo()[0])
 
 
-def test_a_transformers_model(way: Way) -> None:
-    """On the engine's GPU: the same text as on the CPU, and no activations in the host's memory."""
+def test_a_transformers_model(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the engine's GPU: what it says when activations go through the host's memory."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers", minversion="5")
-    from moeshm.integrations.transformers import offload
+    from moeshm.integrations import transformers as integration
 
-    prompt = torch.tensor([list(b"import os\n\n\ndef ")])
+    prompt = torch.tensor([list(b"import os\n\n\ndef ")], device="cuda:0")
     with moeshm.spawn_worker(
         tiny_moe_path(), device=way.worker, transport=way.transport, engine_device="cuda:0"
     ) as client:
         assert client.engine_device == "cuda:0"
-        model = offload(tiny_moe_path(), client)
+        model = integration.offload(tiny_moe_path(), client).to("cuda:0")
         with torch.inference_mode():
-            expected = model(prompt).logits
-            before = client.stats().messages
-            found = model.to("cuda:0")(prompt.to("cuda:0")).logits.cpu()
-            assert client.stats().messages > before
-        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+            found = model(prompt).logits
+            monkeypatch.setattr(integration, "_stays_on_gpu", lambda _client, _rows: False)
+            assert torch.equal(model(prompt).logits, found)
