@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 #: Of views, layers and id spaces, what stays known.
 _MAX_IDS = 1024
+#: Calls of one session that the device is given before it is waited for.
+_MOST_BEGUN = 16
 #: How long a slab is kept for a client whose GPU still copies from it.
 _TAKEN_LIMIT_S = 5.0
 _TAKEN_SLICE_NS = 10_000_000
@@ -59,6 +61,8 @@ class SlabServer:
         self._slab: WorkerSlab | None = None
         #: The call that the device was given last, unless it is known to be done.
         self._last: SlabCall | None = None
+        #: How many it was given since it was waited for.
+        self._n_begun = 0
         self._ids: dict[tuple[int, int, int], _Ids] = {}
 
     def offer(self, hello: Hello, data_bytes: int) -> tuple[SlabOffer, int, str]:
@@ -111,11 +115,19 @@ class SlabServer:
         at, spin_ns = _flag(call.places.slot, GIVEN), int(settings.current().spin_us * 1e3)
         return wait_for_word(self._segment.memory, at, call.sequence, int(timeout_s * 1e9), spin_ns)
 
+    def hold_back(self) -> None:
+        """Wait for the device if it has many calls of this session: those of others are to have
+        their turn. DeviceLost: it will do none of them."""
+        if self._slab is not None and self._n_begun >= _MOST_BEGUN:
+            self._slab.wait()
+            self._n_begun = 0
+
     def compute(self, call: SlabCall) -> None:
         """Begin the call, or compute it; the flag `done` tells of the end. InvalidCall: an id."""
         if self._slab is not None:
             self._slab.enqueue(call)
             self._last = call
+            self._n_begun += 1
             return
         self._compute_on_host(call)
         self._tell_done(call.places.slot, call.sequence)

@@ -228,6 +228,7 @@ class SessionServer:
             view = self._views.of(descriptor.view)
             call = self._slab.call_of(descriptor, view, self._max_tokens)
             self._wait_for_arrays(call, descriptor.deadline_ns)
+            self._guard(call.layer, self._slab.hold_back)
             with self._turns:
                 start_ns = time.monotonic_ns()
                 _check_deadline(descriptor.deadline_ns, start_ns)

@@ -127,3 +127,21 @@ def test_why_there_is_none() -> None:
         offer(SlabServer(Backend()), "device", "hip")
     with pytest.raises(DeviceError, match="computes on 'arithmetic', the engine on 'cuda'"):
         offer(SlabServer(ArithmeticBackend()), "device")
+
+
+def test_a_session_that_is_far_ahead_waits() -> None:
+    """Others' calls are behind its own on the device."""
+    backend = Backend()
+    server = SlabServer(backend)
+    offer(server, "pinned")
+    (slab,) = backend.slabs
+    waits = []
+    for _ in range(40):
+        server.hold_back()
+        server.compute(CALL)
+        waits.append(slab.n_waits)
+    assert waits == [n // 16 for n in range(40)]
+    slab.is_lost = True
+    with pytest.raises(DeviceLost):
+        server.hold_back()
+    server.close()
