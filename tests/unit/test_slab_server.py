@@ -136,11 +136,11 @@ def test_a_session_that_is_far_ahead_waits() -> None:
     offer(server, "pinned")
     (slab,) = backend.slabs
     waits = []
-    for _ in range(40):
+    for _ in range(48):
         server.hold_back()
         server.compute(CALL)
         waits.append(slab.n_waits)
-    assert waits == [n // 16 for n in range(40)]
+    assert waits == [n // 16 for n in range(48)]
     slab.is_lost = True
     with pytest.raises(DeviceLost):
         server.hold_back()
