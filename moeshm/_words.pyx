@@ -56,11 +56,11 @@ cdef bint _wait(const uint32_t *word, uint32_t value, int64_t timeout_ns,
                 int64_t spin_ns) noexcept nogil:
     cdef int64_t start_ns = moeshm_now_ns(), elapsed_ns = 0
     cdef timespec nap
-    cdef int look
+    cdef int _look
     nap.tv_sec = 0
     nap.tv_nsec = NAP_NS
     while True:
-        for look in range(LOOKS):
+        for _look in range(LOOKS):
             if <int32_t>(moeshm_load_word(word) - value) >= 0:
                 return True
             moeshm_pause()
