@@ -66,15 +66,22 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Kind:
     """Each way."""
     return KINDS[request.param]
 
 
+@pytest.fixture(scope="module")
+def lasting_worker(tmp_path_factory: pytest.TempPathFactory, kind: Kind) -> Iterator[GatedWorker]:
+    """For tests that leave it as it was; its events are read by nobody."""
+    with gated_worker(tmp_path_factory.mktemp("lasting"), has_gpu=kind.has_gpu) as started:
+        yield started
+
+
 @pytest.fixture
 def worker(tmp_path: Path, kind: Kind) -> Iterator[GatedWorker]:
-    """A worker that is ready."""
+    """For tests that end, stop or gate it."""
     with gated_worker(tmp_path, has_gpu=kind.has_gpu) as started:
         yield started
 
@@ -112,10 +119,14 @@ def connected(
 
 
 @pytest.fixture
-def client(worker: GatedWorker, movers: Movers, kind: Kind) -> Iterator[moeshm.ExpertClient]:
-    """Without a fallback."""
+def client(
+    request: pytest.FixtureRequest, lasting_worker: GatedWorker, movers: Movers, kind: Kind
+) -> Iterator[moeshm.ExpertClient]:
+    """Of the test's own worker, or of the lasting one; without a fallback."""
     assert not movers.opened
-    with connected(worker, kind) as made:
+    has_own = "worker" in request.fixturenames
+    own: GatedWorker = request.getfixturevalue("worker") if has_own else lasting_worker
+    with connected(own, kind) as made:
         yield made
 
 
