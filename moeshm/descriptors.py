@@ -7,6 +7,7 @@ there is said by the slab's flags (transport/slab.py). docs/protocol.md draws bo
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from . import protocol
@@ -23,7 +24,7 @@ BYTES = 128
 # version, length, layer, call id, deadline, tokens, hidden size, top k, id space, dtype, view,
 # slot, sequence, and the offsets of hidden states, ids, weights and output
 _DESCRIPTOR = struct.Struct("<HHIQqIIHBBIII4Q48x")
-_LOCAL, _GLOBAL = 0, 1
+_GLOBAL = 1
 _DTYPES = {int(dtype): dtype for dtype in DType}
 
 
@@ -79,29 +80,20 @@ def read(record: Message) -> Descriptor:
     )  # fmt: skip
 
 
-def check(descriptor: Descriptor, info: LayerInfo | None, most: int, data_bytes: int) -> DType:
-    """The format of its rows. `info`: of its layer, None if that is not held; `most`: tokens that
-    the worker takes; `data_bytes`: the slab's.
+def check(
+    descriptor: Descriptor, layers: Mapping[int, LayerInfo], most: int, data_bytes: int
+) -> DType:
+    """The format of its rows. `layers`: of its view; `most`: tokens that the worker takes;
+    `data_bytes`: the slab's.
 
     InvalidCall: it contradicts the layer. ProtocolError: its arrays are not in the slab.
     """
     each = descriptor
-    if info is None:
-        raise InvalidCall(f"layer {each.layer} is not on this worker")
+    info = protocol.find_layer(layers, each.layer)
     dtype = _DTYPES.get(each.dtype)
     if dtype is None or each.are_global > _GLOBAL:
         raise InvalidCall(f"dtype {each.dtype}, id space {each.are_global}: unknown")
-    if each.hidden_size != info.hidden_size:
-        raise InvalidCall(
-            f"hidden_size={each.hidden_size}; layer {each.layer} has {info.hidden_size}"
-        )
-    if not 1 <= each.n_tokens <= most:
-        raise InvalidCall(f"n_tokens={each.n_tokens}; this worker takes 1..{most} in one call")
-    if not 1 <= each.top_k <= info.top_k:
-        raise InvalidCall(
-            f"top_k={each.top_k} but layer {each.layer} has top_k={info.top_k}; "
-            f"pass ids of shape [n_tokens, {info.top_k}]"
-        )
+    protocol.check_sizes(each.layer, info, each.n_tokens, each.hidden_size, each.top_k, most)
     needed = sizes(each.n_tokens, each.hidden_size, each.top_k, dtype)
     for offset, size in zip(each.places[1:], needed, strict=True):
         if offset % ALIGNMENT or offset + size > data_bytes:

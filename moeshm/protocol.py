@@ -274,20 +274,10 @@ def parse_call(
     length contradicts its header.
     """
     layer, call_id, deadline_ns, n_tokens, hidden_size, top_k, id_space, dtype, reply, _ = fields
-    info = layers.get(layer)
-    if info is None:
-        raise InvalidCall(f"layer {layer} is not on this worker; it holds {_listed(layers)}")
+    info = find_layer(layers, layer)
     if dtype not in _DTYPES or reply not in _DTYPES or id_space > _GLOBAL:
         raise InvalidCall(f"dtype {dtype}, reply dtype {reply}, id space {id_space}: unknown")
-    if hidden_size != info.hidden_size:
-        raise InvalidCall(f"hidden_size={hidden_size}; layer {layer} has {info.hidden_size}")
-    if not 1 <= n_tokens <= max_tokens:
-        raise InvalidCall(f"n_tokens={n_tokens}; this worker takes 1..{max_tokens} in one call")
-    if not 1 <= top_k <= info.top_k:
-        raise InvalidCall(
-            f"top_k={top_k} but layer {layer} has top_k={info.top_k}; "
-            f"pass ids of shape [n_tokens, {info.top_k}]"
-        )
+    check_sizes(layer, info, n_tokens, hidden_size, top_k, max_tokens)
     wire = _DTYPES[dtype]
     rows_offset = _rows_offset(n_tokens, top_k)
     expected = rows_offset + n_tokens * hidden_size * wire.itemsize
@@ -310,6 +300,29 @@ def parse_call(
         _DTYPES[reply],
         deadline_ns,
     )
+
+
+def find_layer(layers: Mapping[int, LayerInfo], layer: int) -> LayerInfo:
+    """The one that a call names; InvalidCall says which there are."""
+    info = layers.get(layer)
+    if info is None:
+        raise InvalidCall(f"layer {layer} is not on this worker; it holds {_listed(layers)}")
+    return info
+
+
+def check_sizes(
+    layer: int, info: LayerInfo, n_tokens: int, hidden_size: int, top_k: int, max_tokens: int
+) -> None:
+    """InvalidCall names what in a call's header contradicts its layer."""
+    if hidden_size != info.hidden_size:
+        raise InvalidCall(f"hidden_size={hidden_size}; layer {layer} has {info.hidden_size}")
+    if not 1 <= n_tokens <= max_tokens:
+        raise InvalidCall(f"n_tokens={n_tokens}; this worker takes 1..{max_tokens} in one call")
+    if not 1 <= top_k <= info.top_k:
+        raise InvalidCall(
+            f"top_k={top_k} but layer {layer} has top_k={info.top_k}; "
+            f"pass ids of shape [n_tokens, {info.top_k}]"
+        )
 
 
 def check_ids(

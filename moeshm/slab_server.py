@@ -94,19 +94,18 @@ class SlabServer:
 
     def call_of(self, descriptor: Descriptor, view: View, most: int) -> SlabCall:
         """The call that it describes. InvalidCall, ProtocolError: as `descriptors.check`."""
-        info = view.layers.get(descriptor.layer)
-        dtype = descriptors.check(descriptor, info, most, self._data_bytes)
+        dtype = descriptors.check(descriptor, view.layers, most, self._data_bytes)
         ids = self._ids_of(descriptor, view)
         return SlabCall(
             descriptor.layer,
             descriptor.n_tokens,
+            descriptor.hidden_size,
             descriptor.top_k,
             dtype,
             descriptor.places,
             descriptor.sequence,
             ids.n_ids,
             ids.slots,
-            descriptor.hidden_size,
         )
 
     def wait_for_arrays(self, call: SlabCall, timeout_s: float) -> bool:
@@ -267,7 +266,10 @@ def _slots(ids: npt.NDArray[np.int32], call: SlabCall) -> npt.NDArray[np.int32]:
     slots = call.slots[ids]
     missing = ids[(slots < 0) & (ids >= 0)]
     if missing.size:
-        raise InvalidCall(f"expert {missing[0]} of layer {call.layer} is not on this worker")
+        raise InvalidCall(
+            f"expert {missing[0]} of layer {call.layer} is not on this worker; pass ids that the "
+            "call's view lists"
+        )
     return slots
 
 

@@ -84,6 +84,7 @@ class SlabCall(msgspec.Struct, frozen=True, gc=False):
 
     layer: int
     n_tokens: int
+    hidden_size: int
     top_k: int
     dtype: DType
     places: Places
@@ -94,8 +95,6 @@ class SlabCall(msgspec.Struct, frozen=True, gc=False):
     #: Id to the backend's slot, int32 [n_ids + 1], where -1 stands for none and is also in the last
     #: place; None for ids that are slots.
     slots: npt.NDArray[np.int32] | None
-    #: The layer's.
-    hidden_size: int = 0
 
 
 class WorkerSlab(Protocol):

@@ -200,7 +200,9 @@ def test_another_process_gives_the_arrays(device: Device) -> None:
         sequence, patience_ns = slab_engine.SEQUENCE, slab_engine.PATIENCE_NS
         try:
             assert wait_for_word(segment.memory, at, sequence, patience_ns, 0), "nothing is given"
-            slab.enqueue(SlabCall(0, len(ids), 2, DType.BF16, places, sequence, 6, None))
+            slab.enqueue(
+                SlabCall(0, len(ids), hidden.shape[1], 2, DType.BF16, places, sequence, 6, None)
+            )
             answer, _ = child.communicate(timeout=60)
         finally:
             child.kill()

@@ -87,6 +87,7 @@ class Engine:
             SlabCall(
                 layer,
                 n_tokens,
+                hidden.shape[1],
                 top_k,
                 dtype_of(hidden),
                 claim.places,

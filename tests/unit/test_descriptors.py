@@ -57,7 +57,7 @@ def test_another_type_is_refused(kind: int) -> None:
 def check(most: int = 8, data_bytes: int = 1 << 20, **changed: Any) -> DType:
     """Of one that is right but for that."""
     right = GOOD._replace(places=Places(0, 0, 1024, 1280, 2048))
-    return descriptors.check(right._replace(**changed), INFO, most, data_bytes)
+    return descriptors.check(right._replace(**changed), {GOOD.layer: INFO}, most, data_bytes)
 
 
 def test_what_is_right() -> None:

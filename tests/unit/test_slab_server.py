@@ -13,7 +13,7 @@ from moeshm.errors import DeviceError, DeviceLost
 from moeshm.handshake import Hello
 from moeshm.slab_server import SlabServer
 from moeshm.transport.slab import DONE, PAGE_BYTES, Places
-from tests.crash.arithmetic import FREE, NUM_EXPERTS, ArithmeticBackend
+from tests.crash.arithmetic import FREE, HIDDEN_SIZE, NUM_EXPERTS, ArithmeticBackend
 
 
 class Slab:
@@ -67,7 +67,9 @@ def offer(server: SlabServer, slab: str, vendor: str = "cuda") -> tuple[str, str
     return made.kind, why
 
 
-CALL = SlabCall(FREE, 1, 2, DType.F32, Places(3, 0, 256, 512, 768), 9, NUM_EXPERTS, None)
+CALL = SlabCall(
+    FREE, 1, HIDDEN_SIZE, 2, DType.F32, Places(3, 0, 256, 512, 768), 9, NUM_EXPERTS, None
+)
 
 
 def test_a_device_that_takes_long_is_asked() -> None:
