@@ -431,9 +431,16 @@ class ExpertClient:
         """Of hidden_states, topk_ids, topk_weights, out; `stream`: None for the current one."""
         given = self._engine.check(layer, self._info(view, layer), *arrays_given, stream)
         # The fallback takes over calls that are on their way, and this one is not yet.
-        link = self._live_link(time.monotonic() + timeout_s, can_fall_back=False)
+        deadline = time.monotonic() + timeout_s
         return self._engine.submit(
-            given, link, view, timeout_s, are_global, slice_tokens or MAX_TOKENS, self._fallback
+            given,
+            self._live_link(deadline, can_fall_back=False),
+            view,
+            deadline,
+            timeout_s,
+            are_global,
+            slice_tokens or MAX_TOKENS,
+            self._fallback,
         )
 
     def _submit(

@@ -157,6 +157,7 @@ class Engine:
         given: Given,
         link: Link,
         view: HeldView,
+        deadline: float,
         timeout_s: float,
         are_global: bool,
         slice_tokens: int,
@@ -172,7 +173,7 @@ class Engine:
         call = DeviceCall(
             link=link,
             given=given,
-            deadline=time.monotonic() + timeout_s,
+            deadline=deadline,
             timeout_s=timeout_s,
             view=link.views.of(view),
             are_global=are_global,
