@@ -94,7 +94,7 @@ class DeviceCalls:
                 self._enqueue(call, part, first)
             finally:
                 if not part.has_take:
-                    part.release(None)
+                    part.release()
                 part.is_begun = True
         finally:
             self._submitting.release()

@@ -183,10 +183,8 @@ class Part:
         """As `Receiver.fail`."""
         self.loss = self.loss or error
 
-    def release(self, error: CallError | None) -> None:
+    def release(self) -> None:
         """Let the stream go on, in the worker's place."""
-        if error is not None:
-            self.future.fail(error)
         self.is_released = True
         self.set(DONE, self.claim.sequence)
 

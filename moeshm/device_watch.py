@@ -193,7 +193,8 @@ class Watch:
             except Exception as error:  # whatever it is, streams must not wait for ever
                 words = traceback.format_exc()
                 _log.error("what is on its way to the worker was not looked after: %s", words)
-                part.release(WorkerDied(f"the call could not be looked after: {error}"))
+                self._fail(part, WorkerDied(f"the call could not be looked after: {error}"))
+                part.release()
             is_oldest = is_oldest and part.has_reached(DONE)
 
     def _look_at(self, part: Part, is_oldest: bool) -> None:
@@ -223,7 +224,7 @@ class Watch:
             outcome = error
         if outcome is not None:
             self._fail(part, outcome)
-        part.release(None)
+        part.release()
 
     def _fall_back(
         self, part: Part, fallback: HostFallback, cause: WorkerDied | DeadlineExceeded
