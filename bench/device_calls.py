@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -117,7 +117,8 @@ def _run(asked: Asked, plan: Plan, repeat: int) -> Run:
     output, problem = harness.run_program(_command(setup), _LIMIT_S)
     found: Found | None = None
     samples: dict[str, CellSamples] = {}
-    for line in _lines(output):
+    line: Line
+    for line in harness.decode_lines(output, Line):
         if isinstance(line, Refused):
             raise UnsupportedPlatform(f"device calls need a GPU: {line.why}")
         if isinstance(line, Found):
@@ -134,14 +135,6 @@ def _run(asked: Asked, plan: Plan, repeat: int) -> Run:
 
 def _command(setup: Setup) -> list[str]:
     return harness.python_program("device_calls_client", msgspec.json.encode(setup).decode())()
-
-
-def _lines(output: str) -> Iterator[Line]:
-    for text in output.splitlines():
-        try:
-            yield msgspec.json.decode(text, type=Line)
-        except msgspec.DecodeError:
-            continue  # cut off when the process ended, or some library's word
 
 
 # --- figures ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -165,6 +165,15 @@ def run_program(
             _end_group(process)
             remove_shared(f"{SHM_PREFIX}{process.pid}-")
     return output, problem
+
+
+def decode_lines(output: str, kind: Any) -> Iterator[Any]:
+    """What a program said, line by line, as values of this type."""
+    for text in output.splitlines():
+        try:
+            yield msgspec.json.decode(text, type=kind)
+        except msgspec.DecodeError:
+            continue  # cut off when the process ended, or some library's word
 
 
 def remove_shared(prefix: str) -> None:

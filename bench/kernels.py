@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 
@@ -75,7 +75,7 @@ def run(setup: Setup) -> tuple[GpuInfo, list[KernelRow]]:
     rows: dict[tuple[int, str], KernelRow] = {}
     while True:
         output, problem = harness.run_program(_command(setup), _LIMIT_S)
-        lines = list(_lines(output))
+        lines: list[Line] = list(harness.decode_lines(output, Line))
         gpu = _gpu_of(lines, problem)
         for line in lines:
             if isinstance(line, Measured):
@@ -104,14 +104,6 @@ def _cells(
 def _command(setup: Setup) -> list[str]:
     program = harness.python_program("kernels_program", msgspec.json.encode(setup).decode())
     return program()
-
-
-def _lines(output: str) -> Iterator[Line]:
-    for text in output.splitlines():
-        try:
-            yield msgspec.json.decode(text, type=Line)
-        except msgspec.DecodeError:
-            continue  # cut off when the process ended, or some library's word
 
 
 def _gpu_of(lines: Sequence[Line], problem: str | None) -> GpuInfo:
