@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import struct
-import time
 
 import numpy as np
 import pytest
 
+from moeshm._words import wait_for_word
 from moeshm.backends import Ids
 from tests.crash.arithmetic import FREE, HIDDEN_SIZE, NUM_EXPERTS, make_inputs
-from tests.hostile.attacker import Attacker, attacking, hello
+from tests.hostile.attacker import PATIENCE_S, Attacker, attacking, hello
 from tests.hostile.conftest import Victim
 
 pytestmark = pytest.mark.usefixtures("bystander")
@@ -59,9 +59,8 @@ def flag(attacker: Attacker, which: int, slot: int = 0) -> int:
 
 
 def wait_for(attacker: Attacker, which: int, value: int) -> None:
-    """Until a flag is that."""
-    while flag(attacker, which) != value:
-        time.sleep(0)
+    """Until the first slot's flag is that."""
+    assert wait_for_word(attacker.slab, which, value, int(PATIENCE_S * 1e9), 0)
 
 
 def assert_served(attacker: Attacker, sequence: int = 1) -> None:
