@@ -6,11 +6,19 @@ from posix.time cimport nanosleep, timespec
 
 from ._atomics cimport moeshm_load_word, moeshm_now_ns, moeshm_pause, moeshm_store_word
 
+cdef extern from "<sys/prctl.h>" nogil:
+    int prctl(int option, ...)
+    int PR_SET_TIMERSLACK
+    int PR_GET_TIMERSLACK
+
 cdef enum:
     # Looks at a word between two looks at the clock.
     LOOKS = 64
-    # How long a waiting thread sleeps between looks, once it does not spin any more.
-    NAP_NS = 50_000
+    # A thread that does not spin any more sleeps between looks for this part of what it has waited,
+    # which is how late it may be, but not for less and not for longer than these.
+    NAPS = 16
+    SHORTEST_NAP_NS = 5_000
+    LONGEST_NAP_NS = 200_000
 
 
 cdef uint32_t *_word(memory, Py_ssize_t offset, int flags, Py_buffer *view) except NULL:
@@ -54,18 +62,47 @@ def wait_for_word(memory, Py_ssize_t offset, uint32_t value, int64_t timeout_ns,
 
 cdef bint _wait(const uint32_t *word, uint32_t value, int64_t timeout_ns,
                 int64_t spin_ns) noexcept nogil:
-    cdef int64_t start_ns = moeshm_now_ns(), elapsed_ns = 0
-    cdef timespec nap
-    cdef int _look
-    nap.tv_sec = 0
-    nap.tv_nsec = NAP_NS
+    cdef int64_t start_ns = moeshm_now_ns()
+    cdef int slack_ns
+    if _look(word, value, start_ns, min(spin_ns, timeout_ns)):
+        return True
+    if spin_ns >= timeout_ns:
+        return False
+    # Else the kernel lets a thread sleep for 50 us longer than it asked for.
+    slack_ns = prctl(PR_GET_TIMERSLACK)
+    prctl(PR_SET_TIMERSLACK, 1)
+    cdef bint has_come = _doze(word, value, start_ns, timeout_ns)
+    prctl(PR_SET_TIMERSLACK, slack_ns)
+    return has_come
+
+
+cdef bint _look(const uint32_t *word, uint32_t value, int64_t start_ns,
+                int64_t spin_ns) noexcept nogil:
+    """Look at it again and again until it has come or the time is over."""
+    cdef int _number
     while True:
-        for _look in range(LOOKS):
-            if <int32_t>(moeshm_load_word(word) - value) >= 0:
+        for _number in range(LOOKS):
+            if _has_come(word, value):
                 return True
             moeshm_pause()
+        if moeshm_now_ns() - start_ns >= spin_ns:
+            return False
+
+
+cdef bint _doze(const uint32_t *word, uint32_t value, int64_t start_ns,
+                int64_t timeout_ns) noexcept nogil:
+    """Look at it between sleeps until it has come or the time is over."""
+    cdef int64_t elapsed_ns
+    cdef timespec nap
+    nap.tv_sec = 0
+    while not _has_come(word, value):
         elapsed_ns = moeshm_now_ns() - start_ns
         if elapsed_ns >= timeout_ns:
             return False
-        if elapsed_ns >= spin_ns:
-            nanosleep(&nap, NULL)
+        nap.tv_nsec = min(max(elapsed_ns // NAPS, SHORTEST_NAP_NS), LONGEST_NAP_NS)
+        nanosleep(&nap, NULL)
+    return True
+
+
+cdef bint _has_come(const uint32_t *word, uint32_t value) noexcept nogil:
+    return <int32_t>(moeshm_load_word(word) - value) >= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import threading
@@ -16,6 +17,8 @@ from moeshm.errors import SegmentError
 from moeshm.transport.slab import ALIGNMENT, FLAGS_BYTES, SLOTS, Allocator, Claim, Segment
 
 DATA_BYTES = 64 << 10
+#: Of prctl(2).
+_SET_TIMER_SLACK, _GET_TIMER_SLACK = 29, 30
 SIZES = st.tuples(*[st.integers(0, DATA_BYTES // 5)] * 4)
 
 
@@ -132,6 +135,17 @@ def test_a_word_is_waited_for(spin_ns: int) -> None:
     assert wait_for_word(memory, 0, 3, 20 * 10**9, spin_ns)
     setter.join()
     assert not wait_for_word(memory, 0, 4, 10**6, spin_ns)
+
+
+def test_a_wait_leaves_the_threads_timers_as_they_are() -> None:
+    prctl = ctypes.CDLL(None).prctl
+    before = prctl(_GET_TIMER_SLACK)
+    assert prctl(_SET_TIMER_SLACK, 123_456) == 0
+    try:
+        assert not wait_for_word(bytearray(64), 0, 1, 10**6, 0)
+        assert prctl(_GET_TIMER_SLACK) == 123_456
+    finally:
+        prctl(_SET_TIMER_SLACK, before)
 
 
 @pytest.mark.parametrize("offset", [-4, 1, 62, 64])
