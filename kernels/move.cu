@@ -25,10 +25,11 @@ struct Given {
     int weights_dtype;
 };
 
-// What `take` copies; both start at multiples of 16 bytes.
+// What `take` and `await_and_take` copy; both start at multiples of 16 bytes.
 struct Taken {
     const void* slab_out;
     void* out;
+    const u32* done;    // of the same call as the signal's flag; for `await_and_take`
     long long n_bytes;  // a multiple of 16
 };
 
@@ -84,6 +85,17 @@ DEVICE void copy_pairs(const Given& given) {
     }
 }
 
+// Until the flag has reached the value, as numbers that wrap. What was written before it was set can
+// be read afterwards by the whole block.
+DEVICE void await(const u32* flag, u32 value) {
+    if (threadIdx.x == 0) {
+        while ((int)(*(const volatile u32*)flag - value) < 0) {
+        }
+        fence_system();
+    }
+    __syncthreads();
+}
+
 // The last block that comes here sets the flag. A block's fence stands for what all of its threads
 // wrote before they met.
 DEVICE void finish(const Signal& signal) {
@@ -104,6 +116,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) give(Given given, Signal s
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) take(Taken taken, Signal signal) {
+    copy(taken.out, taken.slab_out, taken.n_bytes);
+    finish(signal);
+}
+
+// As `take` behind a wait of the stream's, which begins some 10 us later: on an H200, 13.7 us from
+// `done` to `taken` instead of 2.5 for a kernel that was there. Only where whoever sets `done` needs
+// nothing of this GPU.
+extern "C" __global__ void __launch_bounds__(THREADS) await_and_take(Taken taken, Signal signal) {
+    await(taken.done, signal.value);
     copy(taken.out, taken.slab_out, taken.n_bytes);
     finish(signal);
 }

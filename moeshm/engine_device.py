@@ -206,11 +206,13 @@ def host_fallback(fallback: Fallback, view: HeldView, are_global: bool) -> HostF
     return compute
 
 
-def open_mover(engine: EngineDevice, memory: memoryview, handle: bytes) -> Mover:
+def open_mover(
+    engine: EngineDevice, memory: memoryview, handle: bytes, worker_bus_id: str
+) -> Mover:
     """What moves arrays between that GPU and a slab; DeviceError."""
     from .backends.gpu.mover import Mover as GpuMover
 
-    return GpuMover(engine.name, memory, handle)
+    return GpuMover(engine.name, memory, handle, worker_bus_id)
 
 
 def open_calls(engine: EngineDevice, link: Link) -> DeviceCalls:
@@ -221,5 +223,5 @@ def open_calls(engine: EngineDevice, link: Link) -> DeviceCalls:
             "the worker gives no slab"
             + (f": {welcome.slab_refused}" if welcome.slab_refused else "; update it")
         )
-    mover = open_mover(engine, segment.memory, welcome.slab.handle)
+    mover = open_mover(engine, segment.memory, welcome.slab.handle, welcome.slab.bus_id)
     return DeviceCalls(link, segment, welcome.slab.data_bytes, mover)

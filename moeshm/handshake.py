@@ -47,6 +47,8 @@ class SlabOffer(msgspec.Struct, frozen=True):
     data_bytes: int
     #: What device memory is opened by.
     handle: bytes = b""
+    #: Where the worker's GPU is on the host's PCI bus; empty for none, or if it is not known.
+    bus_id: str = ""
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True, kw_only=True):

@@ -192,7 +192,8 @@ class SlabServer:
         segment, fd = Segment.create(0)
         with _closed_on_error(fd):
             self._slab = backend.open_slab(segment.memory, data_bytes)
-        return self._made(segment, fd, SlabOffer("device", data_bytes, self._slab.handle))
+        offer = SlabOffer("device", data_bytes, self._slab.handle, backend.bus_id)
+        return self._made(segment, fd, offer)
 
     def _make_pinned(self, _hello: Hello, data_bytes: int) -> tuple[SlabOffer, int]:
         segment, fd = Segment.create(data_bytes)
@@ -204,7 +205,8 @@ class SlabServer:
                     # Its words alone: the error's frames hold on to the memory.
                     self._why_host = [f"the host serves the slab for the device: {error}"]
                     _log.warning("%s", self._why_host[0])
-        return self._made(segment, fd, SlabOffer("pinned", data_bytes))
+        bus_id = self._backend.bus_id if isinstance(self._backend, SlabUser) else ""
+        return self._made(segment, fd, SlabOffer("pinned", data_bytes, bus_id=bus_id))
 
     def _made(self, segment: Segment, fd: int, offer: SlabOffer) -> tuple[SlabOffer, int]:
         self._segment, self._data_bytes = segment, offer.data_bytes

@@ -172,9 +172,14 @@ class Movers:
     def __init__(self) -> None:
         self.opened: list[HostMover] = []
         self.refuses_device_memory = False
+        #: As they were said.
+        self.worker_bus_ids: list[str] = []
 
-    def open(self, _engine: EngineDevice, memory: memoryview, handle: bytes) -> HostMover:
+    def open(
+        self, _engine: EngineDevice, memory: memoryview, handle: bytes, worker_bus_id: str
+    ) -> HostMover:
         """As `open_mover`."""
+        self.worker_bus_ids.append(worker_bus_id)
         if handle and self.refuses_device_memory:
             raise DeviceError("no peer access between these GPUs")
         self.opened.append(HostMover(memory, handle))

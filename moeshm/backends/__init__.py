@@ -126,6 +126,8 @@ class SlabUser(Backend, Protocol):
 
     #: What its device memory can be opened by: "cuda" or "hip".
     vendor: str
+    #: Where on the host's PCI bus the device is, like "0000:1b:00.0"; empty if that is not known.
+    bus_id: str
 
     def open_slab(self, memory: memoryview, device_bytes: int) -> WorkerSlab:
         """Use a slab. `memory`: its segment's, whole pages which are mapped for good. Its data is

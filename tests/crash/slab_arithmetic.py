@@ -24,6 +24,7 @@ class SlabArithmetic(ArithmeticBackend):
     """A `SlabUser`; what is enqueued is done in order by a thread, the device."""
 
     vendor = "cuda"
+    bus_id = "0000:1b:00.0"
 
     def __init__(self, on_turn: Callable[[int, int], None] = lambda _layer, _tag: None) -> None:
         super().__init__(on_turn)

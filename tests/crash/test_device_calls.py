@@ -46,6 +46,7 @@ from tests.crash.arithmetic import (
     make_inputs,
 )
 from tests.crash.processes import GatedWorker, gated_worker, mapped_rings, open_fds, within
+from tests.crash.slab_arithmetic import SlabArithmetic
 from tests.engine_gpu import PATIENCE_S, GpuArray, Movers, Stream
 
 SOON_S = 15.0
@@ -473,6 +474,8 @@ def test_nothing_is_left(worker: GatedWorker, movers: Movers, kind: Kind, stream
     assert mapped_rings(worker.process.pid) == before
     assert open_fds(worker.process.pid) == fds
     assert all(mover.is_closed for mover in movers.opened)
+    # A worker on the CPU is nowhere.
+    assert set(movers.worker_bus_ids) == {SlabArithmetic.bus_id if kind.has_gpu else ""}
 
 
 def test_a_gpu_that_cannot_open_the_workers_memory(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
+from moeshm._words import store_word
 from moeshm.backends import Ids, Weights
 from moeshm.backends.gpu.mover import Given, Signal, Taken
 from moeshm.dtypes import Array, DType, narrow, widen
@@ -105,7 +107,7 @@ def take(
     module: Module, slab_out: Array, out: Array, flag: Flag, grid: int = 2, order: Order = "forward"
 ) -> None:
     """Launch it."""
-    taken = Taken(slab_out.ctypes.data, out.ctypes.data, out.nbytes)
+    taken = Taken(slab_out.ctypes.data, out.ctypes.data, n_bytes=out.nbytes)
     module.launch("take", grid, BLOCK, 0, taken, flag.signal, order=order)
 
 
@@ -140,6 +142,34 @@ def test_an_output_reaches_the_caller(module: Module, n_vectors: int, grid: int)
     take(module, slab_out, out, flag, grid)
     assert same_bits(out, slab_out)
     flag.assert_set()
+
+
+@pytest.mark.parametrize("grid", [1, 2, 7])
+def test_an_output_is_awaited(module: Module, grid: int) -> None:
+    """By all blocks; the flag is set, and the output written, while they look."""
+    n_vectors = 3000
+    source, slab_out = draw_bytes(n_vectors), unwritten(n_vectors * 16)
+    out, done, flag = unwritten(n_vectors * 16), Flag(), Flag()
+    taken = Taken(slab_out.ctypes.data, out.ctypes.data, done.signal.flag, out.nbytes)
+    launched = threading.Thread(
+        target=module.launch, args=("await_and_take", grid, BLOCK, 0, taken, flag.signal)
+    )
+    launched.start()
+    slab_out[:] = source
+    assert flag.word[0] == SEQUENCE - 1
+    store_word(done.word, 0, SEQUENCE)
+    launched.join()
+    assert same_bits(out, source)
+    flag.assert_set()
+
+
+def test_a_flag_of_later_calls_is_not_awaited(module: Module) -> None:
+    """As words are compared on a circle."""
+    source, out, flag = draw_bytes(3), unwritten(48), Flag()
+    done = guarded(np.array([5], np.uint32), 4)
+    taken = Taken(source.ctypes.data, out.ctypes.data, done.ctypes.data, out.nbytes)
+    module.launch("await_and_take", 1, BLOCK, 0, taken, flag.signal)
+    assert same_bits(out, source)
 
 
 def test_wide_ids_stay_what_they_are_or_become_refused_ones(module: Module) -> None:

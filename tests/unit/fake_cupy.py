@@ -59,6 +59,8 @@ class FakeCupy:
         self.modules: list[FakeModule] = []
         #: By function of the driver: the status that it returns.
         self.statuses: dict[str, int] = {}
+        #: None for a driver that does not say.
+        self.bus_id: str | None = "0000:1B:00.0"
         #: What a look at the stream returns: not ready, at first.
         self.query_status = 600
 
@@ -88,10 +90,16 @@ class FakeCupy:
         self.modules.append(FakeModule(self, code, options))
         return self.modules[-1]
 
+    def _tell_bus_id(self, _index: int) -> str:
+        if self.bus_id is None:
+            raise RuntimeError("not supported")
+        return self.bus_id
+
     def _runtime(self) -> dict[str, Any]:
         functions: dict[str, Callable[..., Any]] = {
             "getDeviceCount": lambda: self.n_devices,
             "getDeviceProperties": lambda _index: self.properties,
+            "deviceGetPCIBusId": self._tell_bus_id,
             "setDevice": lambda _index: None,
             "memGetInfo": lambda: (5 << 30, 80 << 30),
             "malloc": self._allocate,

@@ -125,6 +125,17 @@ def test_features(
     assert names == has.split()
 
 
+@pytest.mark.parametrize(("told", "bus_id"), [("0000:1B:00.0", "0000:1b:00.0"), (None, "")])
+def test_where_the_device_is(
+    monkeypatch: pytest.MonkeyPatch, told: str | None, bus_id: str
+) -> None:
+    cupy = FakeCupy(H100)
+    cupy.bus_id = told
+    cupy.install(monkeypatch)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: cuda_driver(cupy))
+    assert open_device("cuda:0").features.bus_id == bus_id
+
+
 def test_an_nvrtc_that_is_too_old_for_wgmma(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy = FakeCupy(H100)
     cupy.nvrtc_version = (12, 6)

@@ -149,7 +149,11 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
 
 @contextlib.contextmanager
 def _opened(
-    device: SimtDevice, patch: pytest.MonkeyPatch, runtime: Runtime, kind: str
+    device: SimtDevice,
+    patch: pytest.MonkeyPatch,
+    runtime: Runtime,
+    kind: str,
+    worker_bus_id: str = "",
 ) -> Iterator[Slab]:
     """A slab of that kind, whose mover takes `device` for its GPU."""
     patch.setattr(mover, "open_device", lambda _name: device)
@@ -164,7 +168,8 @@ def _opened(
             allocated = stack.enter_context(contextlib.closing(device.allocate(DATA_BYTES)))
             handle, data = device.export(allocated), _bytes_of(allocated)
         worker_bytes = device.device_bytes
-        made = stack.enter_context(contextlib.closing(Mover("cuda:1", segment.memory, handle)))
+        made = Mover("cuda:1", segment.memory, handle, worker_bus_id)
+        stack.enter_context(contextlib.closing(made))
         opened = Slab(theirs.memory, data, made, device, worker_bytes)
         yield stack.enter_context(contextlib.closing(opened))
 
@@ -172,6 +177,19 @@ def _opened(
 def _bytes_of(memory: Memory) -> Array:
     array = (ctypes.c_uint8 * memory.nbytes).from_address(memory.address)
     return np.frombuffer(memoryview(array), np.uint8)
+
+
+def _done_by(device: SimtDevice, patch: pytest.MonkeyPatch) -> list[str]:
+    """The names of kernels, and waits, that it does from now on."""
+    names: list[str] = []
+    do = device.do
+
+    def note(command: Callable[..., None], *how: Any) -> None:
+        names.append("wait" if command == device.wait_value else how[0].name)
+        do(command, *how)
+
+    patch.setattr(device, "do", note)
+    return names
 
 
 @pytest.fixture(params=["pinned", "device"])
@@ -252,6 +270,37 @@ def test_an_output_is_waited_for(opened: Slab) -> None:
         call.take(opened, AT, 7)
     assert not call.out.any()
     assert opened.flag(AT, TAKEN) == 0
+
+
+@pytest.mark.parametrize("kind", ["pinned", "device"])
+@pytest.mark.parametrize(
+    ("worker_bus_id", "kernels"),
+    [
+        # 16 blocks of 256 threads that load 8 vectors each; for more the stream waits.
+        ("0000:1b:00.0", ["await_and_take", "wait", "take"]),
+        ("0000:1a:00.0", ["wait", "take", "wait", "take"]),
+        ("", ["wait", "take", "wait", "take"]),
+    ],
+)
+def test_a_kernel_awaits_only_what_another_gpu_computes(
+    monkeypatch: pytest.MonkeyPatch,
+    runtime: Runtime,
+    kind: str,
+    worker_bus_id: str,
+    kernels: list[str],
+) -> None:
+    """On its own GPU the worker would not have its turn."""
+    device = SimtDevice(FEATURES._replace(bus_id="0000:1a:00.0", multiprocessors=20))
+    with _opened(device, monkeypatch, runtime, kind, worker_bus_id) as made:
+        source, out = (np.arange(32_769 * 4, dtype=np.uint32) for _ in range(2))
+        made.answer(AT, 5, source)
+        done = _done_by(device, monkeypatch)
+        for n_vectors in (32_768, 32_769):
+            out[:] = 0
+            made.mover.take(STREAM, out.ctypes.data, n_vectors * 16, AT, 5)
+            assert made.flag(AT, TAKEN) == 5
+            np.testing.assert_array_equal(out[: n_vectors * 4], source[: n_vectors * 4])
+    assert done == kernels
 
 
 @pytest.mark.parametrize("stream", [0, STREAM])

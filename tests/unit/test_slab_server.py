@@ -43,6 +43,7 @@ class Backend(ArithmeticBackend):
     """A `SlabUser` that may refuse."""
 
     vendor = "cuda"
+    bus_id = "0000:1b:00.0"
 
     def __init__(self, refuses: tuple[str, ...] = ()) -> None:
         super().__init__()

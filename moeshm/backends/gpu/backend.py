@@ -89,6 +89,7 @@ class GpuBackend:
         )
         #: As `SlabUser`.
         self.vendor = device.name.partition(":")[0]
+        self.bus_id = device.features.bus_id
         self._make_room(layers)
         for number, layer in layers.items():
             self._experts.add_layer(number, layer.info, has_bias(layer))

@@ -369,7 +369,15 @@ def _features(runtime: Any, index: int) -> Features:
         has_mma=capability >= (8, 0),
         has_overlap=capability >= (9, 0),
         has_wgmma=capability == (9, 0) and _nvrtc_version() >= _NVRTC_FOR_WGMMA,
+        bus_id=_bus_id(runtime, index),
     )
+
+
+def _bus_id(runtime: Any, index: int) -> str:
+    try:
+        return str(runtime.deviceGetPCIBusId(index)).lower()
+    except RuntimeError:
+        return ""
 
 
 def _nvrtc_version() -> tuple[int, int]:

@@ -33,6 +33,8 @@ class Features(NamedTuple):
     has_overlap: bool
     #: wgmma, of sm_90a only, where the compiler is new enough for it.
     has_wgmma: bool
+    #: Where on the host's PCI bus it is, like "0000:1b:00.0"; empty if its driver does not say.
+    bus_id: str = ""
 
 
 class Memory(Protocol):

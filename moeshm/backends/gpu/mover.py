@@ -18,8 +18,11 @@ from .device import Bytes, CommandList, Device, Kernel
 
 #: Of the pinned memory that arrays are fetched and put through.
 _BOUNCE_BYTES = 1 << 20
-#: Threads of a block, as kernels/move.cu has it.
-_THREADS = 256
+#: Threads of a block, and vectors of 16 bytes that each loads together, as kernels/move.cu has it.
+_THREADS, _AHEAD = 256, 8
+#: Of a kernel that waits for a flag by itself: few are to read that from the host's memory, and to
+#: be in the way of others. For larger outputs the stream waits.
+_MOST_AWAITING_BLOCKS = 16
 
 
 class Given(ctypes.Structure):
@@ -40,11 +43,12 @@ class Given(ctypes.Structure):
 
 
 class Taken(ctypes.Structure):
-    """As kernels/move.cu has it: what `take` copies."""
+    """As kernels/move.cu has it: what `take` and `await_and_take` copy."""
 
     _fields_ = (
         ("slab_out", ctypes.c_uint64),
         ("out", ctypes.c_uint64),
+        ("done", ctypes.c_uint64),
         ("n_bytes", ctypes.c_int64),
     )
 
@@ -63,12 +67,15 @@ class Mover:
     """Moves arrays between a GPU and a slab, on streams of the engine's.
 
     `memory`: the slab's segment, mapped whole; `handle`: what its data is opened by if that is
-    device memory, else empty. One thread at a time may give and take; `fetch` and `put` may be
-    called by another meanwhile. A caller's current device is left as it was. DeviceError: the
-    driver refuses something; nothing is left behind then.
+    device memory, else empty; `worker_bus_id`: where the worker's GPU is, as `Features.bus_id`. One
+    thread at a time may give and take; `fetch` and `put` may be called by another meanwhile. A
+    caller's current device is left as it was. DeviceError: the driver refuses something; nothing is
+    left behind then.
     """
 
-    def __init__(self, device_name: str, memory: memoryview, handle: bytes) -> None:
+    def __init__(
+        self, device_name: str, memory: memoryview, handle: bytes, worker_bus_id: str = ""
+    ) -> None:
         # What was done is undone while the GPU is still the thread's.
         with _current_device_kept(), contextlib.ExitStack() as undo:
             device = self._device = open_device(device_name)
@@ -93,7 +100,10 @@ class Mover:
             undo.callback(counts.close)
             self._counts = counts.address
             self._copy_in(self._counts, np.zeros(SLOTS, np.uint32))
-            self._make_launches()
+            # On one GPU the worker would not have its turn while a kernel waits for it.
+            is_another = worker_bus_id != device.features.bus_id
+            is_known = bool(worker_bus_id and device.features.bus_id)
+            self._make_launches(may_await=is_known and is_another)
             self._undo = undo.pop_all()
         self._memory: memoryview | None = memory
         #: Of a pinned slab, as the host has it; None if it is device memory.
@@ -139,9 +149,14 @@ class Mover:
         taken.slab_out = self._data + at.out
         taken.out = out
         taken.n_bytes = n_bytes
+        taken.done = self._flags + at.slot * SLOT_BYTES + DONE
         self._set(self._taken_signal, at.slot, TAKEN, sequence)
-        commands = self._take.of(n_bytes // 16)
-        commands.set_value(0, self._flags + at.slot * SLOT_BYTES + DONE, sequence)
+        n_vectors = n_bytes // 16
+        if n_vectors <= self._most_awaited:
+            commands = self._await_and_take.of(n_vectors)
+        else:
+            commands = self._take.of(n_vectors)
+            commands.set_value(0, taken.done, sequence)
         self._enqueue(commands, stream)
 
     def fetch(self, offset: int, n_bytes: int) -> Bytes:
@@ -177,16 +192,19 @@ class Mover:
             # The memory stays mapped until here.
             self._memory = self._host_data = None
 
-    def _make_launches(self) -> None:
-        module = self._device.compile("move.cu", {})
-        self._given, self._given_signal = Given(), Signal()
-        self._taken, self._taken_signal = Taken(), Signal()
-        self._give = _Launches(
-            self._device, module.kernel("give"), self._given, self._given_signal, waits=False
-        )
-        self._take = _Launches(
-            self._device, module.kernel("take"), self._taken, self._taken_signal, waits=True
-        )
+    def _make_launches(self, *, may_await: bool) -> None:
+        module, device = self._device.compile("move.cu", {}), self._device
+        n_blocks = device.features.multiprocessors
+        self._given, self._given_signal = given = Given(), Signal()
+        self._taken, self._taken_signal = taken = Taken(), Signal()
+        self._give = _Launches(device, module.kernel("give"), given, n_blocks)
+        self._take = _Launches(device, module.kernel("take"), taken, n_blocks, waits=True)
+        #: Vectors of an output that it takes; fewer than any output has where none may.
+        self._most_awaited = -1
+        if may_await:
+            most, kernel = min(_MOST_AWAITING_BLOCKS, n_blocks), module.kernel("await_and_take")
+            self._await_and_take = _Launches(device, kernel, taken, most, per_thread=_AHEAD)
+            self._most_awaited = most * _THREADS * _AHEAD
 
     def _set(self, signal: Signal, slot: int, flag: int, sequence: int) -> None:
         signal.flag = self._flags + slot * SLOT_BYTES + flag
@@ -232,33 +250,36 @@ class Mover:
 class _Launches:
     """One kernel, made ready for copies of every size; its arguments are changed in place.
 
-    `waits`: each list begins with a wait, its command 0.
+    `arguments`: what it copies, and its signal. `most_blocks`: of a grid. `per_thread`: vectors
+    that a thread has at least, if there are so many. `waits`: each list begins with a wait, its
+    command 0.
     """
 
     def __init__(
         self,
         device: Device,
         kernel: Kernel,
-        copied: ctypes.Structure,
-        signal: Signal,
+        arguments: tuple[ctypes.Structure, Signal],
+        most_blocks: int,
         *,
-        waits: bool,
+        per_thread: int = 1,
+        waits: bool = False,
     ) -> None:
-        #: For grids of 1, 2, 4 blocks and so on, up to one on each multiprocessor, each thread of
-        #: which has 8 loads on their way. Not tuned.
+        self._per_block = _THREADS * per_thread
+        #: For grids of 1, 2, 4 blocks and so on, up to the most. Not tuned.
         self._lists: list[CommandList] = []
-        most, grid = device.features.multiprocessors, 0
-        while grid < most:
-            grid = min(max(1, 2 * grid), most)
+        grid = 0
+        while grid < most_blocks:
+            grid = min(max(1, 2 * grid), most_blocks)
             commands = device.command_list()
             if waits:
                 commands.wait_value(0)
-            commands.launch(kernel, grid, _THREADS, 0, copied, signal, overlaps=False)
+            commands.launch(kernel, grid, _THREADS, 0, *arguments, overlaps=False)
             self._lists.append(commands)
 
     def of(self, n_items: int) -> CommandList:
-        """With a thread for each vector of 16 bytes and each pair, as far as grids go."""
-        blocks_but_one = max(n_items - 1, 0) // _THREADS
+        """With threads enough for so many vectors of 16 bytes and pairs, as far as grids go."""
+        blocks_but_one = max(n_items - 1, 0) // self._per_block
         return self._lists[min(blocks_but_one.bit_length(), len(self._lists) - 1)]
 
 
