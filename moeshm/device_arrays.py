@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ._device_arrays import look
 from .dtypes import DType
 from .errors import InvalidCall
 from .layers import LayerInfo
@@ -26,6 +27,8 @@ _FORMATS = {
     "<f2": DType.F16,
     "<u2": DType.BF16,
 }
+#: By vendor, DLPack's number for memory of its GPUs.
+_DEVICE_TYPES = {"cuda": 2, "hip": 10}
 #: Bytes of an id.
 _IDS = {"torch.int32": 4, "torch.int64": 8, "<i4": 4, "<i8": 8}
 
@@ -91,6 +94,40 @@ def is_device_array(values: Any) -> bool:
     return _is_cupy(values) or hasattr(values, "__cuda_array_interface__")
 
 
+def check_call(
+    layer: int,
+    info: LayerInfo,
+    hidden_states: Any,
+    topk_ids: Any,
+    topk_weights: Any,
+    out: Any,
+    stream: Any,
+    vendor: str,
+    device_index: int,
+) -> tuple[DeviceInputs, Any, int, int]:
+    """A call's inputs, the output and its address, and the stream's handle.
+
+    As of `check_device`, `make_device_output` and `stream_of`, in one pass where that goes: an
+    engine makes such a call in each layer of each token.
+    """
+    seen = look(
+        hidden_states, topk_ids, topk_weights, out, stream, info.hidden_size, info.top_k,
+        _DEVICE_TYPES[vendor], device_index,
+    )  # fmt: skip
+    if seen is None:
+        inputs = check_device(layer, info, hidden_states, topk_ids, topk_weights, device_index)
+        handle = stream_of(stream, hidden_states, device_index)
+        return inputs, *make_device_output(inputs, hidden_states, out, handle), handle
+    found, address, handle, is_current = seen
+    inputs = DeviceInputs(*found)
+    if handle is None:
+        handle = stream_of(stream, hidden_states, device_index)
+    if address is None:
+        made_on = None if is_current else handle
+        out, address = make_device_output(inputs, hidden_states, None, made_on)
+    return inputs, out, address, handle
+
+
 def check_device(
     layer: int, info: LayerInfo, hidden_states: Any, topk_ids: Any, topk_weights: Any,
     device_index: int,
@@ -134,7 +171,7 @@ def make_device_output(
     """
     if out is None:
         made = _empty_like(hidden_states, stream)
-        return made, _locate("out", made, None).address
+        return made, made.data_ptr() if _is_tensor(made) else made.data.ptr
     found = _locate("out", out, inputs.device_index)
     if (
         _FORMATS.get(found.dtype) is not inputs.dtype

@@ -140,17 +140,17 @@ class Engine:
         stream: Any,
     ) -> Given:
         """The arrays of a call; InvalidCall. `stream`: None for their library's current one."""
-        if self._device is None:
+        device = self._device
+        if device is None:
             raise InvalidCall(
                 "arrays on a GPU; connect with engine_device='cuda:0', or pass them in the host's "
                 "memory"
             )
-        inputs = device_arrays.check_device(
-            layer, info, hidden_states, topk_ids, topk_weights, self._device.number
-        )
-        handle = device_arrays.stream_of(stream, hidden_states, self._device.number)
-        made = device_arrays.make_device_output(inputs, hidden_states, out, handle)
-        return Given(layer, inputs, *made, handle)
+        checked = device_arrays.check_call(
+            layer, info, hidden_states, topk_ids, topk_weights, out, stream, device.vendor,
+            device.number,
+        )  # fmt: skip
+        return Given(layer, *checked)
 
     def submit(
         self,

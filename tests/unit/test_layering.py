@@ -18,7 +18,9 @@ LAYERS = {
         "errors settings process signals files layers dtypes segment kernels"
         " _version _atomics _formats _inputs _mapping _end _ring _words"
     ),
-    "L1 session": "_wire protocol orders descriptors device_arrays handshake session transport",
+    "L1 session": (
+        "_wire protocol orders descriptors _device_arrays device_arrays handshake session transport"
+    ),
     "L2 compute": "checkpoint backends",
     "L3 policy": "placement swaps routing_stats policy",
     "L4 engine": (

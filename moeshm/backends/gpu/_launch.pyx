@@ -1,14 +1,18 @@
 """What one call asks of a GPU's driver, prepared once and enqueued at once, without the GIL.
 
-The driver's functions come as addresses: this needs no vendor's headers and no library.
+The driver's functions come as addresses: this needs no vendor's headers and no library. Kernels'
+arguments are ctypes structs, whose fields are set together.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
 
 import ctypes
 
 cdef enum:
+    # Of one `Fields`: what a call changes in its kernels' arguments is 13 values.
+    MOST_FIELDS = 16
     # Two copies in, or one and a conversion, or `admit` and one, four kernels, a copy out and a
     # written value are the most that a call takes.
     MOST_COMMANDS = 8
@@ -211,6 +215,87 @@ cdef class CommandList:
         self.commands[self.n_commands].what = what
         self.n_commands += 1
         return &self.commands[self.n_commands - 1]
+
+
+cdef enum Format:
+    UINT64, INT64, UINT32, INT32, FLOAT32
+
+cdef struct Field:
+    char *at
+    Format format
+
+# What is written into a field.
+cdef union Value:
+    uint64_t as_uint64
+    int64_t as_int64
+    uint32_t as_uint32
+    int32_t as_int32
+    float as_float
+
+cdef dict FORMATS = {
+    ctypes.c_uint64: UINT64, ctypes.c_int64: INT64, ctypes.c_uint32: UINT32,
+    ctypes.c_int32: INT32, ctypes.c_float: FLOAT32,
+}
+
+
+cdef class Fields:
+    """Fields of ctypes structs that are set together: one by one, each takes as long as all.
+
+    Made of pairs, a struct and the name of a field of 32 or 64 bits, at most 16. AttributeError: it
+    has no such field; TypeError: a field of another kind; IndexError: too many.
+    """
+
+    cdef Field fields[MOST_FIELDS]
+    cdef Py_ssize_t n_fields
+    # What is written to.
+    cdef list kept
+
+    def __init__(self, *fields):
+        if len(fields) > MOST_FIELDS:
+            raise IndexError(f"{len(fields)} fields; {MOST_FIELDS} are the most, make another one")
+        self.kept = []
+        self.n_fields = 0
+        for struct, name in fields:
+            self._add(struct, name)
+
+    cdef _add(self, struct, name):
+        cdef uint64_t start = ctypes.addressof(struct)
+        cdef Py_ssize_t offset = getattr(type(struct), name).offset
+        kind = dict(type(struct)._fields_)[name]
+        if kind not in FORMATS:
+            raise TypeError(f"field {name!r} is {kind.__name__}; pass one of an integer of 32 or "
+                            "64 bits, or a c_float")
+        self.kept.append(struct)
+        self.fields[self.n_fields].at = <char *>start + offset
+        self.fields[self.n_fields].format = FORMATS[kind]
+        self.n_fields += 1
+
+    def set(self, *values):
+        """Set each to the value in its place; TypeError, OverflowError: none of them is set."""
+        cdef Value found[MOST_FIELDS]
+        cdef Py_ssize_t index
+        cdef Field *field
+        if len(values) != self.n_fields:
+            raise TypeError(f"{len(values)} values for {self.n_fields} fields")
+        for index in range(self.n_fields):
+            read_value(values[index], self.fields[index].format, &found[index])
+        for index in range(self.n_fields):
+            field = &self.fields[index]
+            memcpy(field.at, &found[index], 8 if field.format <= INT64 else 4)
+
+
+cdef int read_value(object value, Format format, Value *into) except -1:
+    if format == UINT64:
+        into.as_uint64 = value
+    elif format == INT64:
+        into.as_int64 = value
+    elif format == UINT32:
+        into.as_uint32 = value
+    elif format == INT32:
+        into.as_int32 = value
+    else:
+        into.as_float = value
+    return 0
 
 
 def address_of(buffer):
