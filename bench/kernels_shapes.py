@@ -23,8 +23,8 @@ class KernelShape(NamedTuple):
 
     def info(self, dtype: DType) -> LayerInfo:
         """The layer with all of its experts."""
-        layer = self.sizes.layer(range(self.sizes.num_experts))
-        return msgspec.structs.replace(layer, activation=self.activation, weight_dtype=dtype)
+        layer = self.sizes.layer(range(self.sizes.num_experts), dtype)
+        return msgspec.structs.replace(layer, activation=self.activation)
 
 
 _ALL = (

@@ -25,13 +25,14 @@ from moeshm.placement import Placement
 from . import harness, replay_rows, replay_trace
 from .harness import Job, Plan
 from .replay_engine import EngineSetup, Run
-from .replay_model import Shape
+from .replay_model import CPU, Computed, Shape
 from .replay_trace import Trace
 from .replay_worker import NAME, WorkerSetup
 from .schema import PublishedRow, ReplayReport, ReplayRow, TraceSummary
 
 MODES = ("stream", "batched", "auto")
 TRANSPORTS = ("shared", "stream")
+#: By default.
 DTYPES = ("f32", "f16")
 THREE_PIPES = {"three-pipes": "pipe", "three-pipes-shared": "shared"}
 #: Luce-Org/lucebox pull requests #312 and #388: prompt 4248, completion 128, chunks of 512, 40
@@ -75,13 +76,27 @@ class Replay(NamedTuple):
     #: Passes that go first in every run, uncounted.
     warm_up: int
     ways: Sequence[Way]
+    #: Of the local part, and of the worker: "cpu", "cuda:0".
+    engine_device: str = CPU
+    worker_device: str = CPU
+
+    @property
+    def weight_dtype(self) -> DType:
+        """Of the experts: as models have it, where a GPU computes them."""
+        return DType.F32 if (self.engine_device, self.worker_device) == (CPU, CPU) else DType.BF16
 
     def placement(self) -> Placement:
         """The hot experts here, the others at the one worker."""
         return replay_trace.place(self.trace, self.hot, NAME)
 
     def check(self) -> None:
-        """SettingError: no token of the trace has a cold expert."""
+        """SettingError: no token of the trace has a cold expert; GPUs that compute nothing, or at
+        another speed than theirs."""
+        if self.weight_dtype is DType.BF16:
+            if self.is_null:
+                raise SettingError("--null-compute uses no GPU; leave the devices out, or that")
+            if any(way.remote_speed != 1 for way in self.ways):
+                raise SettingError("GPUs have speeds of their own; leave --remote-speed out")
         if not self.trace.has_cold(self.placement()).any():
             raise SettingError(
                 f"hot={self.hot:g} covers every expert that the trace uses, so nothing reaches "
@@ -112,6 +127,9 @@ class Replay(NamedTuple):
             cold_completion_share=_share(completion),
             null_compute=self.is_null,
             scale=self.scale,
+            engine_device=self.engine_device,
+            worker_device=self.worker_device,
+            weight_dtype=str(self.weight_dtype),
         )
 
 
@@ -186,21 +204,24 @@ def engine_setup(
     replay: Replay, way: Way, seed: int, trace_path: Path, placement_path: Path
 ) -> EngineSetup:
     """One way, as `replay_engine` is told of it."""
-    worker = WorkerSetup(
-        shape=replay.shape,
-        placement=str(placement_path),
+    local = Computed(
         is_null=replay.is_null,
-        slowdown=max(1.0, 1 / way.remote_speed),
         seed=seed,
+        slowdown=max(1.0, way.remote_speed),
+        device=replay.engine_device,
+        weight_dtype=replay.weight_dtype,
+    )
+    remote = msgspec.structs.replace(
+        local, slowdown=max(1.0, 1 / way.remote_speed), device=replay.worker_device
     )
     return EngineSetup(
-        worker=worker,
+        worker=WorkerSetup(shape=replay.shape, placement=str(placement_path), computed=remote),
+        computed=local,
         trace=str(trace_path),
         chunk=replay.chunk,
         mode=way.mode,
         transport=way.transport,
         wire_dtype=way.wire_dtype,
-        local_slowdown=max(1.0, way.remote_speed),
         warm_up=replay.warm_up,
         is_played_alone=replay.is_null and way.mode == "batched",
     )

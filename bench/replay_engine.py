@@ -22,13 +22,13 @@ import numpy.typing as npt
 
 from moeshm import settings
 from moeshm.backends import Backend
-from moeshm.dtypes import Array, DType, FloatArray, dtype_of, narrow, widen
+from moeshm.dtypes import Array, DType, FloatArray, narrow, widen
 from moeshm.offload import ExpertOffload, OffloadStats
 from moeshm.placement import Placement
 from moeshm.policy import Policy
 
 from .processes import pin, worker_process
-from .replay_model import make_backend
+from .replay_model import CPU, Computed, make_backend
 from .replay_trace import Trace
 from .replay_worker import NAME, WorkerSetup
 from .schema import Candidate
@@ -37,8 +37,8 @@ from .schema import Candidate
 WARM_UP_FORWARDS = 64
 #: Single tokens of the completion in each of these passes.
 WARM_UP_STEPS = 8
-#: Largest difference from what this process computes, as a share of the largest value.
-_TOLERANCES = {DType.F32: 1e-4, DType.F16: 1e-2}
+#: By format of the activations, or of what is between the matrices: see `Engine.tolerance`.
+_TOLERANCES = {DType.F32: 1e-4, DType.F16: 1e-2, DType.BF16: 3e-2}
 
 
 class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,8 +52,8 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
     transport: str
     #: Of the engine's activations, which travel as they are.
     wire_dtype: str
-    #: How many times as long as it takes the local part shall take.
-    local_slowdown: float
+    #: The local part.
+    computed: Computed
     #: Passes that go first, uncounted.
     warm_up: int
     #: Whether the cold part is played again, with nothing to hide behind.
@@ -104,6 +104,8 @@ class Engine(NamedTuple):
     pool: Array
     fallback: Backend
     trace: Trace
+    #: Largest difference from what this process computes, as a share of the largest value.
+    tolerance: float
 
     def forward(self, layer: int, tokens: slice) -> Array:
         """One layer's experts for these tokens of the trace."""
@@ -136,7 +138,7 @@ class Engine(NamedTuple):
         cold = ~is_hot.all(axis=1)
         expected[cold] += self._compute(layer, tokens, ~is_hot)[cold]
         difference = float(np.abs(found - expected).max() / np.abs(expected).max())
-        if not difference <= _TOLERANCES[dtype_of(self.pool)]:
+        if not difference <= self.tolerance:
             raise RuntimeError(f"forward differs by {difference:.2g} of the largest value")
 
     def _compute(self, layer: int, tokens: slice, wanted: npt.NDArray[np.bool_]) -> FloatArray:
@@ -166,10 +168,13 @@ def engine(setup: EngineSetup, client_cpu: int, server_cpu: int) -> Iterator[Eng
     placement = Placement.load(worker.placement)
     hot = {n: placed.hot for n, placed in placement.layers.items() if placed.hot}
     every = {n: range(worker.shape.num_experts) for n in placement.layers}
-    local = make_backend(worker.shape, hot, worker.is_null, worker.seed, setup.local_slowdown)
-    fallback = make_backend(worker.shape, every, worker.is_null, worker.seed, 1)
+    computed = setup.computed
+    local = make_backend(worker.shape, hot, computed)
+    # On the CPU, as no GPU need have room for all.
+    at_hand = msgspec.structs.replace(computed, slowdown=1.0, device=CPU)
+    fallback = make_backend(worker.shape, every, at_hand)
     dtype = DType.parse(setup.wire_dtype)
-    random = np.random.default_rng(worker.seed)
+    random = np.random.default_rng(computed.seed)
     rows = random.standard_normal((setup.chunk, worker.shape.hidden_size), np.float32)
     policy = Policy(
         mode=setup.mode,
@@ -186,7 +191,11 @@ def engine(setup: EngineSetup, client_cpu: int, server_cpu: int) -> Iterator[Eng
             pin(os.getpid(), client_cpu)
             pin(pid, server_cpu)
             gc.disable()
-            yield Engine(offload, narrow(rows, dtype), fallback, trace)
+            tolerance = _TOLERANCES[dtype]
+            if (computed.device, worker.computed.device) != (CPU, CPU):
+                # GPUs round to the weights' format in between.
+                tolerance = max(tolerance, _TOLERANCES[computed.weight_dtype])
+            yield Engine(offload, narrow(rows, dtype), fallback, trace, tolerance)
         finally:
             gc.enable()
             offload.close()

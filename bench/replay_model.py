@@ -16,10 +16,12 @@ from moeshm.backends.cpu import CpuBackend
 from moeshm.backends.null import NullBackend
 from moeshm.checkpoint import ExpertLayer
 from moeshm.checkpoint.layer import ExpertWeights
-from moeshm.dtypes import FloatArray
+from moeshm.dtypes import DType, FloatArray, narrow
 from moeshm.errors import SettingError
 from moeshm.layers import LayerInfo
 
+#: The device of whoever computes on none.
+CPU = "cpu"
 #: Sizes stay multiples of it when they are divided.
 _SIZE_STEP = 8
 #: A sleep may end this much too late (Linux gives timers 50 µs of slack); the rest is spun.
@@ -56,14 +58,15 @@ class Shape(msgspec.Struct, frozen=True):
             raise SettingError(f"layers={n_layers}; {self.name} has 1..{self.n_layers}")
         return msgspec.structs.replace(self, n_layers=n_layers)
 
-    def layer(self, experts: Sequence[int]) -> LayerInfo:
-        """A layer that holds these experts."""
+    def layer(self, experts: Sequence[int], weight_dtype: DType) -> LayerInfo:
+        """A layer that holds these experts, with weights in this format."""
         return LayerInfo(
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_experts=self.num_experts,
             top_k=self.top_k,
             experts=tuple(experts),
+            weight_dtype=weight_dtype,
         )
 
 
@@ -78,25 +81,51 @@ SHAPES = {
 }
 
 
-def make_backend(
-    shape: Shape, experts: Mapping[int, Sequence[int]], is_null: bool, seed: int, slowdown: float
-) -> Backend:
-    """What holds these experts by layer: a null backend or random weights on the CPU, one thread.
+class Computed(msgspec.Struct, frozen=True, kw_only=True):
+    """What the experts of one side are, and how they are computed."""
+
+    is_null: bool
+    seed: int
+    #: How many times as long as it would it takes.
+    slowdown: float = 1.0
+    #: "cpu", "cuda:0".
+    device: str = CPU
+    #: Of the experts.
+    weight_dtype: DType = DType.F32
+
+
+def make_backend(shape: Shape, experts: Mapping[int, Sequence[int]], computed: Computed) -> Backend:
+    """What holds these experts by layer: a null backend, or random weights on the CPU, with one
+    thread, or on a GPU.
 
     Expert i has the same weights in every layer and process, so a process holds one layer's
-    weights whatever the number of layers. It takes `slowdown` times as long as it would.
+    weights whatever the number of layers; a GPU holds all. DeviceError: the GPU.
     """
-    infos = {number: shape.layer(held) for number, held in experts.items()}
-    backend: Backend
-    if is_null:
-        backend = NullBackend(infos)
-    else:
-        weights = functools.cache(functools.partial(_random_expert, shape, seed))
-        layers = {
-            number: ExpertLayer(info, [weights(expert) for expert in info.experts])
-            for number, info in infos.items()
-        }
-        backend = CpuBackend(layers, threads=1)
+    infos = {number: shape.layer(held, computed.weight_dtype) for number, held in experts.items()}
+    if computed.is_null:
+        return _paced(NullBackend(infos), computed.slowdown)
+    random_expert = functools.partial(_random_expert, shape, computed.seed, computed.weight_dtype)
+    weights = functools.cache(random_expert)
+    layers = {
+        number: ExpertLayer(info, [weights(expert) for expert in info.experts])
+        for number, info in infos.items()
+    }
+    if computed.device != CPU:
+        return _on_gpu(layers, computed.device)
+    return _paced(CpuBackend(layers, threads=1), computed.slowdown)
+
+
+def _on_gpu(layers: Mapping[int, ExpertLayer], device: str) -> Backend:
+    """As `moeshm worker` does."""
+    from moeshm.backends.gpu.backend import GpuBackend
+    from moeshm.backends.gpu.cupy_device import open_device
+
+    backend = GpuBackend(layers, open_device(device))
+    backend.warm_up()
+    return backend
+
+
+def _paced(backend: Backend, slowdown: float) -> Backend:
     return backend if slowdown == 1 else PacedBackend(backend, slowdown)
 
 
@@ -135,7 +164,7 @@ def wait_until(deadline_ns: int) -> None:
         pass
 
 
-def _random_expert(shape: Shape, seed: int, expert: int) -> ExpertWeights:
+def _random_expert(shape: Shape, seed: int, dtype: DType, expert: int) -> ExpertWeights:
     random = np.random.default_rng([seed, expert])
     hidden, inner = shape.hidden_size, shape.intermediate_size
 
@@ -148,5 +177,5 @@ def _random_expert(shape: Shape, seed: int, expert: int) -> ExpertWeights:
 
     gate_up = matrix(2 * inner, hidden)
     return ExpertWeights(
-        gate_proj=gate_up[:inner], up_proj=gate_up[inner:], down_proj=matrix(hidden, inner)
+        *(narrow(each, dtype) for each in (gate_up[:inner], gate_up[inner:], matrix(hidden, inner)))
     )

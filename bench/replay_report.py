@@ -144,7 +144,10 @@ def _finish(axes: Any, title: str, x: str, y: str) -> None:
 
 
 def _print_trace(trace: TraceSummary, console: Console) -> None:
-    compute = "nothing is computed" if trace.null_compute else "experts of random weights"
+    where = (
+        f"{trace.weight_dtype} on {trace.engine_device} and, the worker's, {trace.worker_device}"
+    )
+    compute = "nothing is computed" if trace.null_compute else f"experts of random weights, {where}"
     console.print(
         f"{trace.shape}: {trace.layers} layers, hidden {trace.hidden_size}, intermediate "
         f"{trace.intermediate_size}, top-{trace.top_k} of {trace.num_experts}; {compute}",

@@ -14,7 +14,7 @@ import msgspec
 
 from moeshm.placement import Placement
 
-from .replay_model import Shape, make_backend
+from .replay_model import Computed, Shape, make_backend
 
 #: Its name in the placement.
 NAME = "worker"
@@ -26,9 +26,7 @@ class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
     shape: Shape
     #: A file that says which experts it holds.
     placement: str
-    is_null: bool
-    slowdown: float
-    seed: int
+    computed: Computed
 
 
 def main(words: Sequence[str]) -> None:
@@ -36,7 +34,7 @@ def main(words: Sequence[str]) -> None:
     address, text = words
     setup = msgspec.json.decode(text, type=WorkerSetup)
     experts = Placement.load(setup.placement).experts_of(NAME)
-    backend = make_backend(setup.shape, experts, setup.is_null, setup.seed, setup.slowdown)
+    backend = make_backend(setup.shape, experts, setup.computed)
     # Here, as the engine needs only the setup.
     from moeshm.daemon import Daemon
 

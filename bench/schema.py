@@ -112,6 +112,10 @@ class TraceSummary(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     cold_completion_share: float
     null_compute: bool
     scale: int
+    #: Who computes the local part, and the worker: "cpu", "cuda:0"; and the experts' format.
+    engine_device: str = "cpu"
+    worker_device: str = "cpu"
+    weight_dtype: str = "f32"
 
 
 class Candidate(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

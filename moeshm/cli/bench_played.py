@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -54,6 +55,13 @@ def numbers_of(number_of: Callable[[str], float], example: str) -> _Parser:
         return list(dict.fromkeys(numbers))
 
     return parse
+
+
+def device_of(_context: click.Context, _option: click.Parameter, text: str) -> str:
+    """The callback of an option that takes the name of a device."""
+    if re.fullmatch(r"cpu|(cuda|hip)(:\d+)?", text) is None:
+        raise click.BadParameter(f"{text!r} is not cpu, cuda:N or hip:N")
+    return text
 
 
 def _speed(word: str) -> float:
@@ -115,6 +123,8 @@ def played_by(
     seed: int,
     ways: list[Way],
     warm_up: int = 0,
+    engine_device: str = "cpu",
+    worker_device: str = "cpu",
 ) -> Replay:
     """What the options ask for. SettingError, UsageError: they do not fit each other."""
     from ..bench import replay_trace
@@ -154,6 +164,8 @@ def played_by(
         is_null=null_compute,
         warm_up=warm_up,
         ways=ways,
+        engine_device=engine_device,
+        worker_device=worker_device,
     )
     replay.check()
     return replay

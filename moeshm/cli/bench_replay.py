@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..settings import MAX_BATCH_CAPACITY
-from .bench_played import played_by, replay_options, words_of
+from .bench_played import device_of, played_by, replay_options, words_of
 from .bench_run import json_option, plot_option, seed_option, show, watched
 
 
@@ -64,11 +64,27 @@ from .bench_run import json_option, plot_option, seed_option, show, watched
 )
 @click.option(
     "--dtypes",
-    callback=words_of("f32", "f16"),
+    callback=words_of("f32", "f16", "bf16"),
     metavar="LIST",
     default="f32,f16",
     show_default=True,
     help="Of the engine's activations, which travel as they are.",
+)
+@click.option(
+    "--engine-device",
+    default="cpu",
+    show_default=True,
+    callback=device_of,
+    metavar="cpu|cuda:N|hip:N",
+    help="Who computes the experts that stay in the engine, whose activations are the host's.",
+)
+@click.option(
+    "--worker-device",
+    default="cpu",
+    show_default=True,
+    callback=device_of,
+    metavar="cpu|cuda:N|hip:N",
+    help="Who computes the others. With a GPU on either side experts are bfloat16.",
 )
 @click.option(
     "--warm-up",

@@ -418,6 +418,9 @@ def test_policy_refuses_what_it_cannot_run(
             "hot=0.9 covers every expert that the trace uses",
         ),
         (["--warm-up=-1"], "-1 is not in the range x>=0"),
+        (["--worker-device=cuda:1", "--null-compute"], "--null-compute uses no GPU"),
+        (["--engine-device=cuda", "--remote-speed=1,4"], "GPUs have speeds of their own"),
+        (["--worker-device=gpu"], "'gpu' is not cpu, cuda:N or hip:N"),
     ],
 )
 def test_replay_refuses_what_does_not_fit(

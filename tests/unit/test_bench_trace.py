@@ -12,12 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moeshm.backends.gpu import cupy_device
+from moeshm.backends.gpu.backend import GpuBackend
 from moeshm.bench import replay_trace
-from moeshm.bench.replay_model import SHAPES, PacedBackend, make_backend
+from moeshm.bench.replay_model import SHAPES, Computed, PacedBackend, make_backend
 from moeshm.bench.replay_trace import Trace
 from moeshm.demo import tiny_moe_path
 from moeshm.demo.decoder import DecoderConfig
+from moeshm.dtypes import DType
 from moeshm.errors import SettingError
+from tests.simt.device import SimtDevice
 
 from ..replays import messages
 
@@ -221,7 +225,7 @@ def test_an_expert_has_the_same_weights_wherever_it_is() -> None:
     weights = np.ones((3, 1), np.float32)
     outputs = []
     for held, local in (((0, 5, 9), 1), ((5,), 0)):
-        backend = make_backend(shape, {0: (), 1: held}, is_null=False, seed=4, slowdown=1)
+        backend = make_backend(shape, {0: (), 1: held}, Computed(is_null=False, seed=4))
         out = np.empty_like(x)
         backend.ffn(1, x, np.full((3, 1), local, np.int32), weights, out)
         outputs.append(out)
@@ -229,13 +233,30 @@ def test_an_expert_has_the_same_weights_wherever_it_is() -> None:
     assert 0.01 < np.abs(outputs[0]).mean() < 10
 
 
+def test_a_gpu_computes_the_same_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cupy_device, "open_device", lambda _name: SimtDevice())
+    shape, held = SHAPES["tiny"].scaled(4), {0: (), 1: (0, 5, 9)}
+    x = np.random.default_rng(0).standard_normal((3, shape.hidden_size), np.float32)
+    ids, weights = np.array([[0, 2], [1, -1], [2, 1]], np.int32), np.ones((3, 2), np.float32)
+    outputs = []
+    for device in ("cpu", "cuda:0"):
+        computed = Computed(is_null=False, seed=4, device=device, weight_dtype=DType.BF16)
+        backend = make_backend(shape, held, computed)
+        assert isinstance(backend, GpuBackend) == (device != "cpu")
+        assert backend.layers[1].weight_dtype is DType.BF16
+        out = np.empty_like(x)
+        backend.ffn(1, x, ids, weights, out)
+        outputs.append(out)
+    assert np.abs(outputs[1] - outputs[0]).max() < 3e-2 * np.abs(outputs[0]).max()
+
+
 def test_a_slow_backend_answers_as_the_fast_one_and_never_too_early() -> None:
     shape = SHAPES["tiny"]
     x = np.random.default_rng(0).standard_normal((64, shape.hidden_size), np.float32)
     ids = np.tile(np.arange(4, dtype=np.int32), (64, 1))
     weights = np.ones((64, 4), np.float32)
-    fast = make_backend(shape, {0: range(4)}, is_null=False, seed=0, slowdown=1)
-    slow = make_backend(shape, {0: range(4)}, is_null=False, seed=0, slowdown=20)
+    fast = make_backend(shape, {0: range(4)}, Computed(is_null=False, seed=0))
+    slow = make_backend(shape, {0: range(4)}, Computed(is_null=False, seed=0, slowdown=20))
     assert isinstance(slow, PacedBackend)
     expected, found = np.empty_like(x), np.empty_like(x)
     fast.ffn(0, x, ids, weights, expected)
