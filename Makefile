@@ -16,7 +16,7 @@ INPUTS := pyproject.toml setup.py $(wildcard moeshm/*.pyx moeshm/*.pxd moeshm/*.
 INSTALLED := $(VENV)/.installed
 INSTALLED_EXTRAS := $(INSTALLED)-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: help demo test test-sanitized test-gpu kernel-page lint clean
+.PHONY: help demo venv test test-sanitized test-gpu kernel-page lint clean
 .DEFAULT_GOAL := help
 
 help: ## List these commands
@@ -25,6 +25,8 @@ help: ## List these commands
 
 demo: $(INSTALLED) ## Build and install in .venv, then run `moeshm demo`
 	@$(BIN)/moeshm demo $(ARGS)
+
+venv: $(INSTALLED_EXTRAS) ## Build and install in .venv, and nothing else
 
 test: $(INSTALLED_EXTRAS) ## Build and install in .venv, then run every test
 	$(BIN)/python -m pytest $(ARGS)

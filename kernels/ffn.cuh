@@ -8,13 +8,10 @@
 //   HAS_BIAS     0 or 1
 #pragma once
 
-#include "portable.cuh"
+#include "formats.cuh"
 
 // Rows of gate_proj and up_proj, and columns of down_proj's rows, are that long in memory.
 #define HIDDEN_PADDED ((HIDDEN + 63) / 64 * 64)
-
-// The codes of moeshm.dtypes.DType, for formats that are only known when a kernel runs.
-enum { F32 = 0, F16 = 1, BF16 = 2 };
 
 // One call, by value. A pair is a token's slot: pair = token * top_k + slot.
 struct Call {
@@ -116,20 +113,4 @@ DEVICE float activate(const Call& call, float gate, float up) {
     up = up > call.limit ? call.limit : up < -call.limit ? -call.limit : up;
     return gate * sigmoid(call.alpha * gate) * (up + 1.0f);
 #endif
-}
-
-// One element of an array whose format is known at run time.
-DEVICE float load_as_float(const void* array, long long index, int dtype) {
-    if (dtype == BF16) return widen(((const bf16*)array)[index]);
-    if (dtype == F16) return widen(((const f16*)array)[index]);
-    return ((const float*)array)[index];
-}
-
-DEVICE void store_float(void* array, long long index, int dtype, float value) {
-    if (dtype == BF16)
-        ((bf16*)array)[index] = narrow<bf16>(value);
-    else if (dtype == F16)
-        ((f16*)array)[index] = narrow<f16>(value);
-    else
-        ((float*)array)[index] = value;
 }

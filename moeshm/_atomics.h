@@ -7,6 +7,7 @@
 #include <linux/futex.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -59,6 +60,14 @@ static inline void moeshm_pause(void) {
 #elif defined(__aarch64__)
     __asm__ volatile("isb" ::: "memory"); /* `yield` is a no-op on most cores */
 #endif
+}
+
+/* How long a thread spins before it lets another one that is ready have its CPU, and again: a thread
+ * that was just woken may have been put behind it, and would wait there until its time is over. */
+#define MOESHM_GIVE_WAY_NS 20000
+
+static inline void moeshm_give_way(void) {
+    sched_yield();
 }
 
 /* CLOCK_MONOTONIC in nanoseconds: through the vDSO, no system call. */

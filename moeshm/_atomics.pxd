@@ -1,6 +1,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 cdef extern from "_atomics.h" nogil:
+    int64_t MOESHM_GIVE_WAY_NS
     uint64_t moeshm_load_acquire(const uint64_t *word)
     uint64_t moeshm_load_relaxed(const uint64_t *word)
     void moeshm_store_release(uint64_t *word, uint64_t value)
@@ -9,6 +10,7 @@ cdef extern from "_atomics.h" nogil:
     uint32_t moeshm_load_word(const uint32_t *word)
     void moeshm_store_word(uint32_t *word, uint32_t value)
     void moeshm_pause()
+    void moeshm_give_way()
     int64_t moeshm_now_ns()
     int moeshm_futex_wait(uint64_t *word, uint64_t seen, int64_t timeout_ns)
     void moeshm_futex_wake(uint64_t *word)

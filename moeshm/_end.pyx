@@ -22,9 +22,10 @@ import os
 
 from . import process, segment, settings
 from ._atomics cimport (
-    moeshm_compare_exchange, moeshm_exchange, moeshm_fork_generation, moeshm_futex_wait,
-    moeshm_futex_wake, moeshm_load_acquire, moeshm_load_relaxed, moeshm_now_ns, moeshm_pause,
-    moeshm_peer_is_gone, moeshm_store_release, moeshm_watch_forks,
+    MOESHM_GIVE_WAY_NS, moeshm_compare_exchange, moeshm_exchange, moeshm_fork_generation,
+    moeshm_futex_wait, moeshm_futex_wake, moeshm_give_way, moeshm_load_acquire,
+    moeshm_load_relaxed, moeshm_now_ns, moeshm_pause, moeshm_peer_is_gone, moeshm_store_release,
+    moeshm_watch_forks,
 )
 from ._mapping cimport (
     ALIGNMENT, ATTACHER, CONSUMER_STATE, CONSUMER_WORD, CREATOR, PAGE, PRODUCER, PRODUCER_STATE,
@@ -290,7 +291,7 @@ cdef class RingEnd:
         The steps are those of the model: load, arm by compare-exchange, sleep on the armed word.
         """
         cdef int64_t now = moeshm_now_ns()
-        cdef int64_t slice_until = now + SLICE_NS
+        cdef int64_t slice_until = now + SLICE_NS, give_way_at = now + MOESHM_GIVE_WAY_NS
         cdef uint64_t word
         cdef int _i
         while True:
@@ -308,6 +309,9 @@ cdef class RingEnd:
                 break
             if now >= slice_until:
                 return AGAIN
+            if now >= give_way_at:
+                moeshm_give_way()
+                give_way_at = now + MOESHM_GIVE_WAY_NS
         if not word & ARMED and not moeshm_compare_exchange(self.peer, word, word | ARMED):
             return AGAIN
         # Once armed: an end that closes either wakes us or was seen here.

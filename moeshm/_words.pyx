@@ -4,7 +4,10 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from libc.stdint cimport int32_t, int64_t, uint32_t
 from posix.time cimport nanosleep, timespec
 
-from ._atomics cimport moeshm_load_word, moeshm_now_ns, moeshm_pause, moeshm_store_word
+from ._atomics cimport (
+    MOESHM_GIVE_WAY_NS, moeshm_give_way, moeshm_load_word, moeshm_now_ns, moeshm_pause,
+    moeshm_store_word,
+)
 
 cdef extern from "<sys/prctl.h>" nogil:
     int prctl(int option, ...)
@@ -79,14 +82,19 @@ cdef bint _wait(const uint32_t *word, uint32_t value, int64_t timeout_ns,
 cdef bint _look(const uint32_t *word, uint32_t value, int64_t start_ns,
                 int64_t spin_ns) noexcept nogil:
     """Look at it again and again until it has come or the time is over."""
+    cdef int64_t now_ns, give_way_at = start_ns + MOESHM_GIVE_WAY_NS
     cdef int _number
     while True:
         for _number in range(LOOKS):
             if _has_come(word, value):
                 return True
             moeshm_pause()
-        if moeshm_now_ns() - start_ns >= spin_ns:
+        now_ns = moeshm_now_ns()
+        if now_ns - start_ns >= spin_ns:
             return False
+        if now_ns >= give_way_at:
+            moeshm_give_way()
+            give_way_at = now_ns + MOESHM_GIVE_WAY_NS
 
 
 cdef bint _doze(const uint32_t *word, uint32_t value, int64_t start_ns,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, overload
 
-from . import arrays, orders, settings, windows
+from . import arrays, orders, process, settings, windows
 from ._inputs import used_rows
 from .arrays import Inputs
 from .backends import Backend
@@ -397,9 +397,9 @@ class ExpertClient:
         return info
 
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:
+        if process.own_pid != self._pid:
             raise ForkedProcess(
-                f"this client belongs to process {self._pid}; connect anew in {os.getpid()}"
+                f"this client belongs to process {self._pid}; connect anew in {process.own_pid}"
             )
 
     def _check_timeout(self, timeout_s: float | None) -> float:

@@ -1,7 +1,8 @@
 """Descriptors: records that say where in a slab a call's arrays are, instead of holding them.
 
 They travel among the calls. Worker's replies to them say only what is wrong; that the output is
-there is said by the slab's flags (transport/slab.py). docs/protocol.md draws both.
+there is said by the slab's flags (transport/slab.py). docs/protocol.md draws both; `_claims.pyx`
+makes them.
 """
 
 from __future__ import annotations
@@ -46,17 +47,6 @@ class Descriptor(NamedTuple):
     places: Places
     #: That local ids, and the layer, are of.
     view: int
-
-
-def pack(descriptor: Descriptor) -> bytes:
-    """The record."""
-    each = descriptor
-    slot, *offsets = each.places
-    return _DESCRIPTOR.pack(
-        VERSION, BYTES, each.layer, each.call_id, each.deadline_ns, each.n_tokens,
-        each.hidden_size, each.top_k, each.are_global, each.dtype, each.view, slot,
-        each.sequence, *offsets,
-    )  # fmt: skip
 
 
 def read(record: Message) -> Descriptor:
@@ -108,10 +98,3 @@ def sizes(n_tokens: int, hidden_size: int, top_k: int, dtype: DType) -> tuple[in
     """Bytes of a call's arrays, in the order of `Places`."""
     rows, pairs = n_tokens * hidden_size * dtype.itemsize, n_tokens * top_k * 4
     return rows, pairs, pairs, rows
-
-
-def most_tokens(data_bytes: int, hidden_size: int, top_k: int, dtype: DType) -> int:
-    """That one call can have in a slab."""
-    per_token = sum(sizes(1, hidden_size, top_k, dtype))
-    # Each of the four arrays is padded.
-    return min(protocol.MAX_TOKENS, (data_bytes - 4 * ALIGNMENT) // per_token)

@@ -104,11 +104,10 @@ def check_call(
     stream: Any,
     vendor: str,
     device_index: int,
-) -> tuple[DeviceInputs, Any, int, int]:
-    """A call's inputs, the output and its address, and the stream's handle.
+) -> tuple[int, DeviceInputs, Any, int, int]:
+    """The layer, a call's inputs, the output and its address, and the stream's handle.
 
-    As of `check_device`, `make_device_output` and `stream_of`, in one pass where that goes: an
-    engine makes such a call in each layer of each token.
+    As of `check_device`, `make_device_output` and `stream_of`, in one pass where that goes.
     """
     seen = look(
         hidden_states, topk_ids, topk_weights, out, stream, info.hidden_size, info.top_k,
@@ -117,15 +116,14 @@ def check_call(
     if seen is None:
         inputs = check_device(layer, info, hidden_states, topk_ids, topk_weights, device_index)
         handle = stream_of(stream, hidden_states, device_index)
-        return inputs, *make_device_output(inputs, hidden_states, out, handle), handle
-    found, address, handle, is_current = seen
+        return layer, inputs, *make_device_output(inputs, hidden_states, out, handle), handle
+    found, address, known, is_current = seen
     inputs = DeviceInputs(*found)
-    if handle is None:
-        handle = stream_of(stream, hidden_states, device_index)
+    handle = stream_of(stream, hidden_states, device_index) if known is None else known
     if address is None:
         made_on = None if is_current else handle
         out, address = make_device_output(inputs, hidden_states, None, made_on)
-    return inputs, out, address, handle
+    return layer, inputs, out, address, handle
 
 
 def check_device(

@@ -6,18 +6,16 @@ from the slab: see transport/slab.py.
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 import weakref
 
-from . import descriptors
-from .descriptors import Descriptor
+from .device_arrays import DeviceInputs
 from .device_future import DeviceCall, DeviceFuture, Part
 from .device_watch import Mover, Watch
 from .errors import DeviceError, InvalidCall, RingFull, WorkerDied
-from .link import Link, another
-from .transport.slab import REFUSED, Claim, Segment
+from .link import Link, another, take_turn
+from .transport.slab import Segment
 
 #: How long a sender leaves a full slab alone.
 _FULL_PAUSE_S = 0.0002
@@ -28,9 +26,7 @@ class DeviceCalls:
 
     def __init__(self, link: Link, segment: Segment, data_bytes: int, mover: Mover) -> None:
         self._max_tokens = link.max_tokens
-        self._most_tokens = functools.lru_cache(64)(
-            functools.partial(descriptors.most_tokens, data_bytes)
-        )
+        self._mover = mover
         self._watch = Watch(segment, data_bytes, mover)
         #: Held from a descriptor until its arrays are given and its output is taken.
         self._submitting = threading.Lock()
@@ -43,22 +39,32 @@ class DeviceCalls:
         RingFull: no room before its deadline; what was enqueued is on its way. WorkerDied: the
         session is over. DeviceError: the engine's GPU refused something; the session is given up.
         """
-        inputs = call.given.inputs
-        if self._watch.mover.is_capturing(call.given.stream):
+        given = call.given
+        inputs = given.inputs
+        if self._mover.is_capturing(given.stream):
             raise InvalidCall(
                 "the stream is being captured into a graph, which cannot tell a worker of each "
                 "replay; leave the call out of the graph"
             )
-        future = DeviceFuture(call)
-        most = self._most_tokens(inputs.hidden_size, inputs.top_k, inputs.dtype)
+        hidden_size, dtype = inputs.hidden_size, inputs.dtype
+        most = self._watch.allocator.most_tokens(hidden_size, inputs.top_k, dtype)
         if most < 1:
             raise InvalidCall(
-                f"the worker's slab has no room for one token of hidden_size={inputs.hidden_size}; "
+                f"the worker's slab has no room for one token of hidden_size={hidden_size}; "
                 "pass arrays in the host's memory"
             )
+        future = DeviceFuture(
+            given.layer, call.deadline, call.timeout_s, call.on_taken, given.output
+        )
+        n_tokens = inputs.n_tokens
+        if 0 < n_tokens <= most and n_tokens <= self._max_tokens and n_tokens <= call.slice_tokens:
+            self._submit_part(call, future, inputs, given.out_address)
+            return future
         step = min(most, self._max_tokens, call.slice_tokens)
-        for first in range(0, inputs.n_tokens, step):
-            self._submit_part(call, future, first, min(first + step, inputs.n_tokens))
+        for first in range(0, n_tokens, step):
+            out = given.out_address + first * hidden_size * dtype.itemsize
+            rows = inputs.rows(first, min(first + step, n_tokens))
+            self._submit_part(call, future, rows, out)
         return future
 
     def end(self) -> None:
@@ -69,29 +75,22 @@ class DeviceCalls:
         """Wait until the slab is let go of, at most so long."""
         self._watch.join(timeout_s)
 
-    def _submit_part(self, call: DeviceCall, future: DeviceFuture, first: int, end: int) -> None:
-        link, watch, whole = call.link, self._watch, call.given.inputs
-        inputs = whole if end - first == whole.n_tokens else whole.rows(first, end)
-        sizes = descriptors.sizes(inputs.n_tokens, inputs.hidden_size, inputs.top_k, inputs.dtype)
+    def _submit_part(
+        self, call: DeviceCall, future: DeviceFuture, inputs: DeviceInputs, out: int
+    ) -> None:
+        link = call.link
         # In the order of their descriptors: the worker waits for each one's arrays, and on a stream
         # that waits for a later call's output an earlier one's would never come.
-        if not self._submitting.acquire(timeout=max(0.0, call.deadline - time.monotonic())):
-            raise RingFull("other threads' calls waited for room until this one's deadline")
+        take_turn(self._submitting, call.deadline)
         try:
-            with watch.lock:
-                claim = watch.allocator.claim(sizes)
-                while claim is None:
-                    claim = self._wait_for_room(sizes, call.deadline)
-                if watch.is_over:
-                    raise another(link.loss or WorkerDied("the session is over"))
-                part = Part(future, link, watch, claim, inputs, call.fallback)
-                watch.add(part)
-            future.add(part, sum(sizes[:3]))
+            part = self._begin(call, future, inputs)
             try:
-                part.set(REFUSED, 0)
+                packed = part.claim.describe(
+                    part.call_id, call.given.layer, call.deadline, call.view, call.are_global
+                )
                 # First: there may be no room for it.
-                link.describe(part, part.call_id, descriptors.pack(_descriptor(call, part)))
-                self._enqueue(call, part, first)
+                link.describe(part, part.call_id, packed)
+                self._enqueue(call, part, out)
             finally:
                 if not part.has_take:
                     part.release()
@@ -99,14 +98,35 @@ class DeviceCalls:
         finally:
             self._submitting.release()
 
-    def _enqueue(self, call: DeviceCall, part: Part, first: int) -> None:
-        given, inputs, claim = call.given, part.inputs, part.claim
-        out = given.out_address + first * inputs.hidden_size * inputs.dtype.itemsize
-        mover, where = self._watch.mover, (claim.places, claim.sequence)
+    def _begin(self, call: DeviceCall, future: DeviceFuture, inputs: DeviceInputs) -> Part:
+        """With room in the slab, and looked after. RingFull, WorkerDied."""
+        link, watch, deadline = call.link, self._watch, call.deadline
+        claim = None
+        # By hand, as in `Watch.settle`.
+        watch.lock.acquire()
         try:
-            mover.give(given.stream, inputs, *where)
+            while claim is None:
+                if watch.is_over:
+                    raise another(link.loss or WorkerDied("the session is over"))
+                claim = watch.allocator.claim(
+                    inputs.n_tokens, inputs.hidden_size, inputs.top_k, inputs.dtype
+                )
+                if claim is None:
+                    self._wait_for_room(deadline)
+            part = Part(future, link, watch, claim, inputs, call.fallback, link.new_id(), deadline)
+            watch.add(part)
+        finally:
+            watch.lock.release()
+        future.add(part)
+        return part
+
+    def _enqueue(self, call: DeviceCall, part: Part, out: int) -> None:
+        stream, claim, mover = call.given.stream, part.claim, self._mover
+        places, sequence = claim.places, claim.sequence
+        try:
+            mover.give(stream, part.inputs, places, sequence)
             part.has_give = True
-            mover.take(given.stream, out, inputs.n_bytes, *where)
+            mover.take(stream, out, claim.out_bytes, places, sequence)
             part.has_take = True
         except BaseException as error:
             # The worker waits for arrays that may never come.
@@ -114,8 +134,8 @@ class DeviceCalls:
             call.link.lose(DeviceError(str(error)) if is_said else WorkerDied("it was interrupted"))
             raise
 
-    def _wait_for_room(self, sizes: tuple[int, int, int, int], deadline: float) -> Claim | None:
-        """Let go of the lock for a moment, and try again. RingFull: until the deadline."""
+    def _wait_for_room(self, deadline: float) -> None:
+        """Let go of the lock for a moment. RingFull: until the deadline."""
         watch = self._watch
         watch.lock.release()
         try:
@@ -128,21 +148,3 @@ class DeviceCalls:
             time.sleep(_FULL_PAUSE_S)
         finally:
             watch.lock.acquire()
-        return watch.allocator.claim(sizes)
-
-
-def _descriptor(call: DeviceCall, part: Part) -> Descriptor:
-    inputs, claim = part.inputs, part.claim
-    return Descriptor(
-        part.call_id,
-        call.given.layer,
-        int(call.deadline * 1e9),
-        inputs.n_tokens,
-        inputs.hidden_size,
-        inputs.top_k,
-        call.are_global,
-        inputs.dtype,
-        claim.sequence,
-        claim.places,
-        call.view,
-    )

@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
 from . import settings
-from ._words import load_word, store_word, wait_for_word
+from ._claims import Claim
 from .device_arrays import DeviceInputs
 from .dtypes import Array
 from .errors import CallError, DeadlineExceeded, NotReady, ProtocolError, WorkerDied
 from .link import Link, another
 from .protocol import Message, Reply
-from .transport.slab import DONE, GIVEN, REFUSED, TAKEN, Claim
+from .transport.slab import DONE, GIVEN, TAKEN
 
 if TYPE_CHECKING:
     from .device_watch import Watch
@@ -38,7 +40,7 @@ class Given(NamedTuple):
     stream: int
 
 
-class DeviceCall(NamedTuple):
+class DeviceCall(msgspec.Struct, frozen=True, gc=False):
     """A call that is to be enqueued; all checked."""
 
     link: Link
@@ -56,23 +58,26 @@ class DeviceCall(NamedTuple):
     on_taken: Callable[[int], None]
 
 
-class DeviceFuture:
+class DeviceFuture(msgspec.Struct, eq=False, weakref=True):
     """The result of a `submit` of arrays on a GPU. Made by ExpertClient.
 
     The inputs and the output belong to the call until the stream has passed it.
     """
 
-    def __init__(self, call: DeviceCall) -> None:
-        self.layer = call.given.layer
-        self.deadline = call.deadline
-        self.timeout_s = call.timeout_s
-        self.on_taken = call.on_taken
-        #: Descriptors that the call was cut into, and bytes that were given.
-        self.n_parts = self.bytes_out = 0
-        self._output = call.given.output
-        #: That are not settled: they refer to the session, which must end with its client.
-        self._parts: list[Part] = []
-        self._error: CallError | None = None
+    layer: int
+    deadline: float
+    timeout_s: float
+    on_taken: Callable[[int], None]
+    _output: Any
+    #: Descriptors that the call was cut into, and bytes that were given.
+    n_parts: int = 0
+    bytes_out: int = 0
+    #: That are not settled: they refer to the session, which must end with its client.
+    _parts: list[Part] = []
+    _error: CallError | None = None
+
+    # An array is fetched from its GPU to be shown.
+    __repr__ = object.__repr__
 
     def result(self) -> Any:
         """The weighted sum of the selected experts' outputs, like hidden_states: an array for what
@@ -96,7 +101,7 @@ class DeviceFuture:
         InvalidCall: an id is out of range. WorkerFailed: the worker said so. ForkedProcess.
         """
         until = None if timeout_s is None else time.monotonic() + timeout_s
-        for part in list(self._parts):
+        for part in tuple(self._parts):
             part.link.check_process()
             while not part.is_settled:
                 if part.is_over or part.wait(TAKEN, _SLICE_S):
@@ -108,64 +113,58 @@ class DeviceFuture:
                     raise NotReady(f"no result within {timeout_s} s; the call is still on its way")
         return self.result()
 
-    def add(self, part: Part, n_bytes: int) -> None:
+    def add(self, part: Part) -> None:
         """It is on its way."""
         self._parts.append(part)
         self.n_parts += 1
-        self.bytes_out += n_bytes
+        self.bytes_out += part.claim.given_bytes
 
     def fail(self, error: CallError) -> None:
         """The first error of several stays."""
         self._error = self._error or error
 
     def settled(self, part: Part) -> None:
-        """Nothing of it is on its way."""
-        self._parts.remove(part)
-        if self._error is None:
-            self.on_taken(part.inputs.n_bytes)
+        """Nothing of it is on its way; again does nothing."""
+        if part in self._parts:
+            self._parts.remove(part)
+            if self._error is None:
+                self.on_taken(part.claim.out_bytes)
 
 
-class Part:
+class Part(msgspec.Struct, eq=False):
     """One descriptor's part of a call; a `link.Receiver` of what is wrong with it."""
 
-    def __init__(
-        self,
-        future: DeviceFuture,
-        link: Link,
-        watch: Watch,
-        claim: Claim,
-        inputs: DeviceInputs,
-        fallback: HostFallback | None,
-    ) -> None:
-        self.future = future
-        self.link = link
-        self.watch = watch
-        self.call_id = link.new_id()
-        self.claim = claim
-        self.inputs = inputs
-        self.fallback = fallback
-        self.deadline = future.deadline
-        #: What the worker said, and why there will be no more words of its.
-        self.told: CallError | None = None
-        self.loss: CallError | None = None
-        #: Whoever submits it has enqueued what there will be of it.
-        self.is_begun = False
-        #: `give`, and `take`, are on the stream: their flags will be set.
-        self.has_give = self.has_take = False
-        #: The stream need not wait for the worker any more.
-        self.is_released = False
-        #: When the worker will have had time enough, of time.monotonic; 0.0 for not known yet.
-        self.late_at = 0.0
-        #: A thread tells its future of the end; and has.
-        self.is_told = self.is_settled = False
-        self._memory = watch.memory
+    future: DeviceFuture
+    link: Link
+    watch: Watch
+    claim: Claim
+    inputs: DeviceInputs
+    fallback: HostFallback | None
+    call_id: int
+    #: Of time.monotonic.
+    deadline: float
+    #: What the worker said, and why there will be no more words of its.
+    told: CallError | None = None
+    loss: CallError | None = None
+    #: Whoever submits it has enqueued what there will be of it.
+    is_begun: bool = False
+    #: `give`, and `take`, are on the stream: their flags will be set.
+    has_give: bool = False
+    has_take: bool = False
+    #: The stream need not wait for the worker any more.
+    is_released: bool = False
+    #: When the worker will have had time enough, of time.monotonic; 0.0 for not known yet.
+    late_at: float = 0.0
+    #: A thread tells its future of the end; and has.
+    is_told: bool = False
+    is_settled: bool = False
 
     @property
     def is_over(self) -> bool:
         """Nothing of it is on its way."""
         if self.has_take:
-            return self.has_reached(TAKEN)
-        is_given = not self.has_give or self.has_reached(GIVEN)
+            return self.claim.has_reached(TAKEN)
+        is_given = not self.has_give or self.claim.has_reached(GIVEN)
         return self.is_begun and self.is_released and is_given
 
     @property
@@ -186,7 +185,7 @@ class Part:
     def release(self) -> None:
         """Let the stream go on, in the worker's place."""
         self.is_released = True
-        self.set(DONE, self.claim.sequence)
+        self.claim.set(DONE, self.claim.sequence)
 
     def settle(self) -> None:
         """Its future knows."""
@@ -195,18 +194,9 @@ class Part:
 
     def has_reached(self, flag: int) -> bool:
         """That flag was set for it."""
-        return self.wait(flag, 0.0)
+        return self.claim.has_reached(flag)
 
     def wait(self, flag: int, timeout_s: float) -> bool:
         """Until that flag is set for it; False at the timeout."""
-        at, spin_ns = self.claim.flag(flag), int(settings.current().spin_us * 1e3)
-        return wait_for_word(self._memory, at, self.claim.sequence, int(timeout_s * 1e9), spin_ns)
-
-    def set(self, flag: int, value: int) -> None:
-        """By the host."""
-        store_word(self._memory, self.claim.flag(flag), value)
-
-    @property
-    def refused(self) -> int:
-        """That flag."""
-        return load_word(self._memory, self.claim.flag(REFUSED))
+        spin_ns = int(settings.current().spin_us * 1e3)
+        return self.claim.wait(flag, int(timeout_s * 1e9), spin_ns)

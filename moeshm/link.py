@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from . import protocol
+from . import process, protocol
 from .descriptors import DESCRIPTOR
 from .dtypes import Array, DType
 from .errors import (
@@ -57,6 +57,15 @@ def too_late(timeout_s: float) -> DeadlineExceeded:
 def another(error: CallError) -> CallError:
     """The same error once more: one that is raised again keeps the frames of every time."""
     return type(error)(str(error))
+
+
+def take_turn(turns: threading.Lock, deadline: float) -> None:
+    """Take the lock. RingFull: others had it until the deadline, of time.monotonic."""
+    # Most often nobody has it, and to ask for it with a timeout takes much longer.
+    if turns.acquire(blocking=False):
+        return
+    if not turns.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        raise RingFull("other threads' calls waited for room until this one's deadline")
 
 
 #: Of a call's tokens, rising.
@@ -110,7 +119,8 @@ class Link:
         self.max_tokens = min(batch_capacity, session.welcome.max_tokens)
         self._transport = session.transport
         self._pending: dict[int, Receiver] = {}
-        self._ids = itertools.count(1)
+        #: For the next call or order.
+        self.new_id: Callable[[], int] = itertools.count(1).__next__
         #: The views that calls may name.
         self.views = SessionNumbers(self)
         self._sending = threading.Lock()
@@ -144,7 +154,7 @@ class Link:
         RingFull: no room before the receiver's deadline; nothing was sent. WorkerDied: the session
         is over; the receiver was told, too.
         """
-        call_id = next(self._ids)
+        call_id = self.new_id()
         call = (
             call_id,
             layer,
@@ -165,8 +175,7 @@ class Link:
         write: Callable[[_Record, float], int],
         record: _Record,
     ) -> int:
-        if not self._sending.acquire(timeout=max(0.0, receiver.deadline - time.monotonic())):
-            raise RingFull("other threads' calls waited for room until this one's deadline")
+        take_turn(self._sending, receiver.deadline)
         try:
             if self.loss is not None:
                 raise another(self.loss)
@@ -203,7 +212,7 @@ class Link:
                 return None
             self._receiver = threading.get_ident()
         try:
-            call_id = next(self._ids)
+            call_id = self.new_id()
             deadline = time.monotonic() + timeout_s
             # Only tried: who has it may be waiting until replies are taken in, which is now ours.
             if not self._sending.acquire(blocking=False):
@@ -264,10 +273,6 @@ class Link:
         record. Waits for nothing; to a session that is over it means nothing."""
         self._unsent.append(packed)
         self._flush()
-
-    def new_id(self) -> int:
-        """For the next call or order."""
-        return next(self._ids)
 
     def forget_now(self, call_id: int) -> None:
         """No reply will come to it."""
@@ -350,9 +355,9 @@ class Link:
 
     def check_process(self) -> None:
         """ForkedProcess: the session is the parent's."""
-        if os.getpid() != self._pid:
+        if process.own_pid != self._pid:
             raise ForkedProcess(
-                f"this call belongs to process {self._pid}; connect anew in {os.getpid()}"
+                f"this call belongs to process {self._pid}; connect anew in {process.own_pid}"
             )
 
     # --- sending ----------------------------------------------------------------------------

@@ -6,6 +6,17 @@ import functools
 import os
 from pathlib import Path
 
+#: This process's id. To ask the kernel for it takes as long as much of what a call does.
+own_pid = os.getpid()
+
+
+def _remember_own_pid() -> None:
+    global own_pid  # noqa: PLW0603
+    own_pid = os.getpid()
+
+
+os.register_at_fork(after_in_child=_remember_own_pid)
+
 
 def start_ticks(pid: int) -> int:
     """When the process started, in clock ticks since boot; 0 when it cannot be read.

@@ -13,35 +13,55 @@ import numpy as np
 import numpy.typing as npt
 
 from . import descriptors, settings
+from ._descriptors import read_plain_descriptor
 from ._inputs import inspect_ids
+from ._ring import Record
 from ._words import load_word, store_word, wait_for_word
 from .backends import Backend, SlabCall, SlabUser, WorkerSlab
 from .descriptors import Descriptor
-from .dtypes import Array
+from .dtypes import Array, DType
 from .errors import DeviceError, InvalidCall, ProtocolError, SegmentError
 from .handshake import Hello, SlabOffer
 from .holdings import View
-from .protocol import SlotTable
-from .transport.slab import DONE, GIVEN, REFUSED, SLOT_BYTES, SLOTS, TAKEN, TOLD, Segment
+from .protocol import Message, SlotTable
+from .transport.slab import (
+    DONE,
+    GIVEN,
+    REFUSED,
+    SLOT_BYTES,
+    SLOTS,
+    TAKEN,
+    TOLD,
+    Places,
+    Segment,
+)
 
 _log = logging.getLogger(__name__)
 
-#: Of views, layers and id spaces, what stays known.
-_MAX_IDS = 1024
+#: Of views and layers, what stays known.
+_MAX_KNOWN = 1024
 #: Calls of one session that the device is given before it is waited for.
 _MOST_BEGUN = 16
 #: How long a slab is kept for a client whose GPU still copies from it.
 _TAKEN_LIMIT_S = 5.0
 _TAKEN_SLICE_NS = 10_000_000
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
+_DTYPES = tuple(DType)
 
 
-class _Ids(NamedTuple):
-    """What ids of a layer may be, of one view and id space."""
+class _Known(NamedTuple):
+    """What a call may be, of one view's layer and one id space; in the order in which
+    `read_plain_descriptor` takes it."""
 
-    view: View
+    hidden_size: int
+    #: At most.
+    top_k: int
     n_ids: int
     slots: SlotTable | None
+
+
+#: By `view << 32 | layer`.
+_KnownLayers = dict[int, _Known]
 
 
 class SlabServer:
@@ -63,7 +83,9 @@ class SlabServer:
         self._last: SlabCall | None = None
         #: How many it was given since it was waited for.
         self._n_begun = 0
-        self._ids: dict[tuple[int, int, int], _Ids] = {}
+        #: For local ids and for global ones.
+        self._known: tuple[_KnownLayers, _KnownLayers] = ({}, {})
+        self._spin_ns = int(settings.current().spin_us * 1e3)
 
     def offer(self, hello: Hello, data_bytes: int) -> tuple[SlabOffer, int, str]:
         """As `session.OfferSlab`. DeviceError, SegmentError: why there is none."""
@@ -92,10 +114,38 @@ class SlabServer:
         how = "" if self._slab is not None else ", served by the host"
         return f"{kind} slab of {self._data_bytes / 2**20:g} MiB{how}"
 
+    def read_plain(self, record: Message, most: int) -> SlabCall | None:
+        """The call of a descriptor that came in a ring, is right in everything, and to a layer to
+        which there was one before; None for any other, which `descriptors.read` and `call_of` then
+        judge. `most`: tokens that the worker takes."""
+        if type(record) is not Record:
+            return None
+        # Nothing is known without a slab.
+        found = read_plain_descriptor(record, self._known, most, self._data_bytes)
+        if found is None:
+            return None
+        (
+            layer, n_tokens, hidden_size, top_k, dtype, places, sequence, n_ids, slots, call_id,
+            deadline_ns,
+        ) = found  # fmt: skip
+        return SlabCall(
+            layer,
+            n_tokens,
+            hidden_size,
+            top_k,
+            _DTYPES[dtype],
+            Places._make(places),
+            sequence,
+            n_ids,
+            slots,
+            call_id,
+            deadline_ns,
+        )
+
     def call_of(self, descriptor: Descriptor, view: View, most: int) -> SlabCall:
         """The call that it describes. InvalidCall, ProtocolError: as `descriptors.check`."""
         dtype = descriptors.check(descriptor, view.layers, most, self._data_bytes)
-        ids = self._ids_of(descriptor, view)
+        known = self._known_of(descriptor, view)
         return SlabCall(
             descriptor.layer,
             descriptor.n_tokens,
@@ -104,15 +154,30 @@ class SlabServer:
             dtype,
             descriptor.places,
             descriptor.sequence,
-            ids.n_ids,
-            ids.slots,
+            known.n_ids,
+            known.slots,
+            descriptor.call_id,
+            descriptor.deadline_ns,
         )
+
+    def forget_view(self, number: int) -> None:
+        """The client releases it, and may use its number for another."""
+        for known in self._known:
+            for key in [key for key in known if key >> 32 == number]:
+                del known[key]
 
     def wait_for_arrays(self, call: SlabCall, timeout_s: float) -> bool:
         """Until the engine's GPU has put them there; False at the timeout."""
         assert self._segment is not None
-        at, spin_ns = _flag(call.places.slot, GIVEN), int(settings.current().spin_us * 1e3)
-        return wait_for_word(self._segment.memory, at, call.sequence, int(timeout_s * 1e9), spin_ns)
+        at, timeout_ns = _flag(call.places.slot, GIVEN), int(timeout_s * 1e9)
+        return wait_for_word(self._segment.memory, at, call.sequence, timeout_ns, self._spin_ns)
+
+    def prepare(self, call: SlabCall) -> None:
+        """Do what can be done before the call's arrays are there. InvalidCall: it cannot be.
+        DeviceLost: the device will do none."""
+        self.hold_back()
+        if self._slab is not None:
+            self._slab.prepare(call)
 
     def hold_back(self) -> None:
         """Wait for the device if it has many calls of this session: those of others are to have
@@ -214,16 +279,16 @@ class SlabServer:
 
     # --- calls --------------------------------------------------------------------------------
 
-    def _ids_of(self, descriptor: Descriptor, view: View) -> _Ids:
+    def _known_of(self, descriptor: Descriptor, view: View) -> _Known:
         """Made once for each view, layer and id space."""
-        key = descriptor.view, descriptor.layer, descriptor.are_global
-        found = self._ids.get(key)
-        # A client may use the number of a view that it released again.
-        if found is None or found.view is not view:
-            if len(self._ids) >= _MAX_IDS:
+        known = self._known[descriptor.are_global]
+        key = descriptor.view << 32 | descriptor.layer
+        found = known.get(key)
+        if found is None:
+            if len(known) >= _MAX_KNOWN:
                 # Views come and go; those in use are soon there again.
-                self._ids.clear()
-            found = self._ids[key] = _ids(descriptor, view)
+                known.clear()
+            found = known[key] = _know(descriptor, view)
         return found
 
     def _compute_on_host(self, call: SlabCall) -> None:
@@ -245,14 +310,14 @@ class SlabServer:
         return found.reshape(rows, columns)
 
 
-def _ids(descriptor: Descriptor, view: View) -> _Ids:
+def _know(descriptor: Descriptor, view: View) -> _Known:
     info, table = view.layers[descriptor.layer], view.tables.get(descriptor.layer)
     if not descriptor.are_global or info.holds_all_experts:
-        return _Ids(view, len(info.experts), table)
+        return _Known(info.hidden_size, info.top_k, len(info.experts), table)
     slots = np.full(info.num_experts + 1, -1, np.int32)
     held = np.arange(len(info.experts)) if table is None else table[:-1]
     slots[list(info.experts)] = held
-    return _Ids(view, info.num_experts, slots)
+    return _Known(info.hidden_size, info.top_k, info.num_experts, slots)
 
 
 def _slots(ids: npt.NDArray[np.int32], call: SlabCall) -> npt.NDArray[np.int32]:

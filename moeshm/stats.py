@@ -8,6 +8,7 @@ from collections import Counter
 
 import msgspec
 
+from ._totals import Totals
 from .link import Answer
 
 
@@ -58,38 +59,18 @@ class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StatsCounter:
-    """Adds up; one lock, taken once a call."""
+    """Adds up. Any thread may tell it of anything."""
 
     def __init__(self) -> None:
+        self._totals = Totals()
+        #: Told of every call, and so without a step in between; as `Totals` says.
+        self.sent = self._totals.sent
+        self.received = self._totals.received
+        self.taken = self._totals.taken
         self._lock = threading.Lock()
-        self._calls = self._rows = self._messages = 0
-        self._bytes_out = self._bytes_in = 0
-        self._pack_ns = self._wait_ns = self._compute_ns = self._unpack_ns = 0
         self._fallbacks: Counter[str] = Counter()
         self._stepped_down: Counter[str] = Counter()
         self._reconnects = self._worker_restarts = 0
-
-    def sent(self, messages: int, rows: int, bytes_out: int, pack_ns: int) -> None:
-        """A call left."""
-        with self._lock:
-            self._calls += 1
-            self._messages += messages
-            self._rows += rows
-            self._bytes_out += bytes_out
-            self._pack_ns += pack_ns
-
-    def received(self, bytes_in: int, wait_ns: int, compute_ns: int, unpack_ns: int) -> None:
-        """Replies came."""
-        with self._lock:
-            self._bytes_in += bytes_in
-            self._wait_ns += wait_ns
-            self._compute_ns += compute_ns
-            self._unpack_ns += unpack_ns
-
-    def taken(self, bytes_in: int) -> None:
-        """An output was taken from a slab."""
-        with self._lock:
-            self._bytes_in += bytes_in
 
     def stepped_down(self, why: str) -> bool:
         """Arrays on the engine's GPU go another way than they might; True the first time."""
@@ -99,16 +80,13 @@ class StatsCounter:
 
     def answered(self, answer: Answer, rows: int, start_ns: int) -> None:
         """A call that began at `start_ns` (of time.perf_counter) is over."""
-        with self._lock:
-            self._calls += 1
-            self._messages += 1
-            self._rows += rows
-            self._bytes_out += answer.bytes_out
-            self._bytes_in += answer.bytes_in
-            self._pack_ns += answer.sent_ns - start_ns
-            self._wait_ns += answer.arrived_ns - answer.sent_ns
-            self._compute_ns += answer.compute_ns
-            self._unpack_ns += time.perf_counter_ns() - answer.arrived_ns
+        self.sent(1, rows, answer.bytes_out, answer.sent_ns - start_ns)
+        self.received(
+            answer.bytes_in,
+            answer.arrived_ns - answer.sent_ns,
+            answer.compute_ns,
+            time.perf_counter_ns() - answer.arrived_ns,
+        )
 
     def fell_back(self, cause: str) -> bool:
         """A call went to the fallback; True the first time for this cause."""
@@ -127,17 +105,19 @@ class StatsCounter:
 
     def snapshot(self) -> ClientStats:
         """The figures now."""
+        calls, rows, messages, bytes_out, bytes_in, *times_ns = self._totals.read()
+        pack_s, wait_s, compute_s, unpack_s = (each / 1e9 for each in times_ns)
         with self._lock:
             return ClientStats(
-                calls=self._calls,
-                rows=self._rows,
-                messages=self._messages,
-                bytes_out=self._bytes_out,
-                bytes_in=self._bytes_in,
-                pack_s=self._pack_ns / 1e9,
-                wait_s=self._wait_ns / 1e9,
-                compute_s=self._compute_ns / 1e9,
-                unpack_s=self._unpack_ns / 1e9,
+                calls=calls,
+                rows=rows,
+                messages=messages,
+                bytes_out=bytes_out,
+                bytes_in=bytes_in,
+                pack_s=pack_s,
+                wait_s=wait_s,
+                compute_s=compute_s,
+                unpack_s=unpack_s,
                 fallback_calls=self._fallbacks.total(),
                 fallbacks=dict(self._fallbacks),
                 stepped_down=dict(self._stepped_down),

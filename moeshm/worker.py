@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from . import descriptors, orders, protocol
 from .backends import SlabCall
@@ -212,27 +213,44 @@ class SessionServer:
 
     def _answer_descriptor(self, record: Message) -> None:
         try:
-            descriptor = descriptors.read(record)
+            call = self._slab.read_plain(record, self._max_tokens)
+            descriptor = descriptors.read(record) if call is None else None
         finally:
             record.release()
-        self._slab.check_open()
-        error = self._begin(descriptor)
+        if descriptor is not None:
+            call = self._judge(descriptor)
+        if call is None:
+            return
+        error = self._begin(call)
         if error is not None:
-            self._say(protocol.pack_error(descriptor.call_id, error))
-            # After its error, for whoever sees the flags to find that.
-            self._slab.tell_failed(descriptor.places.slot, descriptor.sequence)
+            self._refuse(call.call_id, call.places.slot, call.sequence, error)
 
-    def _begin(self, descriptor: Descriptor) -> CallError | None:
-        """Begin a call whose arrays are in the slab, once they are; what went wrong."""
+    def _judge(self, descriptor: Descriptor) -> SlabCall | None:
+        """The call that it describes; None for what cannot be, which is refused."""
+        self._slab.check_open()
         try:
             view = self._views.of(descriptor.view)
-            call = self._slab.call_of(descriptor, view, self._max_tokens)
-            self._wait_for_arrays(call, descriptor.deadline_ns)
-            self._guard(call.layer, self._slab.hold_back)
+            return self._slab.call_of(descriptor, view, self._max_tokens)
+        except CallError as error:
+            slot, sequence = descriptor.places.slot, descriptor.sequence
+            self._refuse(descriptor.call_id, slot, sequence, type(error)(str(error)))
+            return None
+
+    def _refuse(self, call_id: int, slot: int, sequence: int, error: CallError) -> None:
+        self._say(protocol.pack_error(call_id, error))
+        # After its error, for whoever sees the flags to find that.
+        self._slab.tell_failed(slot, sequence)
+
+    def _begin(self, call: SlabCall) -> CallError | None:
+        """Begin a call whose arrays are in the slab, once they are; what went wrong."""
+        try:
+            # While the client's GPU is at it, and without the turn: the client may take its time.
+            self._guard(call.layer, self._slab.prepare, call)
+            self._wait_for_arrays(call)
             with self._turns:
                 start_ns = time.monotonic_ns()
-                _check_deadline(descriptor.deadline_ns, start_ns)
-                self._guard(call.layer, lambda: self._slab.compute(call))
+                _check_deadline(call.deadline_ns, start_ns)
+                self._guard(call.layer, self._slab.compute, call)
                 self._compute_ns = time.monotonic_ns() - start_ns
         except CallError as error:
             return type(error)(str(error))
@@ -240,9 +258,9 @@ class SessionServer:
         self.rows += call.n_tokens
         return None
 
-    def _wait_for_arrays(self, call: SlabCall, deadline_ns: int) -> None:
+    def _wait_for_arrays(self, call: SlabCall) -> None:
         while not self._slab.wait_for_arrays(call, _ARRAYS_SLICE_S):
-            _check_deadline(deadline_ns, time.monotonic_ns())
+            _check_deadline(call.deadline_ns, time.monotonic_ns())
             if self._is_drained():
                 raise WorkerFailed("the worker shuts down, and the call's arrays did not come")
             if self._session.peer_is_gone():
@@ -255,6 +273,7 @@ class SessionServer:
             self._views.offer(order)
             return 0, None
         if isinstance(order, Release):
+            self._slab.forget_view(order.view)
             self._views.release(order)
             return 0, None
         try:
@@ -317,17 +336,13 @@ class SessionServer:
         self.rows += n_tokens
 
     def _run_backend(self, call: Call, rows: Array) -> None:
-        self._guard(
-            call.layer,
-            lambda: self._backend.ffn(
-                call.layer, call.hidden_states, call.topk_ids, call.topk_weights, rows
-            ),
-        )
+        arrays = call.hidden_states, call.topk_ids, call.topk_weights, rows
+        self._guard(call.layer, self._backend.ffn, call.layer, *arrays)
 
-    def _guard(self, layer: int, compute: Callable[[], None]) -> None:
+    def _guard(self, layer: int, compute: Callable[..., None], *arguments: Any) -> None:
         """Errors of the backend become WorkerFailed, and a lost device is noted."""
         try:
-            compute()
+            compute(*arguments)
         except InvalidCall:
             raise
         except Exception as error:

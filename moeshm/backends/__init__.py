@@ -93,8 +93,11 @@ class SlabCall(msgspec.Struct, frozen=True, gc=False):
     #: Ids are -1 for an empty slot or below it; others count as -1, and are told of in the flags.
     n_ids: int
     #: Id to the backend's slot, int32 [n_ids + 1], where -1 stands for none and is also in the last
-    #: place; None for ids that are slots.
+    #: place; None for ids that are slots. It stays as it is.
     slots: npt.NDArray[np.int32] | None
+    call_id: int = 0
+    #: Of CLOCK_MONOTONIC in ns; 0 or less for none.
+    deadline_ns: int = 0
 
 
 class WorkerSlab(Protocol):
@@ -102,6 +105,11 @@ class WorkerSlab(Protocol):
 
     #: What the engine opens its data by, if that is device memory; else empty.
     handle: bytes
+
+    def prepare(self, call: SlabCall) -> None:
+        """Do what can be done before the call's arrays are there; the same thread enqueues it next,
+        or never. InvalidCall, as by `enqueue`."""
+        ...
 
     def enqueue(self, call: SlabCall) -> None:
         """Begin the call, whose arrays are in the slab, after those that were begun before.

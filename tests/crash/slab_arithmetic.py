@@ -52,6 +52,9 @@ class _Slab:
             self._data = memoryview(mmap.mmap(self._fd, device_bytes))
             self.handle = f"/proc/{os.getpid()}/fd/{self._fd}".encode()
 
+    def prepare(self, call: SlabCall) -> None:
+        """As `WorkerSlab.prepare`."""
+
     def enqueue(self, call: SlabCall) -> None:
         """As `WorkerSlab.enqueue`."""
         # Not before the arrays are there.

@@ -10,12 +10,13 @@ import sys
 
 import numpy as np
 
+from moeshm._claims import Allocator
 from moeshm._words import wait_for_word
 from moeshm.backends import Ids, Weights
 from moeshm.backends.gpu._launch import address_of
 from moeshm.backends.gpu.device import Device
 from moeshm.dtypes import Array, DType, narrow
-from moeshm.transport.slab import DONE, GIVEN, SLOT_BYTES, Allocator, Places, Segment
+from moeshm.transport.slab import DONE, FLAGS_BYTES, GIVEN, SLOT_BYTES, Places, Segment
 from tests.checkpoints import random_layer
 from tests.conformance.test_backends import draw_call
 
@@ -32,10 +33,12 @@ def draw() -> tuple[Array, Ids, Weights]:
     return narrow(hidden, DType.BF16), ids, weights
 
 
-def claim(hidden: Array, ids: Ids, weights: Weights) -> Places:
+def claim(hidden: Array, ids: Ids) -> Places:
     """Where they are in the slab, which both processes work out."""
-    sizes = hidden.nbytes, ids.nbytes, weights.nbytes, hidden.nbytes
-    found = Allocator(DATA_BYTES).claim(sizes)
+    # Flags of its own: only the places are of interest.
+    allocator = Allocator(bytearray(FLAGS_BYTES), DATA_BYTES)
+    n_tokens, top_k = ids.shape
+    found = allocator.claim(n_tokens, hidden.shape[1], top_k, DType.BF16)
     assert found is not None
     assert found.sequence == SEQUENCE
     return found.places
@@ -44,7 +47,7 @@ def claim(hidden: Array, ids: Ids, weights: Weights) -> Places:
 def play(device: Device, memory: memoryview, handle: bytes) -> Array:
     """Give the call, by copies and a flag on the device's stream, and take what comes of it."""
     arrays = draw()
-    places = claim(*arrays)
+    places = claim(*arrays[:2])
     offsets = places.hidden_states, places.topk_ids, places.topk_weights
     slab = device.open_exported(handle)
     flags = device.register(address_of(memory), memory.nbytes, read_only=False)

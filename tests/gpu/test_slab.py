@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moeshm._claims import Claim
 from moeshm._words import wait_for_word
 from moeshm.backends import SlabCall
 from moeshm.backends.gpu import slab_job, workspace
@@ -20,7 +21,7 @@ from moeshm.backends.gpu.backend import GpuBackend
 from moeshm.backends.gpu.device import Device
 from moeshm.backends.reference import reference_ffn
 from moeshm.dtypes import Array, DType, narrow
-from moeshm.transport.slab import DONE, GIVEN, REFUSED, SLOT_BYTES, Claim, Segment
+from moeshm.transport.slab import DONE, GIVEN, REFUSED, SLOT_BYTES, Segment
 from tests.checkpoints import random_layer
 from tests.conformance.test_backends import TOLERANCE, assert_close, compute, draw_call
 from tests.unit.gpu_slabs import Engine, each_kind, table
@@ -56,7 +57,7 @@ class HostEngine(Engine):
         from cupy.cuda import runtime
 
         source = np.ascontiguousarray(array)
-        to = self.slab._data.address + offset
+        to = self.slab._where.data + offset
         runtime.memcpy(to, source.ctypes.data, source.nbytes, runtime.memcpyHostToDevice)
         # It returns once the driver has a copy of its own.
         runtime.streamSynchronize(0)
@@ -68,7 +69,7 @@ class HostEngine(Engine):
         from cupy.cuda import runtime
 
         found = np.zeros(n_bytes, np.uint8)
-        source = self.slab._data.address + offset
+        source = self.slab._where.data + offset
         runtime.memcpy(found.ctypes.data, source, n_bytes, runtime.memcpyDeviceToHost)
         return found.tobytes()
 
@@ -187,7 +188,7 @@ def test_another_process_gives_the_arrays(device: Device) -> None:
     """To device memory that it opens by the handle."""
     backend = GpuBackend({0: slab_engine.LAYER}, device)
     hidden, ids, weights = slab_engine.draw()
-    places = slab_engine.claim(hidden, ids, weights)
+    places = slab_engine.claim(hidden, ids)
     segment, fd = Segment.create(0)
     slab = backend.open_slab(segment.memory, slab_engine.DATA_BYTES)
     arguments = [sys.executable, "-m", "tests.gpu.slab_engine", str(fd), slab.handle.hex()]

@@ -79,6 +79,11 @@ def test_a_good_call(victim: Victim, transport: str) -> None:
     victim.expect_log("session ended after 1 calls")
 
 
+#: Good calls before the attack: from the second on, the worker knows what to expect.
+each_time = pytest.mark.parametrize("n_before", [0, 1])
+
+
+@each_time
 @pytest.mark.parametrize(
     "changed",
     [
@@ -93,13 +98,15 @@ def test_a_good_call(victim: Victim, transport: str) -> None:
     ],
 )
 def test_what_cannot_be_ends_the_session(
-    victim: Victim, transport: str, changed: dict[str, int]
+    victim: Victim, transport: str, changed: dict[str, int], n_before: int
 ) -> None:
     with attacking(victim.address, transport, "pinned") as attacker:
-        give(attacker)
-        attacker.send(descriptor(**changed), type=DESCRIPTOR)
+        for sequence in range(1, n_before + 1):
+            assert_served(attacker, sequence)
+        give(attacker, sequence=n_before + 1)
+        attacker.send(descriptor(**{"sequence": n_before + 1, **changed}), type=DESCRIPTOR)
         assert "broke the protocol" in attacker.last_word()
-    victim.expect_log("session ended after 0 calls")
+    victim.expect_log(f"session ended after {n_before} calls")
 
 
 @pytest.mark.parametrize("size", [0, 64, 127, 129, 192])
@@ -117,6 +124,7 @@ def test_a_descriptor_without_a_slab(victim: Victim, transport: str) -> None:
     victim.expect_log("session ended after 0 calls")
 
 
+@each_time
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -133,17 +141,19 @@ def test_a_descriptor_without_a_slab(victim: Victim, transport: str) -> None:
     ],
 )
 def test_what_contradicts_the_layer_is_an_error_of_that_call(
-    victim: Victim, transport: str, changed: dict[str, int], says: str
+    victim: Victim, transport: str, changed: dict[str, int], says: str, n_before: int
 ) -> None:
     with attacking(victim.address, transport, "pinned") as attacker:
-        give(attacker)
-        attacker.send(descriptor(**changed), type=DESCRIPTOR)
+        for sequence in range(1, n_before + 1):
+            assert_served(attacker, sequence)
+        give(attacker, sequence=n_before + 1)
+        attacker.send(descriptor(sequence=n_before + 1, **changed), type=DESCRIPTOR)
         assert says in attacker.receive()[64:].decode()
-        wait_for(attacker, DONE, 1)
+        wait_for(attacker, DONE, n_before + 1)
         assert flag(attacker, REFUSED) == TOLD
         poke(attacker, REFUSED, 0)
-        assert_served(attacker, 2)
-    victim.expect_log("session ended after 1 calls")
+        assert_served(attacker, n_before + 2)
+    victim.expect_log(f"session ended after {n_before + 1} calls")
 
 
 @pytest.mark.parametrize("wrong", [-2, NUM_EXPERTS, 1 << 30, -(1 << 31)])

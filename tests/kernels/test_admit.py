@@ -1,4 +1,5 @@
-"""kernels/admit.cu: what a client wrote is checked and copied, and each id is looked at once."""
+"""kernels/admit.cu: what a client wrote is checked and copied, and each id is looked at once;
+activations are brought along, in the format that is asked for."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import numpy.typing as npt
 import pytest
 
 from moeshm.backends.gpu.abi import Admitted, Asked
+from moeshm.dtypes import Array, DType, narrow, widen
 from tests.simt import KernelError, Module, Order, compile, guarded
 
 from .harness import ORDERS
@@ -37,23 +39,34 @@ class Call:
         #: None for none.
         self.refused: npt.NDArray[np.uint32] | None = guarded(np.zeros(1, np.uint32), 4)
         self.n_ids = n_ids
+        #: Activations, and where they are brought to; None where they stay where they are.
+        self.x: tuple[Array, Array] | None = None
+        self.dtypes = DType.F32, DType.F32
 
     def launch(
         self, module: Module, grid: int = 2, *, order: Order = "forward", first_pair: int = 0
     ) -> Ints:
         """The ids that kernels get."""
+        x, n_values = (0, 0), 0
+        if self.x is not None:
+            x, n_values = (self.x[0].ctypes.data, self.x[1].ctypes.data), self.x[1].size
         asked = Asked(
             ids=self.ids.ctypes.data,
             weights=self.weights.ctypes.data,
             slots=0 if self.slots is None else self.slots.ctypes.data,
+            x=x[0],
             n_pairs=self.ids.size,
             n_ids=self.n_ids,
             first_pair=first_pair,
+            x_dtype=self.dtypes[0],
         )
         admitted = Admitted(
             ids=self.found_ids.ctypes.data,
             weights=self.found_weights.ctypes.data,
             refused=0 if self.refused is None else self.refused.ctypes.data,
+            x=x[1],
+            n_values=n_values,
+            x_dtype=self.dtypes[1],
         )
         module.launch("admit", grid, 256, 0, asked, admitted, order=order)
         np.testing.assert_array_equal(self.found_weights, self.weights)
@@ -131,3 +144,20 @@ def test_the_flag_is_only_touched_where_something_is_wrong(module: Module) -> No
     call.refused = None
     with pytest.raises(KernelError, match="admit"):
         call.launch(module)
+
+
+@pytest.mark.parametrize("source", DType)
+@pytest.mark.parametrize("to", DType)
+@pytest.mark.parametrize("n_values", [8, 1024, 4104])
+@pytest.mark.parametrize("grid", [1, 2, 6])
+def test_activations_are_brought_along(
+    module: Module, source: DType, to: DType, n_values: int, grid: int
+) -> None:
+    """As the package converts them; a grid has threads for all values, or not."""
+    call = Call(np.arange(-1, 700, dtype=np.int32) % 6)
+    values = np.random.default_rng(n_values).standard_normal(n_values, np.float32)
+    found = guarded(np.full(n_values, 77, to.numpy), 16)
+    call.x, call.dtypes = (guarded(narrow(values, source), 16), found), (source, to)
+    np.testing.assert_array_equal(call.launch(module, grid), call.ids)
+    np.testing.assert_array_equal(found, narrow(widen(call.x[0]), to))
+    assert call.told == 0

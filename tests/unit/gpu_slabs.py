@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from moeshm._claims import Allocator, Claim
 from moeshm._words import load_word
 from moeshm.backends import Ids, SlabCall, Weights
 from moeshm.backends.gpu.backend import GpuBackend
 from moeshm.backends.gpu.slab import GpuSlab
 from moeshm.dtypes import Array, dtype_of
-from moeshm.transport.slab import DONE, REFUSED, Allocator, Claim, Segment
+from moeshm.transport.slab import DONE, REFUSED, Segment
 from tests.checkpoints import random_layer
 from tests.simt.device import SimtDevice
 
@@ -36,7 +37,7 @@ class Engine:
         self.segment, fd = Segment.create(DATA_BYTES if is_pinned else 0)
         os.close(fd)
         self.slab: GpuSlab = backend.open_slab(self.segment.memory, 0 if is_pinned else DATA_BYTES)
-        self.allocator = Allocator(DATA_BYTES)
+        self.allocator = Allocator(self.segment.memory, DATA_BYTES)
         #: Those that the allocator has given out, the oldest first.
         self.claims: list[Claim] = []
         self._taken: set[Claim] = set()
@@ -59,8 +60,8 @@ class Engine:
 
     def give(self, hidden: Array, ids: Ids, weights: Weights) -> Claim:
         """The arrays are in the slab, and what is to be written is not yet."""
-        sizes = hidden.nbytes, ids.nbytes, weights.nbytes, hidden.nbytes
-        claim = self.allocator.claim(sizes)
+        n_tokens, top_k = ids.shape
+        claim = self.allocator.claim(n_tokens, hidden.shape[1], top_k, dtype_of(hidden))
         assert claim is not None
         self.claims.append(claim)
         places = claim.places
@@ -82,20 +83,7 @@ class Engine:
     ) -> Claim:
         """A call, enqueued."""
         claim = self.give(hidden, ids, weights)
-        n_tokens, top_k = ids.shape
-        self.slab.enqueue(
-            SlabCall(
-                layer,
-                n_tokens,
-                hidden.shape[1],
-                top_k,
-                dtype_of(hidden),
-                claim.places,
-                claim.sequence,
-                n_ids,
-                slots,
-            )
-        )
+        self.slab.enqueue(call_of(claim, hidden, ids, layer=layer, n_ids=n_ids, slots=slots))
         return claim
 
     def flag(self, claim: Claim, which: int) -> int:
@@ -118,6 +106,30 @@ class Engine:
         found = self.take(claim, hidden)
         assert self.flag(claim, REFUSED) == 0
         return found
+
+
+def call_of(
+    claim: Claim,
+    hidden: Array,
+    ids: Ids,
+    *,
+    layer: int = 0,
+    n_ids: int = 6,
+    slots: npt.NDArray[np.int32] | None = None,
+) -> SlabCall:
+    """Whose arrays are where the claim says."""
+    n_tokens, top_k = ids.shape
+    return SlabCall(
+        layer,
+        n_tokens,
+        hidden.shape[1],
+        top_k,
+        dtype_of(hidden),
+        claim.places,
+        claim.sequence,
+        n_ids,
+        slots,
+    )
 
 
 @contextlib.contextmanager

@@ -65,8 +65,9 @@ class CupyArray:
     ) -> None:
         self.device = CupyDevice(device)
         self.shape = shape
-        self.data = SimpleNamespace(ptr=address)
+        self.data = SimpleNamespace(ptr=address, device_id=device)
         self.dtype = np.dtype(f"<{kind}")
+        self.strides = strides or np.empty(shape, self.dtype).strides
         self.flags = SimpleNamespace(c_contiguous=strides is None)
         self.__cuda_array_interface__: dict[str, Any] = {
             "shape": shape,

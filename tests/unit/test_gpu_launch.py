@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from moeshm.backends.gpu import _launch
-from moeshm.backends.gpu._launch import CommandList, Driver
+from moeshm.backends.gpu._launch import CommandList, Driver, Fields
 from moeshm.backends.gpu.abi import Call, Route
+from moeshm.dtypes import DType
 
 STREAM = 0x7FFF_0000_4711
 #: Of a kernel, and of both memories: wider than 32 bits.
@@ -323,6 +324,85 @@ def test_addresses_of_buffers() -> None:
     held = bytearray(8)
     _launch.address_of(held)
     held.append(1)  # refused while a view of it is in use
+
+
+class EveryKind(ctypes.Structure):
+    """The kinds of fields that kernels' arguments have."""
+
+    _fields_ = (
+        ("wide", _U64),
+        ("number", ctypes.c_uint32),
+        ("share", ctypes.c_float),
+        ("signed", ctypes.c_int32),
+        ("wide_signed", ctypes.c_int64),
+    )
+
+
+def test_fields_are_set_together_and_nothing_else_is() -> None:
+    """In the order in which they were named, of several structs."""
+    first, second = EveryKind(*[7] * 5), EveryKind(*[7] * 5)
+    names = [name for name, _ in EveryKind._fields_]
+    fields = Fields(*((first, name) for name in reversed(names)), (second, "signed"))
+    for sign in (-1, 1):
+        fields.set(sign << 62, sign * 5, 0.1, (1 << 32) - 1, (1 << 64) - 1, DType.BF16)
+        assert (first.wide, first.number) == ((1 << 64) - 1, (1 << 32) - 1)
+        assert (first.signed, first.wide_signed) == (sign * 5, sign << 62)
+        assert first.share == ctypes.c_float(0.1).value
+        assert [getattr(second, name) for name in names] == [7, 7, 7, DType.BF16, 7]
+    fields.set(0, 0, 3, 0, 0, 0)
+    assert first.share == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ((1, 2), TypeError),
+        ((1, 2, 3, 4), TypeError),
+        ((1, 2, "3"), TypeError),
+        ((1, 2, 1 << 31), OverflowError),
+        ((1, 1 << 32, 3), OverflowError),
+        ((-1, 2, 3), OverflowError),
+        ((1 << 64, 2, 3), OverflowError),
+        ((1, 2, -(1 << 31) - 1), OverflowError),
+    ],
+)
+def test_values_that_do_not_fit_change_nothing(
+    values: tuple[Any, ...], error: type[Exception]
+) -> None:
+    struct = EveryKind(*[7] * 5)
+    before = bytes(struct)
+    fields = Fields((struct, "wide"), (struct, "number"), (struct, "signed"))
+    with pytest.raises(error):
+        fields.set(*values)
+    assert bytes(struct) == before
+    fields.set(1, 2, 3)
+    assert bytes(struct) != before
+
+
+def test_fields_keep_what_they_write_to() -> None:
+    every = [Fields((Call(), "x"), (Route(), "tiles")) for _ in range(100)]
+    gc.collect()
+    others = [(Call(x=9), Route(tiles=9)) for _ in range(1000)]
+    for fields in every:
+        fields.set(1, 2)
+    assert all((call.x, route.tiles) == (9, 9) for call, route in others)
+
+
+def test_fields_that_are_none() -> None:
+    class Odd(ctypes.Structure):
+        _fields_ = (("small", ctypes.c_uint8), ("call", Call))
+
+    with pytest.raises(AttributeError, match="nothing"):
+        Fields((Call(), "nothing"))
+    with pytest.raises(TypeError, match="field 'small' is c_ubyte; pass one of an integer of 32"):
+        Fields((Odd(), "small"))
+    with pytest.raises(TypeError, match="field 'call' is Call"):
+        Fields((Odd(), "call"))
+    call = Call()
+    Fields(*[(call, "x")] * 16).set(*range(16))
+    assert call.x == 15
+    with pytest.raises(IndexError, match="17 fields; 16 are the most"):
+        Fields(*[(call, "x")] * 17)
 
 
 def test_a_list_with_nothing() -> None:

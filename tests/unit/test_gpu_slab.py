@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moeshm._claims import Allocator
 from moeshm._words import load_word
 from moeshm.backends import Ids
 from moeshm.backends.gpu import slab_calls, slab_job, tables, workspace
@@ -22,7 +23,7 @@ from tests.simt.device import FEATURES, IdleDevice, LazyDevice, SimtDevice
 from tests.unit.test_gpu_experts import part
 from tests.wire import meanwhile
 
-from .gpu_slabs import LAYER, Noted, each_kind, engine, table
+from .gpu_slabs import DATA_BYTES, LAYER, Noted, each_kind, engine, table
 
 # --- results --------------------------------------------------------------------------------
 
@@ -103,7 +104,7 @@ def test_a_layer_without_experts() -> None:
 def test_sequences_wrap() -> None:
     call = draw_call(1, LAYER, 2, 2)
     with engine(GpuBackend({0: LAYER}, SimtDevice())) as slab:
-        slab.allocator._sequence = (1 << 32) - 2
+        slab.allocator = Allocator(slab.segment.memory, DATA_BYTES, (1 << 32) - 2)
         claims = []
         for _ in range(3):
             claims.append(slab.begin(*call))
@@ -219,13 +220,10 @@ def test_tables_are_uploaded_once_and_their_number_is_bounded(
     ("kind", "weight_dtype", "n_tokens", "expected"),
     [
         ("device", DType.F32, 1, "admit decode_gate_up decode_down"),
-        ("device", DType.BF16, 1, "admit convert decode_gate_up decode_down"),
-        ("pinned", DType.F32, 1, "admit convert decode_gate_up decode_down"),
+        ("device", DType.BF16, 1, "admit decode_gate_up decode_down"),
+        ("pinned", DType.F32, 1, "admit decode_gate_up decode_down"),
         ("device", DType.F32, 200, "admit route prefill_gate_up prefill_down combine"),
-        (
-            *("pinned", DType.BF16, 200),
-            "admit convert route prefill_gate_up prefill_down combine copy_out",
-        ),
+        ("pinned", DType.BF16, 200, "admit route prefill_gate_up prefill_down combine copy_out"),
     ],
 )
 def test_a_call_is_enqueued_in_order_and_nobody_waits(
@@ -260,7 +258,7 @@ def test_kernels_get_the_devices_addresses(monkeypatch: pytest.MonkeyPatch) -> N
         places = claim.places
         assert seen["admit"].ids == start + places.topk_ids + device.shift
         assert seen["admit"].weights == start + places.topk_weights + device.shift
-        assert seen["convert"].x == start + places.hidden_states + device.shift
+        assert seen["admit"].x == start + places.hidden_states + device.shift
         assert copies == [start + places.out]
         assert slab.flag(claim, DONE) == claim.sequence
         monkeypatch.setattr(slab_job, "IN_PLACE_BYTES", 1 << 20)

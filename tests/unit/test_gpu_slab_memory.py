@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moeshm._claims import Claim
 from moeshm._words import load_word
 from moeshm.backends import Ids, SlabUser
 from moeshm.backends.gpu import workspace
@@ -16,7 +17,7 @@ from moeshm.backends.gpu.device import Memory
 from moeshm.backends.reference import reference_ffn
 from moeshm.dtypes import Array
 from moeshm.errors import DeviceError, DeviceLost, InvalidCall, OutOfDeviceMemory
-from moeshm.transport.slab import DONE, FLAGS_BYTES, Claim
+from moeshm.transport.slab import DONE, FLAGS_BYTES
 from tests.checkpoints import random_layer
 from tests.conformance.test_backends import assert_close, draw_call
 from tests.simt.device import FEATURES, LazyDevice, SimtDevice
@@ -211,6 +212,7 @@ def test_close_on_a_lost_device(
         made.slab.close()
     # The log has the error, which has this function's variables.
     made.segment.close()
+    made.allocator.close()
     assert "simt is lost" in caplog.text
     assert (device.device_bytes, device.registered) == (before, {})
 

@@ -16,10 +16,11 @@ ROOT = Path(__file__).parents[2]
 LAYERS = {
     "L0 ground": (
         "errors settings process signals files layers dtypes segment kernels"
-        " _version _atomics _formats _inputs _mapping _end _ring _words"
+        " _version _atomics _formats _inputs _mapping _end _ring _words _totals"
     ),
     "L1 session": (
-        "_wire protocol orders descriptors _device_arrays device_arrays handshake session transport"
+        "_wire _descriptors _claims protocol orders descriptors _device_arrays device_arrays"
+        " handshake session transport"
     ),
     "L2 compute": "checkpoint backends",
     "L3 policy": "placement swaps routing_stats policy",

@@ -1,78 +1,21 @@
-"""Slabs: which call has which part of it, the segment, and the words in shared memory."""
+"""Slabs: the segment, and the words in shared memory."""
 
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
 import threading
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from moeshm import segment
 from moeshm._words import load_word, store_word, wait_for_word
 from moeshm.errors import SegmentError
-from moeshm.transport.slab import ALIGNMENT, FLAGS_BYTES, SLOTS, Allocator, Claim, Segment
+from moeshm.transport.slab import FLAGS_BYTES, Segment
 
 DATA_BYTES = 64 << 10
 #: Of prctl(2).
 _SET_TIMER_SLACK, _GET_TIMER_SLACK = 29, 30
-SIZES = st.tuples(*[st.integers(0, DATA_BYTES // 5)] * 4)
-
-
-def parts(claim: Claim, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Where its arrays begin and end."""
-    return [(at, at + size) for at, size in zip(claim.places[1:], sizes, strict=True)]
-
-
-@given(st.lists(st.one_of(SIZES, st.just("free")), max_size=200))
-def test_claims_never_overlap(steps: list[tuple[int, int, int, int] | str]) -> None:
-    allocator = Allocator(DATA_BYTES)
-    live: list[tuple[Claim, tuple[int, ...]]] = []
-    last = 0
-    for step in steps:
-        if isinstance(step, str):
-            if live:
-                allocator.free_oldest()
-                live.pop(0)
-            continue
-        claim = allocator.claim(step)
-        if claim is None:
-            assert live, "an empty slab has room for what is no larger than it"
-            continue
-        assert claim.sequence == last + 1
-        last = claim.sequence
-        live.append((claim, step))
-        assert len({each.places.slot for each, _ in live}) == len(live) <= SLOTS
-        regions = sorted(region for each, sizes in live for region in parts(each, sizes))
-        assert regions[-1][1] <= DATA_BYTES
-        assert all(begin % ALIGNMENT == 0 for begin, _ in regions)
-        used = [region for region in regions if region[0] < region[1]]
-        assert all(a[1] <= b[0] for a, b in itertools.pairwise(used))
-
-
-def test_there_are_as_many_claims_as_slots() -> None:
-    allocator = Allocator(DATA_BYTES)
-    claims = [allocator.claim((16, 0, 0, 16)) for _ in range(SLOTS)]
-    assert None not in claims
-    assert allocator.claim((16, 0, 0, 16)) is None
-    allocator.free_oldest()
-    again = allocator.claim((16, 0, 0, 16))
-    assert again is not None
-    assert claims[0] is not None
-    assert again.places.slot == claims[0].places.slot
-
-
-def test_an_empty_slab_begins_anew() -> None:
-    """What was used last is in caches."""
-    allocator = Allocator(DATA_BYTES)
-    for _ in range(100):
-        claim = allocator.claim((4096, 64, 64, 4096))
-        assert claim is not None
-        assert claim.places.hidden_states == 0
-        allocator.free_oldest()
 
 
 def test_a_segment_is_shared() -> None:

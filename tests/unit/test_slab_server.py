@@ -25,6 +25,9 @@ class Slab:
         self.is_lost = False
         self.n_waits = 0
 
+    def prepare(self, call: SlabCall) -> None:
+        """As `WorkerSlab.prepare`."""
+
     def enqueue(self, call: SlabCall) -> None:
         """As `WorkerSlab.enqueue`."""
 

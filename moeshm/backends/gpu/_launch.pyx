@@ -13,8 +13,8 @@ import ctypes
 cdef enum:
     # Of one `Fields`: what a call changes in its kernels' arguments is 13 values.
     MOST_FIELDS = 16
-    # Two copies in, or one and a conversion, or `admit` and one, four kernels, a copy out and a
-    # written value are the most that a call takes.
+    # A call takes seven at most: four kernels and a copy out, after two copies in, or a copy in and
+    # a conversion, or after `admit` and with a written value at the end.
     MOST_COMMANDS = 8
     # CU_STREAM_WAIT_VALUE_GEQ, which by cuda.h compares in a circle, and hipStreamWaitValueGte,
     # which by HIP's reference compares plain numbers: there a wrapped sequence is seen too early.

@@ -38,15 +38,17 @@ class Route(ctypes.Structure):
 
 
 class Asked(ctypes.Structure):
-    """Ids and weights as a client wrote them, and what ids stand for."""
+    """Ids, weights and activations as a client wrote them, and what ids stand for."""
 
     _fields_ = (
         ("ids", ctypes.c_uint64),
         ("weights", ctypes.c_uint64),
         ("slots", ctypes.c_uint64),
+        ("x", ctypes.c_uint64),
         ("n_pairs", ctypes.c_int32),
         ("n_ids", ctypes.c_int32),
         ("first_pair", ctypes.c_int32),
+        ("x_dtype", ctypes.c_int32),
     )
 
 
@@ -57,4 +59,7 @@ class Admitted(ctypes.Structure):
         ("ids", ctypes.c_uint64),
         ("weights", ctypes.c_uint64),
         ("refused", ctypes.c_uint64),
+        ("x", ctypes.c_uint64),
+        ("n_values", ctypes.c_int64),
+        ("x_dtype", ctypes.c_int32),
     )

@@ -319,9 +319,12 @@ def convert(shape: Shape, n_tokens: int, features: Features) -> Step:
     return _step("convert.cu", "convert", (), blocks, 8, 256, features)
 
 
-def admit(n_pairs: int, features: Features) -> Step:
-    """The launch that takes ids and weights from a slab; it is of no layer."""
-    return _step("admit.cu", "admit", (), _ceil(n_pairs, 256), 8, 256, features)
+def admit(n_pairs: int, n_values: int, features: Features) -> Step:
+    """The launch that takes ids and weights from a slab, and so many values of activations; it is
+    of no layer."""
+    # Of each block only ids and weights, or only activations, as far as grids go.
+    blocks = _ceil(n_pairs, 256) + _ceil(n_values // 4, 256)
+    return _step("admit.cu", "admit", (), blocks, 8, 256, features)
 
 
 _KERNELS: Mapping[tuple[str, str], Callable[[Shape, Size, Features], tuple[Step, ...]]] = {

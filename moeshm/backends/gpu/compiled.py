@@ -45,9 +45,9 @@ class Kernels:
         """The launch that gives activations another format."""
         return choice.convert(shape, n_tokens, self._device.features)
 
-    def admit(self, n_pairs: int) -> Step:
-        """The launch that takes ids and weights from a slab; it is of no layer."""
-        return choice.admit(n_pairs, self._device.features)
+    def admit(self, n_pairs: int, n_values: int) -> Step:
+        """The launch that takes ids, weights and so many values from a slab; it is of no layer."""
+        return choice.admit(n_pairs, n_values, self._device.features)
 
     def load(self, shape: Shape | None, step: Step) -> Kernel:
         """The kernel of a step; None is for those that are of no layer."""
@@ -70,7 +70,7 @@ class Kernels:
                 shape.hidden_size,
                 shape.inner,
             )
-            self.load(None, self.admit(1))
+            self.load(None, self.admit(1, 0))
             self.load(shape, self.convert(shape, 1))
             for size in choice.sizes(most_tokens, top_k, num_experts):
                 for x_dtype in DType:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...dtypes import Array, DType, narrow
 from ...errors import DeviceError
+from ._launch import Fields
 from .abi import Call, Route
 from .choice import Plan, Shape, Size, Step
 from .device import Bytes, CommandList, Device, Kernel
@@ -112,6 +113,7 @@ class Job:
         #: The format that activations are staged in, if it is another one than theirs.
         self._narrow_to = None if kind.x_dtype is plan.x_dtype else plan.x_dtype
         self._call, route = structs(kind.size, plan.x_dtype, kind.out_dtype, at, base)
+        self._of_layer = Fields(*((self._call, name) for name in ("experts", "alpha", "limit")))
         if is_in_place:
             self._call.out = host.address + at.out
         commands = self._commands = device.command_list()
@@ -161,10 +163,8 @@ class Job:
         self, layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: Operand
     ) -> None:
         """Addresses of what the device reaches go into call and copies, other values are staged."""
-        call, staging = self._call, self._staging
-        call.experts = layer.table.address
-        call.alpha = layer.info.activation_alpha
-        call.limit = layer.info.activation_limit
+        call, staging, info = self._call, self._staging, layer.info
+        self._of_layer.set(layer.table.address, info.activation_alpha, info.activation_limit)
         if isinstance(ids, DeviceArray):
             call.ids = ids.address
         else:

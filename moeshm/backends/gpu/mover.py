@@ -12,7 +12,7 @@ import numpy as np
 from ...device_arrays import DeviceInputs
 from ...dtypes import Array
 from ...transport.slab import DONE, FLAGS_BYTES, GIVEN, SLOT_BYTES, SLOTS, TAKEN, Places
-from ._launch import address_of
+from ._launch import Fields, address_of
 from .cupy_device import open_device
 from .device import Bytes, CommandList, Device, Kernel
 
@@ -54,7 +54,8 @@ class Taken(ctypes.Structure):
 
 
 class Signal(ctypes.Structure):
-    """As kernels/move.cu has it: the flag that tells of the end, and what counts up to it."""
+    """As kernels/move.cu has it: the flag that tells of the end, and what counts up to it: that is
+    the slot's, as several streams may be at it."""
 
     _fields_ = (
         ("flag", ctypes.c_uint64),
@@ -124,19 +125,24 @@ class Mover:
 
         `stream`: its handle; 0 is the default one. DeviceError: the driver refuses.
         """
-        given, data = self._given, self._data
+        slot, hidden_states, topk_ids, topk_weights, _ = at
+        data, flags = self._data, self._flags + slot * SLOT_BYTES
         n_bytes, n_pairs = arrays.n_bytes, arrays.n_tokens * arrays.top_k
-        given.hidden_states = arrays.hidden_states
-        given.topk_ids = arrays.topk_ids
-        given.topk_weights = arrays.topk_weights
-        given.slab_hidden_states = data + at.hidden_states
-        given.slab_topk_ids = data + at.topk_ids
-        given.slab_topk_weights = data + at.topk_weights
-        given.n_bytes = n_bytes
-        given.n_pairs = n_pairs
-        given.ids_bytes = arrays.ids_itemsize
-        given.weights_dtype = arrays.weights_dtype
-        self._set(self._given_signal, at.slot, GIVEN, sequence)
+        self._given.set(
+            arrays.hidden_states,
+            arrays.topk_ids,
+            arrays.topk_weights,
+            data + hidden_states,
+            data + topk_ids,
+            data + topk_weights,
+            n_bytes,
+            n_pairs,
+            arrays.ids_itemsize,
+            arrays.weights_dtype,
+            flags + GIVEN,
+            self._counts + slot * 4,
+            sequence,
+        )
         self._enqueue(self._give.of(n_bytes // 16 + n_pairs), stream)
 
     def take(self, stream: int, out: int, n_bytes: int, at: Places, sequence: int) -> None:
@@ -145,18 +151,22 @@ class Mover:
         `out`: an address of the engine's GPU, a multiple of 16 as `n_bytes` is. DeviceError: the
         driver refuses; the stream may wait all the same.
         """
-        taken = self._taken
-        taken.slab_out = self._data + at.out
-        taken.out = out
-        taken.n_bytes = n_bytes
-        taken.done = self._flags + at.slot * SLOT_BYTES + DONE
-        self._set(self._taken_signal, at.slot, TAKEN, sequence)
-        n_vectors = n_bytes // 16
-        if n_vectors <= self._most_awaited:
-            commands = self._await_and_take.of(n_vectors)
-        else:
-            commands = self._take.of(n_vectors)
-            commands.set_value(0, taken.done, sequence)
+        slot, *_, slab_out = at
+        flags, n_vectors = self._flags + slot * SLOT_BYTES, n_bytes // 16
+        self._taken.set(
+            self._data + slab_out,
+            out,
+            flags + DONE,
+            n_bytes,
+            flags + TAKEN,
+            self._counts + slot * 4,
+            sequence,
+        )
+        if self._await_and_take is not None and n_vectors <= self._most_awaiting:
+            self._enqueue(self._await_and_take.of(n_vectors), stream)
+            return
+        commands = self._take.of(n_vectors)
+        commands.set_value(0, flags + DONE, sequence)
         self._enqueue(commands, stream)
 
     def fetch(self, offset: int, n_bytes: int) -> Bytes:
@@ -195,22 +205,18 @@ class Mover:
     def _make_launches(self, *, may_await: bool) -> None:
         module, device = self._device.compile("move.cu", {}), self._device
         n_blocks = device.features.multiprocessors
-        self._given, self._given_signal = given = Given(), Signal()
-        self._taken, self._taken_signal = taken = Taken(), Signal()
+        given, taken = (Given(), Signal()), (Taken(), Signal())
+        self._given, self._taken = _all_fields(*given), _all_fields(*taken)
         self._give = _Launches(device, module.kernel("give"), given, n_blocks)
         self._take = _Launches(device, module.kernel("take"), taken, n_blocks, waits=True)
-        #: Vectors of an output that it takes; fewer than any output has where none may.
-        self._most_awaited = -1
+        n_awaiting = min(n_blocks, _MOST_AWAITING_BLOCKS)
+        #: Vectors that a kernel which waits by itself takes at most.
+        self._most_awaiting = n_awaiting * _THREADS * _AHEAD
+        #: None where none may.
+        self._await_and_take: _Launches | None = None
         if may_await:
-            most, kernel = min(_MOST_AWAITING_BLOCKS, n_blocks), module.kernel("await_and_take")
-            self._await_and_take = _Launches(device, kernel, taken, most, per_thread=_AHEAD)
-            self._most_awaited = most * _THREADS * _AHEAD
-
-    def _set(self, signal: Signal, slot: int, flag: int, sequence: int) -> None:
-        signal.flag = self._flags + slot * SLOT_BYTES + flag
-        # Of its slot, as several streams may be at it.
-        signal.n_done = self._counts + slot * 4
-        signal.value = sequence
+            kernel = module.kernel("await_and_take")
+            self._await_and_take = _Launches(device, kernel, taken, n_awaiting, per_thread=_AHEAD)
 
     def _enqueue(self, commands: CommandList, stream: int) -> None:
         # Not by `_current_device_kept`, whose costs a call would notice.
@@ -281,6 +287,11 @@ class _Launches:
         """With threads enough for so many vectors of 16 bytes and pairs, as far as grids go."""
         blocks_but_one = max(n_items - 1, 0) // self._per_block
         return self._lists[min(blocks_but_one.bit_length(), len(self._lists) - 1)]
+
+
+def _all_fields(*structs: ctypes.Structure) -> Fields:
+    """In their order."""
+    return Fields(*((struct, field[0]) for struct in structs for field in struct._fields_))
 
 
 def _runtime() -> Any:

@@ -1,4 +1,4 @@
-"""A slab of one session that a GPU computes in: its memory, and the flag at a call's end."""
+"""A slab of one session that a GPU computes in: its memory, and the call that is next."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import contextlib
 import logging
 
 from ...errors import DeviceError, OutOfDeviceMemory
-from ...transport.slab import DONE, FLAGS_BYTES, REFUSED, SLOT_BYTES
+from ...transport.slab import DONE, FLAGS_BYTES
 from .. import SlabCall
 from ._launch import address_of
 from .device import Device, Memory, Registration
 from .experts import MARGIN_BYTES
-from .slab_calls import SlabCalls, SlabData
+from .slab_calls import Ready, SlabCalls
+from .slab_job import SlabMemory
 
 _log = logging.getLogger(__name__)
 
@@ -56,25 +57,38 @@ class GpuSlab:
         #: It stays mapped for as long as this refers to it.
         self._memory: memoryview | None = memory
         self._closers = [flags.close] if data is None else [flags.close, data.close]
-        self._flags = flags.device_address
-        self._data = (
-            SlabData(self._flags + FLAGS_BYTES, address_of(memory) + FLAGS_BYTES)
+        start, host_data = flags.device_address, address_of(memory) + FLAGS_BYTES
+        self._where = (
+            SlabMemory(start, start + FLAGS_BYTES, host_data)
             if data is None
-            else SlabData(data.address, None)
+            else SlabMemory(start, data.address, None)
         )
-        self._done = device.command_list()
-        self._done_number = self._done.write_value(self._flags + DONE)
+        #: The call that was prepared last, unless it was begun.
+        self._ready: Ready | None = None
         self.handle = handle
+
+    def prepare(self, call: SlabCall) -> None:
+        """As `WorkerSlab.prepare`. DeviceLost, DeviceError: as `enqueue`."""
+        if self._ready is not None:
+            self._calls.give_back(self._ready)
+        self._ready = None
+        self._ready = self._calls.make_ready(call, self._where)
 
     def enqueue(self, call: SlabCall) -> None:
         """As `WorkerSlab.enqueue`. DeviceLost: no call will work any more; else DeviceError."""
-        flags = self._flags + call.places.slot * SLOT_BYTES
-        self._done.set_value(self._done_number, flags + DONE, call.sequence)
-        self._calls.begin(call, self._data, flags + REFUSED, self._done)
+        ready = self._ready
+        if ready is None or ready.call is not call:
+            self.prepare(call)
+            ready = self._ready
+            assert ready is not None
+        self._ready = None
+        self._calls.begin(ready)
 
     def try_flag(self) -> None:
         """Write a flag as calls do, of a slot that none has used: it stays 0."""
-        self._calls.finish(self._done)
+        commands = self._device.command_list()
+        commands.write_value(self._where.flags + DONE)
+        self._calls.finish(commands)
 
     def wait(self) -> None:
         """As `WorkerSlab.wait`."""
@@ -84,6 +98,9 @@ class GpuSlab:
         """As `WorkerSlab.close`."""
         if self._memory is None:
             return
+        if self._ready is not None:
+            self._calls.give_back(self._ready)
+        self._ready = None
         for let_go in (self._calls.wait, *self._closers):
             try:
                 let_go()

@@ -1,40 +1,56 @@
-"""Calls whose arrays lie in slabs: cut into parts, made ready once, and begun in order."""
+"""Calls whose arrays lie in slabs: cut into parts, made ready beforehand, and begun in order."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from ...dtypes import DType
 from ...errors import DeviceError, InvalidCall
 from .. import SlabCall
 from .choice import Shape, Size, Step
 from .compiled import Kernels
-from .device import CommandList, Device
+from .device import CommandList, Device, Memory
 from .experts import DeviceExperts, DeviceLayer
 from .job import Launch
-from .slab_job import Arrays, SlabJob, SlabKind, Steps
+from .slab_job import SlabJob, SlabKind, SlabMemory, n_values_admitted
 from .tables import SlotTables
 from .workspace import Workspace
 
 #: Kinds of calls that stay made ready.
 _MAX_JOBS = 512
+#: Of layers and sizes of calls, and of tables, what is found at once.
+_MAX_KNOWN = 4096
+
+#: Jobs of one kind that nobody uses.
+_Free = list[SlabJob]
 
 
-class SlabData(NamedTuple):
-    """Where a slab's data begins."""
+class Ready(msgspec.Struct, frozen=True):
+    """A call that only has to be enqueued, and what that rests on."""
 
-    #: As the device has it.
-    address: int
-    #: As the host has it; None for device memory.
-    host_address: int | None
+    call: SlabCall
+    memory: SlabMemory
+    layer: DeviceLayer
+    #: The layer's table of experts.
+    table: Memory
+    #: As `SlabCalls` had it.
+    stamp: object
+    #: In order, each with where it belongs afterwards.
+    jobs: list[tuple[SlabJob, _Free]]
 
 
 class SlabCalls:
     """What begins calls from slabs on one device.
 
     `turn`: held by whoever uses the device's stream, and by whoever changes the workspace.
+
+    A call is made ready before its turn, in a job that is its own until it is begun. What was made
+    ready with one stamp is made anew when there is another.
     """
 
     def __init__(
@@ -51,33 +67,48 @@ class SlabCalls:
         self._experts = experts
         self._turn = turn
         self._tables = SlotTables(device)
-        self._jobs: dict[SlabKind, SlabJob] = {}
+        #: Kinds come and go with the turn; their jobs are taken and given back without, too.
+        self._jobs: dict[SlabKind, _Free] = {}
+        #: Of them, by numbers, which are found sooner.
+        self._known: dict[tuple[int, ...], _Free] = {}
+        #: Where tables of slots are on the device, by `id`, with the table, whose `id` it stays.
+        self._addresses: dict[int, tuple[npt.NDArray[np.int32], int]] = {}
+        #: Another whenever something goes that a call which was made ready may use.
+        self._stamp = object()
 
-    def begin(self, call: SlabCall, data: SlabData, refused: int, done: CommandList) -> None:
-        """Enqueue the call, and after it `done`. `refused`: where that flag is.
+    def make_ready(self, call: SlabCall, memory: SlabMemory) -> Ready:
+        """Do what can be done before its turn, on the thread that begins it. InvalidCall."""
+        self._device.use()
+        ready = self._find_ready(call, memory)
+        if ready is None:
+            with self._turn:
+                ready = self._make_ready(call, memory)
+        return ready
 
-        InvalidCall: nothing was begun. DeviceError: what was begun is over.
-        """
-        layer = self._experts.layers[call.layer]
-        if layer.shape.hidden != layer.shape.hidden_size:
-            raise InvalidCall(
-                f"hidden_size={layer.shape.hidden_size} is no multiple of 8; pass arrays in host "
-                "memory"
-            )
-        with self._turn:
-            self._device.use()
-            parts = self._parts(layer, call, data.host_address is not None)
-            slots = self._tables.find(call.slots)
-            try:
-                for first, job in parts:
-                    arrays = _arrays(layer, call, data, refused, first)
-                    job.begin(layer, arrays, slots, call.n_ids, first * call.top_k)
-                done.enqueue()
-            except BaseException:
-                # The slab is the client's again once it is told of the error.
-                with contextlib.suppress(DeviceError):
-                    self._device.wait()
-                raise
+    def begin(self, ready: Ready) -> None:
+        """Enqueue the call. InvalidCall: nothing was begun. DeviceError: what was begun is over."""
+        try:
+            with self._turn:
+                # What was filled in may be gone.
+                if ready.stamp is not self._stamp or ready.table is not ready.layer.table:
+                    self.give_back(ready)
+                    ready = self._make_ready(ready.call, ready.memory)
+                try:
+                    for job, _ in ready.jobs:
+                        job.commands.enqueue()
+                except BaseException:
+                    # The slab is the client's again once it is told of the error.
+                    with contextlib.suppress(DeviceError):
+                        self._device.wait()
+                    raise
+        finally:
+            self.give_back(ready)
+
+    def give_back(self, ready: Ready) -> None:
+        """Its jobs may begin other calls; those for a workspace that is gone are forgotten."""
+        while ready.jobs:
+            job, free = ready.jobs.pop()
+            free.append(job)
 
     def finish(self, commands: CommandList) -> None:
         """Enqueue these after everything that was begun, and wait for all of it."""
@@ -93,68 +124,121 @@ class SlabCalls:
             self._device.wait()
 
     def prepare(self, shape: Shape, size: Size, dtype: DType) -> None:
-        """Make such a call ready in both kinds of slabs, as long as there is room for more. For
+        """Make jobs for such calls in both kinds of slabs, as long as there is room for more. For
         whoever has the turn."""
         for is_pinned in (False, True):
-            if len(self._jobs) < _MAX_JOBS // 2:
-                self._job(SlabKind(shape, size, dtype, is_pinned))
+            kind = SlabKind(shape, size, dtype, is_pinned, is_last=True)
+            if kind not in self._jobs and len(self._jobs) < _MAX_JOBS // 2:
+                self._free(kind).append(self._make_job(kind))
 
     def forget_jobs(self) -> None:
         """The workspace changes. For whoever uses the device's stream."""
+        self._known.clear()
         self._jobs.clear()
+        # Last: who sees it finds nothing of what went.
+        self._stamp = object()
 
-    def _parts(
-        self, layer: DeviceLayer, call: SlabCall, is_pinned: bool
-    ) -> list[tuple[int, SlabJob]]:
-        """The first token of each, and its job: several where there is not memory for all."""
-        n_tokens = call.n_tokens
-        kind = SlabKind(
-            layer.shape, Size(n_tokens, call.top_k, layer.n_slots), call.dtype, is_pinned
-        )
-        job = self._jobs.get(kind)
-        if job is not None:
-            return [(0, job)]
-        most = self._workspace.most_tokens(layer.shape, call.top_k, layer.n_slots)
-        sizes = {
-            first: kind.size._replace(n_tokens=min(most, n_tokens - first))
-            for first in range(0, n_tokens, most)
+    def _find_ready(self, call: SlabCall, memory: SlabMemory) -> Ready | None:
+        """The call, ready; None where that takes the turn."""
+        # Before everything that it stands for.
+        stamp, layer = self._stamp, self._experts.layers[call.layer]
+        table, address = layer.table, 0
+        if call.slots is not None:
+            found = self._addresses.get(id(call.slots))
+            if found is None:
+                return None
+            address = found[1]
+        free = self._known.get(_numbers(layer, call, memory))
+        job = None if free is None else _take(free)
+        if free is None or job is None:
+            return None
+        job.fill(call, layer, memory, address, 0)
+        return Ready(call, memory, layer, table, stamp, [(job, free)])
+
+    def _make_ready(self, call: SlabCall, memory: SlabMemory) -> Ready:
+        """As `_find_ready`, with whatever is missing. For whoever has the turn."""
+        layer = self._experts.layers[call.layer]
+        kinds = self._kinds(layer, call, memory)
+        address = self._address(call)
+        ready = Ready(call, memory, layer, layer.table, self._stamp, [])
+        for first, kind in kinds.items():
+            free = self._free(kind)
+            job = _take(free) or self._make_job(kind)
+            job.fill(call, layer, memory, address, first)
+            ready.jobs.append((job, free))
+        if len(kinds) == 1:
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            self._known[_numbers(layer, call, memory)] = free
+        return ready
+
+    def _kinds(self, layer: DeviceLayer, call: SlabCall, memory: SlabMemory) -> dict[int, SlabKind]:
+        """By the first token of each part: several where there is not memory for all of it."""
+        shape, n_tokens, top_k = layer.shape, call.n_tokens, call.top_k
+        if shape.hidden != shape.hidden_size:
+            raise InvalidCall(
+                f"hidden_size={shape.hidden_size} is no multiple of 8; pass arrays in host memory"
+            )
+        is_pinned = memory.host_data is not None
+        most = self._workspace.most_tokens(shape, top_k, layer.n_slots)
+        return {
+            first: SlabKind(
+                shape,
+                Size(min(most, n_tokens - first), top_k, layer.n_slots),
+                call.dtype,
+                is_pinned,
+                is_last=first + most >= n_tokens,
+            )
+            # One part, too, of a call without tokens.
+            for first in range(0, max(n_tokens, 1), most)
         }
-        return [(first, self._job(kind._replace(size=size))) for first, size in sizes.items()]
 
-    def _job(self, kind: SlabKind) -> SlabJob:
-        job = self._jobs.get(kind)
-        if job is None:
+    def _address(self, call: SlabCall) -> int:
+        """Where the call's table of slots is on the device; 0 for none."""
+        if call.slots is None:
+            return 0
+        n_replaced = self._tables.n_replaced
+        address = self._tables.find(call.slots)
+        if self._tables.n_replaced != n_replaced:
+            self._addresses.clear()
+            self._stamp = object()
+        if len(self._addresses) >= _MAX_KNOWN:
+            self._addresses.clear()
+        self._addresses[id(call.slots)] = call.slots, address
+        return address
+
+    def _free(self, kind: SlabKind) -> _Free:
+        """Of that kind. For whoever has the turn."""
+        free = self._jobs.get(kind)
+        if free is None:
             if len(self._jobs) >= _MAX_JOBS:
                 # The oldest; sizes that come often are soon there again.
                 del self._jobs[next(iter(self._jobs))]
-            job = self._jobs[kind] = self._make_job(kind)
-        return job
+                self._known.clear()
+            free = self._jobs[kind] = []
+        return free
 
     def _make_job(self, kind: SlabKind) -> SlabJob:
-        shape, size, kernels = kind.shape, kind.size, self._kernels
-        plan = kernels.plan(shape, size, kind.dtype)
-        is_converted = kind.is_pinned or kind.dtype is not plan.x_dtype
-        steps = Steps(
-            self._launch(None, kernels.admit(size.n_pairs)),
-            self._launch(shape, kernels.convert(shape, size.n_tokens)) if is_converted else None,
-            [self._launch(shape, step) for step in plan.steps],
-        )
-        return SlabJob(self._device, kind, plan, steps, self._workspace)
+        shape, size = kind.shape, kind.size
+        plan = self._kernels.plan(shape, size, kind.dtype)
+        n_values = n_values_admitted(kind, plan)
+        admit = self._launch(None, self._kernels.admit(size.n_pairs, n_values))
+        experts = [self._launch(shape, step) for step in plan.steps]
+        return SlabJob(self._device, kind, plan, admit, experts, self._workspace)
 
     def _launch(self, shape: Shape | None, step: Step) -> Launch:
         return Launch(step, self._kernels.load(shape, step))
 
 
-def _arrays(layer: DeviceLayer, call: SlabCall, data: SlabData, refused: int, first: int) -> Arrays:
-    """Of the call's tokens from `first` on."""
-    places = call.places
-    rows = first * layer.shape.hidden * call.dtype.itemsize
-    pairs = first * call.top_k * 4
-    return Arrays(
-        hidden_states=data.address + places.hidden_states + rows,
-        topk_ids=data.address + places.topk_ids + pairs,
-        topk_weights=data.address + places.topk_weights + pairs,
-        out=data.address + places.out + rows,
-        host_out=(data.host_address or 0) + places.out + rows,
-        refused=refused,
-    )
+def _take(free: _Free) -> SlabJob | None:
+    """One, of which others take too, with the turn or without; None if there is none."""
+    try:
+        return free.pop()
+    except IndexError:
+        return None
+
+
+def _numbers(layer: DeviceLayer, call: SlabCall, memory: SlabMemory) -> tuple[int, ...]:
+    """What tells the kinds of such calls apart, as something that is soon compared."""
+    is_pinned = memory.host_data is not None
+    return call.layer, layer.n_slots, call.n_tokens, call.top_k, call.dtype, is_pinned

@@ -17,6 +17,8 @@ class SlotTables:
 
     def __init__(self, device: Device) -> None:
         self._device = device
+        #: Tables that are not where they were found.
+        self.n_replaced = 0
         #: The oldest first.
         self._tables: dict[bytes, Memory] = {}
         self._staging: HostMemory | None = None
@@ -40,6 +42,7 @@ class SlotTables:
             # Calls on their way may use it.
             self._device.wait()
             self._tables.pop(next(iter(self._tables))).close()
+            self.n_replaced += 1
         table, staging = self._device.allocate(len(content)), self._staging
         if staging is None or len(staging.array) < len(content):
             staging = self._staging = self._device.pin(len(content))
