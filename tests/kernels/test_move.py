@@ -163,6 +163,20 @@ def test_an_output_is_awaited(module: Module, grid: int) -> None:
     flag.assert_set()
 
 
+def test_a_kernel_ahead_awaits_and_does_nothing_else(module: Module) -> None:
+    out, done, flag = unwritten(48), Flag(), Flag()
+    taken = Taken(draw_bytes(3).ctypes.data, out.ctypes.data, done.signal.flag, out.nbytes)
+    launched = threading.Thread(
+        target=module.launch, args=("await_done", 1, BLOCK, 0, taken, flag.signal)
+    )
+    launched.start()
+    assert flag.word[0] == SEQUENCE - 1
+    store_word(done.word, 0, SEQUENCE)
+    launched.join()
+    assert same_bits(out, unwritten(48))
+    assert flag.word[0] == SEQUENCE - 1
+
+
 def test_a_flag_of_later_calls_is_not_awaited(module: Module) -> None:
     """As words are compared on a circle."""
     source, out, flag = draw_bytes(3), unwritten(48), Flag()

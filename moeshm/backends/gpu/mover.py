@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ _BOUNCE_BYTES = 1 << 20
 #: Threads of a block, and vectors of 16 bytes that each loads together, as kernels/move.cu has it.
 _THREADS, _AHEAD = 256, 8
 #: Of a kernel that waits for a flag by itself: few are to read that from the host's memory, and to
-#: be in the way of others. For larger outputs the stream waits.
+#: be in the way of others. For larger outputs another kernel, of one block, waits.
 _MOST_AWAITING_BLOCKS = 16
 
 
@@ -153,20 +153,20 @@ class Mover:
         """
         slot, *_, slab_out = at
         flags, n_vectors = self._flags + slot * SLOT_BYTES, n_bytes // 16
+        done = flags + DONE
         self._taken.set(
             self._data + slab_out,
             out,
-            flags + DONE,
+            done,
             n_bytes,
             flags + TAKEN,
             self._counts + slot * 4,
             sequence,
         )
-        if self._await_and_take is not None and n_vectors <= self._most_awaiting:
-            self._enqueue(self._await_and_take.of(n_vectors), stream)
-            return
-        commands = self._take.of(n_vectors)
-        commands.set_value(0, flags + DONE, sequence)
+        takes = self._takes_few if n_vectors <= self._most_few else self._takes
+        commands = takes.of(n_vectors)
+        if takes.waits:
+            commands.set_value(0, done, sequence)
         self._enqueue(commands, stream)
 
     def fetch(self, offset: int, n_bytes: int) -> Bytes:
@@ -207,16 +207,18 @@ class Mover:
         n_blocks = device.features.multiprocessors
         given, taken = (Given(), Signal()), (Taken(), Signal())
         self._given, self._taken = _all_fields(*given), _all_fields(*taken)
-        self._give = _Launches(device, module.kernel("give"), given, n_blocks)
-        self._take = _Launches(device, module.kernel("take"), taken, n_blocks, waits=True)
-        n_awaiting = min(n_blocks, _MOST_AWAITING_BLOCKS)
-        #: Vectors that a kernel which waits by itself takes at most.
-        self._most_awaiting = n_awaiting * _THREADS * _AHEAD
-        #: None where none may.
-        self._await_and_take: _Launches | None = None
+        self._give = _Launches(device, [module.kernel("give")], given, n_blocks)
+        take, n_few = module.kernel("take"), min(n_blocks, _MOST_AWAITING_BLOCKS)
+        #: Vectors of an output that few blocks take.
+        self._most_few = n_few * _THREADS * _AHEAD
         if may_await:
-            kernel = module.kernel("await_and_take")
-            self._await_and_take = _Launches(device, kernel, taken, n_awaiting, per_thread=_AHEAD)
+            kernels = [module.kernel("await_done"), take]
+            self._takes = _Launches(device, kernels, taken, n_blocks)
+            kernels = [module.kernel("await_and_take")]
+            self._takes_few = _Launches(device, kernels, taken, n_few, per_thread=_AHEAD)
+        else:
+            self._takes = _Launches(device, [take], taken, n_blocks, waits=True)
+            self._takes_few = self._takes
 
     def _enqueue(self, commands: CommandList, stream: int) -> None:
         # Not by `_current_device_kept`, whose costs a call would notice.
@@ -254,23 +256,24 @@ class Mover:
 
 
 class _Launches:
-    """One kernel, made ready for copies of every size; its arguments are changed in place.
+    """A kernel, made ready for copies of every size; its arguments are changed in place.
 
-    `arguments`: what it copies, and its signal. `most_blocks`: of a grid. `per_thread`: vectors
-    that a thread has at least, if there are so many. `waits`: each list begins with a wait, its
-    command 0.
+    `kernels`: it, and ahead of it others of one block. `arguments`: what it copies, and its signal.
+    `most_blocks`: of a grid. `per_thread`: vectors that a thread has at least, if there are so
+    many. `waits`: each list begins with a wait of the stream's, its command 0.
     """
 
     def __init__(
         self,
         device: Device,
-        kernel: Kernel,
+        kernels: Sequence[Kernel],
         arguments: tuple[ctypes.Structure, Signal],
         most_blocks: int,
         *,
         per_thread: int = 1,
         waits: bool = False,
     ) -> None:
+        self.waits = waits
         self._per_block = _THREADS * per_thread
         #: For grids of 1, 2, 4 blocks and so on, up to the most. Not tuned.
         self._lists: list[CommandList] = []
@@ -280,7 +283,9 @@ class _Launches:
             commands = device.command_list()
             if waits:
                 commands.wait_value(0)
-            commands.launch(kernel, grid, _THREADS, 0, *arguments, overlaps=False)
+            for kernel in kernels:
+                blocks = grid if kernel is kernels[-1] else 1
+                commands.launch(kernel, blocks, _THREADS, 0, *arguments, overlaps=False)
             self._lists.append(commands)
 
     def of(self, n_items: int) -> CommandList:
