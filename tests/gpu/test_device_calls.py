@@ -19,6 +19,7 @@ from moeshm.checkpoint import load
 from moeshm.demo import tiny_moe_path
 from moeshm.dtypes import DType, narrow, widen
 from moeshm.errors import DeadlineExceeded, InvalidCall, WorkerDied
+from tests.crash.processes import stop
 
 pytestmark = pytest.mark.gpu
 
@@ -214,7 +215,7 @@ def test_a_worker_that_hangs(way: Way, cupy: Any) -> None:
     stream = cupy.cuda.Stream(non_blocking=True)
     with spawned(way) as client:
         client.compute(LAYER, *given)
-        os.kill(client.worker_pid, signal.SIGSTOP)
+        stop(client.worker_pid)
         future = client.submit(LAYER, *given, stream=stream, timeout_s=0.5)
         with pytest.raises(DeadlineExceeded):
             future.wait(PATIENCE_S)
@@ -230,7 +231,7 @@ def test_a_fallback(way: Way, cupy: Any) -> None:
     with spawned(way, fallback=fallback) as client:
         expected = widen(client.compute(LAYER, *inputs))
         client.compute(LAYER, *given)
-        os.kill(client.worker_pid, signal.SIGSTOP)
+        stop(client.worker_pid)
         future = client.submit(LAYER, *given, stream=stream)
         os.kill(client.worker_pid, signal.SIGKILL)
         found = cupy.asnumpy(future.wait(PATIENCE_S))
