@@ -156,7 +156,8 @@ DEVICE vec16 load_once(const void* address) {
 #endif
 }
 
-// 16 bytes that were written before this kernel, and that other warps read too.
+// 16 bytes that were written before this kernel, or before a flag that the block has awaited, and
+// that other warps read too.
 DEVICE vec16 load_cached(const void* address) {
 #if defined(MOESHM_SIMT) || defined(__HIP__)
     return *(const vec16*)address;

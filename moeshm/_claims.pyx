@@ -9,41 +9,17 @@ from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from ._atomics cimport moeshm_load_word, moeshm_store_word
+from ._descriptors cimport ALIGNMENT, SLOTS, VERSION, Descriptor
 
 from ._words import wait_for_word
 from .transport.slab import Places
 
 cdef enum:
     # As transport/slab.py has them.
-    SLOTS = 32
     SLOT_BYTES = 512
-    ALIGNMENT = 256
     REFUSED = 256
-    # As descriptors.py has it.
-    VERSION = 1
     # Of ids in the slab, int32, and of weights, float32.
     PAIR_BYTES = 4
-
-
-cdef packed struct Descriptor:
-    uint16_t version
-    uint16_t length
-    uint32_t layer
-    uint64_t call_id
-    int64_t deadline_ns
-    uint32_t n_tokens
-    uint32_t hidden_size
-    uint16_t top_k
-    uint8_t id_space
-    uint8_t dtype
-    uint32_t view
-    uint32_t slot
-    uint32_t sequence
-    uint64_t hidden_states
-    uint64_t topk_ids
-    uint64_t topk_weights
-    uint64_t out
-    uint8_t zeros[48]
 
 
 @cython.final
@@ -57,8 +33,8 @@ cdef class _Flags:
         self.memory = memory
         PyObject_GetBuffer(memory, &self.view, PyBUF_WRITABLE)
         if self.view.len < SLOTS * SLOT_BYTES:
-            raise ValueError(f"a segment of {self.view.len} bytes; the flags of a slab alone take "
-                             f"{SLOTS * SLOT_BYTES}")
+            raise ValueError(f"a segment of {self.view.len} bytes; pass one of a slab, whose flags "
+                             f"alone take {SLOTS * SLOT_BYTES}")
 
     def __dealloc__(self):
         PyBuffer_Release(&self.view)
@@ -156,7 +132,7 @@ cdef class Allocator:
 
     def __init__(self, memory, uint64_t data_bytes, uint32_t last_sequence=0):
         if not data_bytes:
-            raise ValueError("a slab of 0 bytes; it needs room for a call")
+            raise ValueError("a slab of 0 bytes; pass the size of its data")
         self.flags = _Flags(memory)
         self.data_bytes = data_bytes
         self.sequence = last_sequence

@@ -67,15 +67,18 @@ cdef bint _wait(const uint32_t *word, uint32_t value, int64_t timeout_ns,
                 int64_t spin_ns) noexcept nogil:
     cdef int64_t start_ns = moeshm_now_ns()
     cdef int slack_ns
+    cdef bint has_come
     if _look(word, value, start_ns, min(spin_ns, timeout_ns)):
         return True
     if spin_ns >= timeout_ns:
         return False
     # Else the kernel lets a thread sleep for 50 us longer than it asked for.
     slack_ns = prctl(PR_GET_TIMERSLACK)
-    prctl(PR_SET_TIMERSLACK, 1)
-    cdef bint has_come = _doze(word, value, start_ns, timeout_ns)
-    prctl(PR_SET_TIMERSLACK, slack_ns)
+    if slack_ns > 0:
+        prctl(PR_SET_TIMERSLACK, <unsigned long>1)
+    has_come = _doze(word, value, start_ns, timeout_ns)
+    if slack_ns > 0:
+        prctl(PR_SET_TIMERSLACK, <unsigned long>slack_ns)
     return has_come
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 
+from ._claims import Claim
 from .device_arrays import DeviceInputs
 from .device_future import DeviceCall, DeviceFuture, Part
 from .device_watch import Mover, Watch
@@ -82,43 +83,41 @@ class DeviceCalls:
         # In the order of their descriptors: the worker waits for each one's arrays, and on a stream
         # that waits for a later call's output an earlier one's would never come.
         take_turn(self._submitting, call.deadline)
+        part: Part | None = None
         try:
-            part = self._begin(call, future, inputs)
-            try:
-                packed = part.claim.describe(
-                    part.call_id, call.given.layer, call.deadline, call.view, call.are_global
-                )
-                # First: there may be no room for it.
-                link.describe(part, part.call_id, packed)
-                self._enqueue(call, part, out)
-            finally:
+            with self._watch.lock:
+                claim = self._claim(call, inputs)
+                part = Part(
+                    future, link, self._watch, claim, inputs, call.fallback, link.new_id(),
+                    call.deadline,
+                )  # fmt: skip
+                self._watch.add(part)
+            future.add(part)
+            packed = claim.describe(
+                part.call_id, call.given.layer, call.deadline, call.view, call.are_global
+            )
+            # First: there may be no room for it.
+            link.describe(part, part.call_id, packed)
+            self._enqueue(call, part, out)
+        finally:
+            if part is not None:
                 if not part.has_take:
                     part.release()
                 part.is_begun = True
-        finally:
             self._submitting.release()
 
-    def _begin(self, call: DeviceCall, future: DeviceFuture, inputs: DeviceInputs) -> Part:
-        """With room in the slab, and looked after. RingFull, WorkerDied."""
-        link, watch, deadline = call.link, self._watch, call.deadline
-        claim = None
-        # By hand, as in `Watch.settle`.
-        watch.lock.acquire()
-        try:
-            while claim is None:
-                if watch.is_over:
-                    raise another(link.loss or WorkerDied("the session is over"))
-                claim = watch.allocator.claim(
-                    inputs.n_tokens, inputs.hidden_size, inputs.top_k, inputs.dtype
-                )
-                if claim is None:
-                    self._wait_for_room(deadline)
-            part = Part(future, link, watch, claim, inputs, call.fallback, link.new_id(), deadline)
-            watch.add(part)
-        finally:
-            watch.lock.release()
-        future.add(part)
-        return part
+    def _claim(self, call: DeviceCall, inputs: DeviceInputs) -> Claim:
+        """Room in the slab; holds the lock, but for while there is none. RingFull, WorkerDied."""
+        watch = self._watch
+        while True:
+            if watch.is_over:
+                raise another(call.link.loss or WorkerDied("the session is over"))
+            claim = watch.allocator.claim(
+                inputs.n_tokens, inputs.hidden_size, inputs.top_k, inputs.dtype
+            )
+            if claim is not None:
+                return claim
+            self._wait_for_room(call.deadline)
 
     def _enqueue(self, call: DeviceCall, part: Part, out: int) -> None:
         stream, claim, mover = call.given.stream, part.claim, self._mover

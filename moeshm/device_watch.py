@@ -109,11 +109,9 @@ class Watch:
     def settle(self) -> None:
         """Tell the futures of parts that are over, and free the room of the oldest of them."""
         refused: list[tuple[Part, int]] = []
-        # By hand: `with` takes twice as long, and this is on every call's way.
-        self.lock.acquire()
-        try:
+        with self.lock:
             for part in self.parts:
-                if part.is_told or not part.is_over:
+                if part.is_settled or part.is_told or not part.is_over:
                     continue
                 flag = 0 if part.is_released else part.claim.refused
                 if flag:
@@ -123,8 +121,6 @@ class Watch:
                     # Its future has the output, or knows why not.
                     self._end(part)
             self._free_settled()
-        finally:
-            self.lock.release()
         if refused:
             # Not under the lock: what the worker said may still have to be taken in.
             self._tell(refused)

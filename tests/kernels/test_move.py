@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +23,8 @@ BLOCK = 256
 SEQUENCE = 0xFFFFFFFE
 UNWRITTEN = 0xEE
 NO_EXPERT = 0x7FFFFFFF
+#: Far longer than a kernel takes that waits for nothing.
+WAITS_S = 0.3
 #: Vectors of 16 bytes and pairs: none, fewer than a block's threads, about as many as what those
 #: load together, and more than several blocks do.
 SIZES = [(0, 0), (1, 1), (3, 8), (255, 33), (256, 256), (257, 511), (2049, 7), (6001, 1300)]
@@ -111,6 +115,20 @@ def take(
     module.launch("take", grid, BLOCK, 0, taken, flag.signal, order=order)
 
 
+@contextlib.contextmanager
+def launched(module: Module, kernel: str, grid: int, taken: Taken, flag: Flag) -> Iterator[None]:
+    """It runs meanwhile; and it waits, as one that does not has ended long before."""
+    thread = threading.Thread(
+        target=module.launch, args=(kernel, grid, BLOCK, 0, taken, flag.signal)
+    )
+    thread.start()
+    thread.join(WAITS_S)
+    assert thread.is_alive()
+    assert flag.word[0] == SEQUENCE - 1
+    yield
+    thread.join()
+
+
 def draw_pairs(n_pairs: int, ids_dtype: Any, dtype: DType) -> tuple[Array, Array]:
     """Ids from -1 on, and weights in that format."""
     rng = np.random.default_rng(n_pairs)
@@ -151,14 +169,9 @@ def test_an_output_is_awaited(module: Module, grid: int) -> None:
     source, slab_out = draw_bytes(n_vectors), unwritten(n_vectors * 16)
     out, done, flag = unwritten(n_vectors * 16), Flag(), Flag()
     taken = Taken(slab_out.ctypes.data, out.ctypes.data, done.signal.flag, out.nbytes)
-    launched = threading.Thread(
-        target=module.launch, args=("await_and_take", grid, BLOCK, 0, taken, flag.signal)
-    )
-    launched.start()
-    slab_out[:] = source
-    assert flag.word[0] == SEQUENCE - 1
-    store_word(done.word, 0, SEQUENCE)
-    launched.join()
+    with launched(module, "await_and_take", grid, taken, flag):
+        slab_out[:] = source
+        store_word(done.word, 0, SEQUENCE)
     assert same_bits(out, source)
     flag.assert_set()
 
@@ -166,13 +179,8 @@ def test_an_output_is_awaited(module: Module, grid: int) -> None:
 def test_a_kernel_ahead_awaits_and_does_nothing_else(module: Module) -> None:
     out, done, flag = unwritten(48), Flag(), Flag()
     taken = Taken(draw_bytes(3).ctypes.data, out.ctypes.data, done.signal.flag, out.nbytes)
-    launched = threading.Thread(
-        target=module.launch, args=("await_done", 1, BLOCK, 0, taken, flag.signal)
-    )
-    launched.start()
-    assert flag.word[0] == SEQUENCE - 1
-    store_word(done.word, 0, SEQUENCE)
-    launched.join()
+    with launched(module, "await_done", 1, taken, flag):
+        store_word(done.word, 0, SEQUENCE)
     assert same_bits(out, unwritten(48))
     assert flag.word[0] == SEQUENCE - 1
 

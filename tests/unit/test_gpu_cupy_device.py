@@ -136,6 +136,12 @@ def test_where_the_device_is(
     assert open_device("cuda:0").features.bus_id == bus_id
 
 
+@pytest.mark.parametrize("is_set", [0, 1])
+def test_a_driver_that_ends_long_kernels(monkeypatch: pytest.MonkeyPatch, is_set: int) -> None:
+    features = opened(monkeypatch, {**H100, "kernelExecTimeoutEnabled": is_set})[1].features
+    assert features.ends_long_kernels == bool(is_set)
+
+
 def test_an_nvrtc_that_is_too_old_for_wgmma(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy = FakeCupy(H100)
     cupy.nvrtc_version = (12, 6)

@@ -5,7 +5,7 @@ What they rest on may go until they are begun.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from moeshm.backends.gpu import slab_calls, tables
 from moeshm.backends.gpu.backend import GpuBackend
 from moeshm.backends.reference import reference_ffn
 from moeshm.dtypes import Array
-from moeshm.errors import DeviceError, InvalidCall
+from moeshm.errors import DeviceError, InvalidCall, OutOfDeviceMemory
 from moeshm.transport.slab import REFUSED
 from tests.checkpoints import random_layer
 from tests.conformance.test_backends import assert_close, draw_call
@@ -96,7 +96,10 @@ def test_another_workspace_comes_in_between(kind: str) -> None:
     with engine(backend, kind) as slab:
         call = Prepared(slab, draw_call(8, LAYER, 5, 2))
         backend.add(1, wide)
+        assert not backend._slab_calls._jobs
         call.enqueue()
+        # It was begun by a job for this workspace, which others can have now.
+        assert [len(jobs) for jobs in backend._slab_calls._jobs.values()] == [1]
         device.wait()
         call.assert_right()
         assert device.n_freed_early == 0
@@ -114,6 +117,32 @@ def test_another_table_of_experts_comes_in_between(kind: str) -> None:
         call.enqueue()
         device.wait()
         call.assert_right()
+
+
+def test_a_table_that_there_is_no_room_for_replaces_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls find the others where they were."""
+    monkeypatch.setattr(tables, "MAX_TABLES", 2)
+    device = LazyDevice()
+    backend = GpuBackend({0: LAYER}, device)
+    every = [table(*np.roll(np.arange(6), shift)) for shift in range(3)]
+
+    def refuse(_nbytes: int) -> NoReturn:
+        raise OutOfDeviceMemory("none is left")
+
+    with engine(backend) as slab:
+        for each in every[:2]:
+            Prepared(slab, draw_call(5, LAYER, 3, 2), slots=each).enqueue()
+        n_bytes = device.device_bytes
+        with monkeypatch.context() as patch:
+            patch.setattr(device, "allocate", refuse)
+            with pytest.raises(OutOfDeviceMemory):
+                Prepared(slab, draw_call(5, LAYER, 3, 2), slots=every[2])
+        assert device.device_bytes == n_bytes
+        call = Prepared(slab, draw_call(6, LAYER, 3, 2), slots=every[0])
+        call.enqueue()
+        device.wait()
+        call.assert_right(every[0])
+        assert device.n_freed_early == 0
 
 
 def test_a_table_of_slots_goes_in_between(monkeypatch: pytest.MonkeyPatch) -> None:

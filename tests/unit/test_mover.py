@@ -276,26 +276,33 @@ def test_an_output_is_waited_for(opened: Slab) -> None:
 @pytest.mark.parametrize(
     ("worker_bus_id", "kernels"),
     [
-        # 16 blocks of 256 threads that load 8 vectors each, or more behind one that waits.
+        # A block of 256 threads that load 8 vectors each, or more behind one that waits.
         ("0000:1b:00.0", ["await_and_take", "await_done", "take"]),
         ("0000:1a:00.0", ["wait", "take", "wait", "take"]),
         ("", ["wait", "take", "wait", "take"]),
     ],
 )
+@pytest.mark.parametrize("ends_long_kernels", [False, True])
 def test_kernels_await_only_what_another_gpu_computes(
     monkeypatch: pytest.MonkeyPatch,
     runtime: Runtime,
     kind: str,
+    ends_long_kernels: bool,
     worker_bus_id: str,
     kernels: list[str],
 ) -> None:
-    """On its own GPU the worker would not have its turn."""
-    device = SimtDevice(FEATURES._replace(bus_id="0000:1a:00.0", multiprocessors=20))
+    """On its own GPU the worker would not have its turn; and no kernel may take long for all."""
+    if ends_long_kernels:
+        kernels = ["wait", "take", "wait", "take"]
+    features = FEATURES._replace(
+        bus_id="0000:1a:00.0", multiprocessors=20, ends_long_kernels=ends_long_kernels
+    )
+    device = SimtDevice(features)
     with _opened(device, monkeypatch, runtime, kind, worker_bus_id) as made:
-        source, out = (np.arange(32_769 * 4, dtype=np.uint32) for _ in range(2))
+        source, out = (np.arange(2_049 * 4, dtype=np.uint32) for _ in range(2))
         made.answer(AT, 5, source)
         done = _done_by(device, monkeypatch)
-        for n_vectors in (32_768, 32_769):
+        for n_vectors in (2_048, 2_049):
             out[:] = 0
             made.mover.take(STREAM, out.ctypes.data, n_vectors * 16, AT, 5)
             assert made.flag(AT, TAKEN) == 5

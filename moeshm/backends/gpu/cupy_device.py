@@ -370,6 +370,7 @@ def _features(runtime: Any, index: int) -> Features:
         has_overlap=capability >= (9, 0),
         has_wgmma=capability == (9, 0) and _nvrtc_version() >= _NVRTC_FOR_WGMMA,
         bus_id=_bus_id(runtime, index),
+        ends_long_kernels=bool(properties.get("kernelExecTimeoutEnabled", 0)),
     )
 
 

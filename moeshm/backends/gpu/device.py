@@ -35,6 +35,8 @@ class Features(NamedTuple):
     has_wgmma: bool
     #: Where on the host's PCI bus it is, like "0000:1b:00.0"; empty if its driver does not say.
     bus_id: str = ""
+    #: The driver ends kernels that run for seconds, as where something is displayed.
+    ends_long_kernels: bool = False
 
 
 class Memory(Protocol):

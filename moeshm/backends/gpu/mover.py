@@ -14,15 +14,16 @@ from ...dtypes import Array
 from ...transport.slab import DONE, FLAGS_BYTES, GIVEN, SLOT_BYTES, SLOTS, TAKEN, Places
 from ._launch import Fields, address_of
 from .cupy_device import open_device
-from .device import Bytes, CommandList, Device, Kernel
+from .device import Bytes, CommandList, Device, Features, Kernel
 
 #: Of the pinned memory that arrays are fetched and put through.
 _BOUNCE_BYTES = 1 << 20
 #: Threads of a block, and vectors of 16 bytes that each loads together, as kernels/move.cu has it.
 _THREADS, _AHEAD = 256, 8
-#: Of a kernel that waits for a flag by itself: few are to read that from the host's memory, and to
-#: be in the way of others. For larger outputs another kernel, of one block, waits.
-_MOST_AWAITING_BLOCKS = 16
+#: Of a kernel that waits for a flag, by itself or ahead of one that takes more. As many calls wait
+#: as there are slots, each on a stream of its own perhaps, and what one of them waits for may be
+#: enqueued behind them: they must never fill the GPU.
+_AWAITING_BLOCKS = 1
 
 
 class Given(ctypes.Structure):
@@ -101,10 +102,7 @@ class Mover:
             undo.callback(counts.close)
             self._counts = counts.address
             self._copy_in(self._counts, np.zeros(SLOTS, np.uint32))
-            # On one GPU the worker would not have its turn while a kernel waits for it.
-            is_another = worker_bus_id != device.features.bus_id
-            is_known = bool(worker_bus_id and device.features.bus_id)
-            self._make_launches(may_await=is_known and is_another)
+            self._make_launches(may_await=_may_await(device.features, worker_bus_id))
             self._undo = undo.pop_all()
         self._memory: memoryview | None = memory
         #: Of a pinned slab, as the host has it; None if it is device memory.
@@ -208,14 +206,14 @@ class Mover:
         given, taken = (Given(), Signal()), (Taken(), Signal())
         self._given, self._taken = _all_fields(*given), _all_fields(*taken)
         self._give = _Launches(device, [module.kernel("give")], given, n_blocks)
-        take, n_few = module.kernel("take"), min(n_blocks, _MOST_AWAITING_BLOCKS)
-        #: Vectors of an output that few blocks take.
-        self._most_few = n_few * _THREADS * _AHEAD
+        take = module.kernel("take")
+        #: Vectors of an output that a kernel takes which waits by itself.
+        self._most_few = _AWAITING_BLOCKS * _THREADS * _AHEAD
         if may_await:
             kernels = [module.kernel("await_done"), take]
             self._takes = _Launches(device, kernels, taken, n_blocks)
             kernels = [module.kernel("await_and_take")]
-            self._takes_few = _Launches(device, kernels, taken, n_few, per_thread=_AHEAD)
+            self._takes_few = _Launches(device, kernels, taken, _AWAITING_BLOCKS)
         else:
             self._takes = _Launches(device, [take], taken, n_blocks, waits=True)
             self._takes_few = self._takes
@@ -259,8 +257,7 @@ class _Launches:
     """A kernel, made ready for copies of every size; its arguments are changed in place.
 
     `kernels`: it, and ahead of it others of one block. `arguments`: what it copies, and its signal.
-    `most_blocks`: of a grid. `per_thread`: vectors that a thread has at least, if there are so
-    many. `waits`: each list begins with a wait of the stream's, its command 0.
+    `most_blocks`: of a grid. `waits`: each list begins with a wait of the stream's, its command 0.
     """
 
     def __init__(
@@ -270,11 +267,9 @@ class _Launches:
         arguments: tuple[ctypes.Structure, Signal],
         most_blocks: int,
         *,
-        per_thread: int = 1,
         waits: bool = False,
     ) -> None:
         self.waits = waits
-        self._per_block = _THREADS * per_thread
         #: For grids of 1, 2, 4 blocks and so on, up to the most. Not tuned.
         self._lists: list[CommandList] = []
         grid = 0
@@ -289,9 +284,17 @@ class _Launches:
             self._lists.append(commands)
 
     def of(self, n_items: int) -> CommandList:
-        """With threads enough for so many vectors of 16 bytes and pairs, as far as grids go."""
-        blocks_but_one = max(n_items - 1, 0) // self._per_block
+        """With a thread for each vector of 16 bytes and each pair, as far as grids go."""
+        blocks_but_one = max(n_items - 1, 0) // _THREADS
         return self._lists[min(blocks_but_one.bit_length(), len(self._lists) - 1)]
+
+
+def _may_await(features: Features, worker_bus_id: str) -> bool:
+    """Whether kernels on that GPU may wait for the worker's."""
+    # On one GPU the worker would not have its turn. Where something is displayed the driver ends
+    # kernels that take long, and all that this process has there.
+    is_another = "" not in (worker_bus_id, features.bus_id) and worker_bus_id != features.bus_id
+    return is_another and not features.ends_long_kernels
 
 
 def _all_fields(*structs: ctypes.Structure) -> Fields:

@@ -9,13 +9,12 @@ import numpy as np
 
 from ...checkpoint.layer import ExpertWeights
 from ...dtypes import Array, DType, widen
+from ._packing import fill_tiles
 from .choice import Shape
 from .device import Bytes
 
 #: Of a matrix of 16-bit weights, what lies one behind the other: see IS_TILED there.
 _TILE_ROWS = 64
-#: Of 64 columns: two blocks with four places of 8 values. By row of a block, what is where.
-_PLACES = np.arange(4) ^ np.arange(8)[:, None] // 2
 
 
 class _Section(NamedTuple):
@@ -80,14 +79,7 @@ def _padded(section: _Section, first: int, n_rows: int) -> Array:
 
 def _fill(target: Array, rows: Array) -> None:
     """The rows as kernels find them."""
-    n_rows, n_columns = rows.shape
     if rows.itemsize != 2:
         np.copyto(target.reshape(rows.shape), rows)
         return
-    tiles = (n_rows // _TILE_ROWS, n_columns // 64)
-    to = target.reshape(*tiles, 8, 2, 8, 4, 8)
-    # Splitting axes copies nothing.
-    eights = rows.reshape(tiles[0], 8, 8, tiles[1], 2, 4, 8).transpose(0, 3, 1, 4, 2, 5, 6)
-    for row, places in enumerate(_PLACES):
-        for place, eight in enumerate(places):
-            to[:, :, :, :, row, place] = eights[:, :, :, :, row, eight]
+    fill_tiles(target.view(np.uint16), np.ascontiguousarray(rows).view(np.uint16))

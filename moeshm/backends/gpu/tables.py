@@ -38,11 +38,6 @@ class SlotTables:
         return table.address
 
     def _upload(self, content: bytes) -> Memory:
-        if len(self._tables) >= MAX_TABLES:
-            # Calls on their way may use it.
-            self._device.wait()
-            self._tables.pop(next(iter(self._tables))).close()
-            self.n_replaced += 1
         table, staging = self._device.allocate(len(content)), self._staging
         if staging is None or len(staging.array) < len(content):
             staging = self._staging = self._device.pin(len(content))
@@ -50,6 +45,11 @@ class SlotTables:
         commands = self._device.command_list()
         commands.copy_in(table.address, staging.address, len(content))
         commands.enqueue()
+        # Also for calls on their way, which may use the one that is replaced.
         self._device.wait()
         self._tables[content] = table
+        # Last: whoever knows where it was learns of it only if all of this came to its end.
+        if len(self._tables) > MAX_TABLES:
+            self.n_replaced += 1
+            self._tables.pop(next(iter(self._tables))).close()
         return table
