@@ -36,8 +36,8 @@ WAYS = {"rings": "shared", "pinned": "shared", "device": "device"}
 WHATS = ("compute", "submit")
 #: By format, how far outputs may be from float64: kernels round differently, garbage is farther.
 _TOLERANCES = {DType.F32: 1e-4, DType.F16: 1e-2, DType.BF16: 3e-2}
-#: How long each way is called before anything is measured.
-WARM_UP_S = 0.5
+#: How many times as long as a cell each way is called before anything is measured.
+WARM_UP = 2.5
 #: Laps over all calls of a cell that are timed, however long they take, and at most.
 _LEAST_LAPS, _MOST_LAPS = 2, 1000
 
@@ -205,7 +205,7 @@ def _measure_calls(setup: Setup, engine: Engine, address: str, work: Work, say: 
             # GPUs and processors that have rested are slower at first.
             calls = _calls(way, client, engine, work.cell(setup.n_tokens[0]))
             with contextlib.suppress(MoeshmError):  # it fails again where it counts
-                time_calls(calls.compute, _nothing, WARM_UP_S)
+                time_calls(calls.compute, _nothing, WARM_UP * setup.seconds)
         for n_tokens in setup.n_tokens:
             cell = work.cell(n_tokens)
             outputs: list[Array] = []

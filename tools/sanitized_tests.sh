@@ -10,12 +10,14 @@ set -euo pipefail
 python=$(realpath --no-symlinks "$1")
 shift
 copy=$(mktemp -d --suffix=-moeshm-sanitized)
-trap 'rm -rf "$copy"' EXIT
+trap 'rm -rf "$copy" "$copy"-*' EXIT
 reports=$copy/reports
+sanitizers=${SANITIZERS:-thread address undefined}
 
-cp -r --parents pyproject.toml setup.py README.md LICENSE moeshm kernels bench tests "$copy"
+# With their times: what Cython has made of the sources is not made again.
+cp -r --preserve=timestamps --parents pyproject.toml setup.py README.md LICENSE moeshm kernels bench \
+    tests "$copy"
 find "$copy/moeshm" -name '*.so' -delete
-cd "$copy"
 
 # The interpreter is not instrumented, so the runtime has to be there before it starts.
 runtime_of() {
@@ -36,21 +38,27 @@ if setarch --addr-no-randomize true 2>/dev/null; then
     fixed_addresses=(setarch --addr-no-randomize)
 fi
 
+# Each in a copy of the copy, all at once.
+build() {
+    local folder=$copy-$1
+    cp -r --preserve=timestamps "$copy" "$folder"
+    cd "$folder"
+    CC=gcc MOESHM_SANITIZE=$1 "$python" setup.py --quiet build_ext --inplace
+}
+
 run_tests() {
-    local sanitizer=$1 preload=
+    local sanitizer=$1 folder=$copy-$1 preload=
     shift
     case $sanitizer in
         thread) preload=$(runtime_of tsan) || return ;;
         address) preload=$(runtime_of asan) || return ;;
     esac
-    echo "--- $sanitizer sanitizer: building"
-    CC=gcc MOESHM_SANITIZE=$sanitizer "$python" setup.py --quiet build_ext --inplace ||
-        return
     echo "--- $sanitizer sanitizer: testing"
+    cd "$folder"
     # PYTHONMALLOC: with CPython's own allocator ASan could not see where an object ends.
     # detect_leaks: what CPython keeps until it exits is not ours.
     # die_after_fork: tests start processes while they have threads.
-    "${fixed_addresses[@]}" env PYTHONPATH="$copy" PYTHONMALLOC=malloc OPENBLAS_NUM_THREADS=1 \
+    "${fixed_addresses[@]}" env PYTHONPATH="$folder" PYTHONMALLOC=malloc OPENBLAS_NUM_THREADS=1 \
         TSAN_OPTIONS="log_path=$reports/thread die_after_fork=0" \
         ASAN_OPTIONS="log_path=$reports/address detect_leaks=0" \
         UBSAN_OPTIONS="log_path=$reports/undefined print_stacktrace=1" \
@@ -58,8 +66,15 @@ run_tests() {
         "$python" -m pytest -p no:cacheprovider tests/ring "$@"
 }
 
+declare -A builds
+for sanitizer in $sanitizers; do
+    echo "--- $sanitizer sanitizer: building"
+    build "$sanitizer" &
+    builds[$sanitizer]=$!
+done
 failed=0
-for sanitizer in ${SANITIZERS:-thread address undefined}; do
+for sanitizer in $sanitizers; do
+    wait "${builds[$sanitizer]}" || { failed=1 && continue; }
     mkdir -p "$reports"
     run_tests "$sanitizer" "$@" || failed=1
     if [ -n "$(ls "$reports")" ]; then

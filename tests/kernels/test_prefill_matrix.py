@@ -183,14 +183,13 @@ def test_a_poisoned_token_stays_alone(variant: Variant, poison: float) -> None:
 # --- who does what ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["forward", "reverse"])
 @every_variant
-def test_more_tasks_than_a_block_lists_at_once(variant: Variant, order: Order) -> None:
+def test_more_tasks_than_a_block_lists_at_once(variant: Variant) -> None:
     layer = random_layer(
         17, hidden_size=264, intermediate_size=8, num_experts=70, weight_dtype=DType.F16
     )
     call = draw(18, layer, 150, 1, x_dtype=DType.F16, empty=0)
-    found = run(variant, layer, call, grid=1, order=order)
+    found = run(variant, layer, call, grid=1, order="reverse")
     assert_close(found, reference_ffn(layer, *call), DType.F16)
 
 
@@ -216,8 +215,8 @@ def test_any_grid_gives_the_same_bits(variant: Variant) -> None:
 
 @tall_ones_too
 def test_any_order_gives_the_same_bits(variant: Variant) -> None:
-    layer = random_layer(23, hidden_size=392, intermediate_size=264, weight_dtype=DType.F16)
-    call = draw(24, layer, 90, 2, x_dtype=DType.F16)
+    layer = random_layer(23, hidden_size=264, intermediate_size=136, weight_dtype=DType.F16)
+    call = draw(24, layer, 70, 2, x_dtype=DType.F16)
     answers = [run(variant, layer, call, order=order) for order in ORDERS]
     assert_close(answers[0], reference_ffn(layer, *call), DType.F16)
     for order, answer in zip(ORDERS, answers, strict=True):
