@@ -61,7 +61,9 @@ def run_problem(problem: Problem, grid: int = 3, order: Order = "forward") -> No
 def test_close_to_the_reference(case: Case, x_dtype: DType) -> None:
     """Sums are float32's, whatever the formats; only what is written is rounded."""
     layer = case.layer(1)
-    for i, (n_tokens, top_k) in enumerate([(1, 1), (2, 16), (5, 3), (17, 2)]):
+    # Wide layers have few tokens: those are for what a row is cut into.
+    most = (17, 2) if case.hidden_size < 500 else (3, 2)
+    for i, (n_tokens, top_k) in enumerate([(1, 1), (2, 16), (5, 3), most]):
         out_dtype = tuple(DType)[(i + x_dtype) % 3]
         x, ids, weights = draw(i, layer, n_tokens, top_k, x_dtype=x_dtype)
         out = run(
