@@ -1,7 +1,7 @@
 """Looks at a call's arrays in a GPU's memory in one pass, by functions in C that their library has.
 
-Each attribute that Python reads of them costs more than the whole of it. What is not plainly right
-here is left to `device_arrays`, which knows other ways to ask, and says what is wrong.
+What is not plainly right here is left to `device_arrays`, which knows other ways to ask, and says
+what is wrong.
 
 Structures, numbers and promises are those of DLPack 1.3: include/dlpack/dlpack.h of
 github.com/dmlc/dlpack, and "DLPack C Exchange API" of the Python array API standard.

@@ -1,5 +1,5 @@
-"""Sums over a client's calls. Each method is one step under the interpreter's lock, so that it
-takes no lock of its own: that would be most of what it costs."""
+"""Sums over a client's calls. Each method is one step under the interpreter's lock, and so takes
+none of its own."""
 
 cimport cython
 from libc.stdint cimport int64_t

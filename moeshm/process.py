@@ -6,7 +6,7 @@ import functools
 import os
 from pathlib import Path
 
-#: This process's id. To ask the kernel for it takes as long as much of what a call does.
+#: This process's id, for what looks at it in every call: to ask for it is a system call.
 own_pid = os.getpid()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -55,13 +54,6 @@ def numbers_of(number_of: Callable[[str], float], example: str) -> _Parser:
         return list(dict.fromkeys(numbers))
 
     return parse
-
-
-def device_of(_context: click.Context, _option: click.Parameter, text: str) -> str:
-    """The callback of an option that takes the name of a device."""
-    if re.fullmatch(r"cpu|(cuda|hip)(:\d+)?", text) is None:
-        raise click.BadParameter(f"{text!r} is not cpu, cuda:N or hip:N")
-    return text
 
 
 def _speed(word: str) -> float:

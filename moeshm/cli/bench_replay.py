@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from ..settings import MAX_BATCH_CAPACITY
-from .bench_played import device_of, played_by, replay_options, words_of
+from .bench_played import played_by, replay_options, words_of
 from .bench_run import json_option, plot_option, seed_option, show, watched
+from .devices import device_of
 
 
 @click.command()
@@ -74,7 +75,7 @@ from .bench_run import json_option, plot_option, seed_option, show, watched
     "--engine-device",
     default="cpu",
     show_default=True,
-    callback=device_of,
+    callback=device_of("cpu"),
     metavar="cpu|cuda:N|hip:N",
     help="Who computes the experts that stay in the engine, whose activations are the host's.",
 )
@@ -82,7 +83,7 @@ from .bench_run import json_option, plot_option, seed_option, show, watched
     "--worker-device",
     default="cpu",
     show_default=True,
-    callback=device_of,
+    callback=device_of("cpu"),
     metavar="cpu|cuda:N|hip:N",
     help="Who computes the others. With a GPU on either side experts are bfloat16.",
 )

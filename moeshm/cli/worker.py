@@ -6,7 +6,6 @@ import functools
 import itertools
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import click
 
 from ..errors import DeviceError, DeviceLost
 from ..process import open_pidfd, usable_cpus
+from .devices import device_of
 
 if TYPE_CHECKING:
     from ..backends import Backend
@@ -40,18 +40,12 @@ def _ranges(
         raise click.BadParameter(str(error)) from None
 
 
-def _device(_context: click.Context, _option: click.Parameter, name: str) -> str:
-    if re.fullmatch(r"cpu|auto|(cuda|hip)(:\d+)?", name) is None:
-        raise click.BadParameter(f"{name!r} is not cpu, auto, cuda:N or hip:N")
-    return name
-
-
 @click.command()
 @click.option("--model", required=True, metavar="DIR", help="A Hugging Face model directory.")
 @click.option("--listen", required=True, metavar="unix:PATH", help="Where engines connect.")
 @click.option(
     "--device",
-    callback=_device,
+    callback=device_of("cpu", "auto"),
     default="cpu",
     show_default=True,
     metavar="cpu|cuda:N|hip:N|auto",
