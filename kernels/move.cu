@@ -11,7 +11,8 @@
 // The codes of moeshm.dtypes.DType.
 enum { F32 = 0, F16 = 1, BF16 = 2 };
 
-// What `give` copies. Arrays start at multiples of 16 bytes, but for the caller's ids and weights.
+// What `give` and `exchange` copy. Arrays start at multiples of 16 bytes, but for the caller's ids
+// and weights.
 struct Given {
     const void* hidden_states;  // n_bytes of the caller's
     const void* topk_ids;       // [n_pairs], of ids_bytes each
@@ -31,6 +32,16 @@ struct Taken {
     void* out;
     const u32* done;    // of the same call as the signal's flag; for kernels that await it
     long long n_bytes;  // a multiple of 16
+};
+
+// What `exchange` does once its arrays are given.
+struct Answer {
+    const void* slab_out;  // as many bytes as hidden states, at a multiple of 16 as `out` is
+    void* out;
+    u32* given;
+    const u32* done;
+    u32* taken;
+    u32 value;  // of all three
 };
 
 struct Signal {
@@ -96,16 +107,25 @@ DEVICE void await_flag(const u32* flag, u32 value) {
     __syncthreads();
 }
 
-// The last block that comes here sets the flag. A block's fence stands for what all of its threads
-// wrote before they met.
+// By the only block. Its fence stands for what all of its threads wrote before they met.
+DEVICE void set_flag(u32* flag, u32 value) {
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    fence_system();
+    *(volatile u32*)flag = value;
+}
+
+// As `set_flag`, by the last of the grid's blocks that comes here.
 DEVICE void finish(const Signal& signal) {
     __syncthreads();
     if (threadIdx.x != 0) return;
     fence_system();
-    if (atomicAdd(signal.n_done, 1u) != gridDim.x - 1) return;
-    // Before the flag: who sees that may launch the next.
-    *signal.n_done = 0;
-    fence_system();
+    if (gridDim.x > 1) {
+        if (atomicAdd(signal.n_done, 1u) != gridDim.x - 1) return;
+        // Before the flag: who sees that may launch the next.
+        *signal.n_done = 0;
+        fence_system();
+    }
     *(volatile u32*)signal.flag = signal.value;
 }
 
@@ -133,4 +153,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) await_and_take(Taken taken
     await_flag(taken.done, signal.value);
     copy(taken.out, taken.slab_out, taken.n_bytes);
     finish(signal);
+}
+
+// `give` and `await_and_take` by one block, for calls that are small both ways: one launch less for
+// the host, and nothing between the two on the stream. Whoever launches it has told the worker.
+extern "C" __global__ void __launch_bounds__(THREADS) exchange(Given given, Answer answer) {
+    copy_pairs(given);
+    copy(given.slab_hidden_states, given.hidden_states, given.n_bytes);
+    set_flag(answer.given, answer.value);
+    await_flag(answer.done, answer.value);
+    copy(answer.out, answer.slab_out, given.n_bytes);
+    set_flag(answer.taken, answer.value);
 }

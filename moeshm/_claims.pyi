@@ -10,6 +10,8 @@ if sys.version_info >= (3, 12):
 else:
     from typing_extensions import Buffer
 
+def sizes(n_tokens: int, hidden_size: int, top_k: int, dtype: int) -> tuple[int, int, int, int]: ...
+
 @final
 class Claim:
     @property

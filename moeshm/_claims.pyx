@@ -22,6 +22,18 @@ cdef enum:
     PAIR_BYTES = 4
 
 
+# Bytes of a call's hidden states, or output, and of its ids, or weights.
+cdef struct Sizes:
+    uint64_t rows
+    uint64_t pairs
+
+
+def sizes(uint32_t n_tokens, uint32_t hidden_size, uint16_t top_k, uint8_t dtype):
+    """Bytes of a call's arrays, in the order of `Places`. `dtype`: its code."""
+    cdef Sizes each = sizes_of(n_tokens, hidden_size, top_k, dtype)
+    return each.rows, each.pairs, each.pairs, each.rows
+
+
 @cython.final
 cdef class _Flags:
     """A slab's flags, mapped for as long as its allocator or a claim may look at them."""
@@ -64,14 +76,13 @@ cdef class Claim:
     @property
     def out_bytes(self):
         """Of the output, and of hidden states."""
-        return (<uint64_t>self.descriptor.n_tokens * self.descriptor.hidden_size
-                * itemsize(self.descriptor.dtype))
+        return self._sizes().rows
 
     @property
     def given_bytes(self):
         """Of hidden states, ids and weights."""
-        return self.out_bytes + (
-            2 * <uint64_t>self.descriptor.n_tokens * self.descriptor.top_k * PAIR_BYTES)
+        cdef Sizes each = self._sizes()
+        return each.rows + 2 * each.pairs
 
     def describe(self, uint64_t call_id, uint32_t layer, double deadline, uint32_t view,
                  bint are_global):
@@ -106,6 +117,10 @@ cdef class Claim:
         """That flag."""
         return moeshm_load_word(self._word(REFUSED))
 
+    cdef Sizes _sizes(self) noexcept:
+        cdef Descriptor *it = &self.descriptor
+        return sizes_of(it.n_tokens, it.hidden_size, it.top_k, it.dtype)
+
     cdef uint32_t *_word(self, uint32_t which) except NULL:
         # Python code can make a claim of nothing.
         if which % 4 or which >= SLOT_BYTES or self.slot is NULL:
@@ -139,7 +154,8 @@ cdef class Allocator:
 
     def most_tokens(self, uint32_t hidden_size, uint16_t top_k, uint8_t dtype):
         """That one call can have; 0 where not even one has room. `dtype`: its code."""
-        cdef uint64_t per_token = 2 * (<uint64_t>hidden_size * itemsize(dtype) + top_k * PAIR_BYTES)
+        cdef Sizes each = sizes_of(1, hidden_size, top_k, dtype)
+        cdef uint64_t per_token = 2 * (each.rows + each.pairs)
         # Each of the four arrays is padded.
         cdef uint64_t padding = 4 * ALIGNMENT
         return (self.data_bytes - padding) // per_token if self.data_bytes > padding else 0
@@ -147,8 +163,8 @@ cdef class Allocator:
     def claim(self, uint32_t n_tokens, uint32_t hidden_size, uint16_t top_k, uint8_t dtype):
         """Room for the arrays of such a call, whose flag `refused` is 0 then; None while there is
         none, and after `close`."""
-        cdef uint64_t rows = padded(<uint64_t>n_tokens * hidden_size * itemsize(dtype))
-        cdef uint64_t pairs = padded(<uint64_t>n_tokens * top_k * PAIR_BYTES)
+        cdef Sizes each = sizes_of(n_tokens, hidden_size, top_k, dtype)
+        cdef uint64_t rows = padded(each.rows), pairs = padded(each.pairs)
         cdef uint64_t size = 2 * (rows + pairs), begin, at
         if not self.n_claims:
             # Memory used last is in caches, and in translation buffers.
@@ -202,8 +218,12 @@ cdef Claim new_claim(_Flags flags, uint32_t slot):
     return claim
 
 
-cdef inline uint64_t itemsize(uint8_t dtype) noexcept:
-    return 2 if dtype else 4
+cdef inline Sizes sizes_of(
+        uint64_t n_tokens, uint64_t hidden_size, uint64_t top_k, uint8_t dtype) noexcept:
+    cdef Sizes each
+    each.rows = n_tokens * hidden_size * (2 if dtype else 4)
+    each.pairs = n_tokens * top_k * PAIR_BYTES
+    return each
 
 
 cdef inline uint64_t padded(uint64_t n_bytes) noexcept:

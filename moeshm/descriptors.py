@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from . import protocol
+from ._claims import sizes
 from .dtypes import DType
 from .errors import InvalidCall, ProtocolError
 from .layers import LayerInfo
@@ -92,9 +93,3 @@ def check(
                 f"at a multiple of {ALIGNMENT} and end in the slab"
             )
     return dtype
-
-
-def sizes(n_tokens: int, hidden_size: int, top_k: int, dtype: DType) -> tuple[int, int, int, int]:
-    """Bytes of a call's arrays, in the order of `Places`."""
-    rows, pairs = n_tokens * hidden_size * dtype.itemsize, n_tokens * top_k * 4
-    return rows, pairs, pairs, rows

@@ -14,7 +14,7 @@ from ._claims import Claim
 from .device_arrays import DeviceInputs
 from .device_future import DeviceCall, DeviceFuture, Part
 from .device_watch import Mover, Watch
-from .errors import DeviceError, InvalidCall, RingFull, WorkerDied
+from .errors import ClientClosed, DeviceError, InvalidCall, RingFull, WorkerDied
 from .link import Link, another, take_turn
 from .transport.slab import Segment
 
@@ -29,6 +29,7 @@ class DeviceCalls:
         self._max_tokens = link.max_tokens
         self._mover = mover
         self._watch = Watch(segment, data_bytes, mover)
+        self._most_tokens = self._watch.allocator.most_tokens
         #: Held from a descriptor until its arrays are given and its output is taken.
         self._submitting = threading.Lock()
         # Weakly known: a client that is forgotten ends at once, and then this.
@@ -48,7 +49,7 @@ class DeviceCalls:
                 "replay; leave the call out of the graph"
             )
         hidden_size, dtype = inputs.hidden_size, inputs.dtype
-        most = self._watch.allocator.most_tokens(hidden_size, inputs.top_k, dtype)
+        most = self._most_tokens(hidden_size, inputs.top_k, dtype)
         if most < 1:
             raise InvalidCall(
                 f"the worker's slab has no room for one token of hidden_size={hidden_size}; "
@@ -79,26 +80,21 @@ class DeviceCalls:
     def _submit_part(
         self, call: DeviceCall, future: DeviceFuture, inputs: DeviceInputs, out: int
     ) -> None:
-        link = call.link
+        watch = self._watch
         # In the order of their descriptors: the worker waits for each one's arrays, and on a stream
         # that waits for a later call's output an earlier one's would never come.
         take_turn(self._submitting, call.deadline)
         part: Part | None = None
         try:
-            with self._watch.lock:
+            link = call.link
+            with watch.lock:
                 claim = self._claim(call, inputs)
                 part = Part(
-                    future, link, self._watch, claim, inputs, call.fallback, link.new_id(),
-                    call.deadline,
-                )  # fmt: skip
-                self._watch.add(part)
+                    future, link, watch, claim, inputs, call.fallback, link.new_id(), call.deadline
+                )
+                watch.add(part)
             future.add(part)
-            packed = claim.describe(
-                part.call_id, call.given.layer, call.deadline, call.view, call.are_global
-            )
-            # First: there may be no room for it.
-            link.describe(part, part.call_id, packed)
-            self._enqueue(call, part, out)
+            self._send(call, part, out)
         finally:
             if part is not None:
                 if not part.has_take:
@@ -119,18 +115,29 @@ class DeviceCalls:
                 return claim
             self._wait_for_room(call.deadline)
 
-    def _enqueue(self, call: DeviceCall, part: Part, out: int) -> None:
-        stream, claim, mover = call.given.stream, part.claim, self._mover
-        places, sequence = claim.places, claim.sequence
+    def _send(self, call: DeviceCall, part: Part, out: int) -> None:
+        """Tell the worker, and enqueue what gives the arrays, waits, and takes the output."""
+        link, given, mover = call.link, call.given, self._mover
+        stream, inputs, claim, call_id = given.stream, part.inputs, part.claim, part.call_id
         try:
-            mover.give(stream, part.inputs, places, sequence)
+            packed = claim.describe(call_id, given.layer, call.deadline, call.view, call.are_global)
+            # First: there may be no room for it, and what is enqueued waits for its answer.
+            link.describe(part, call_id, packed)
+            places, sequence, n_bytes = claim.places, claim.sequence, claim.out_bytes
+            if mover.exchange(stream, inputs, out, n_bytes, places, sequence):
+                part.has_give = part.has_take = True
+                return
+            mover.give(stream, inputs, places, sequence)
             part.has_give = True
-            mover.take(stream, out, claim.out_bytes, places, sequence)
+            mover.take(stream, out, n_bytes, places, sequence)
             part.has_take = True
+        except (RingFull, WorkerDied, ClientClosed):
+            # The worker was not told, or there is none any more.
+            raise
         except BaseException as error:
-            # The worker waits for arrays that may never come.
+            # The worker may wait for arrays that never come.
             is_said = isinstance(error, DeviceError)
-            call.link.lose(DeviceError(str(error)) if is_said else WorkerDied("it was interrupted"))
+            link.lose(DeviceError(str(error)) if is_said else WorkerDied("it was interrupted"))
             raise
 
     def _wait_for_room(self, deadline: float) -> None:

@@ -11,8 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from . import descriptors
-from ._claims import Allocator
+from ._claims import Allocator, sizes
 from .device_arrays import DeviceInputs
 from .device_future import HostFallback, Part
 from .dtypes import Array
@@ -53,6 +52,15 @@ class Mover(Protocol):
 
     def take(self, stream: int, out: int, n_bytes: int, at: Places, sequence: int) -> None:
         """Enqueue waiting for `done`, the copy of the output to `out`, and setting `taken`."""
+        ...
+
+    def exchange(
+        self, stream: int, arrays: DeviceInputs, out: int, n_bytes: int, at: Places, sequence: int
+    ) -> bool:
+        """Enqueue all of `give` and `take` as one launch, for a call that its worker was told of.
+
+        False, and nothing is enqueued, where that is not for such a call.
+        """
         ...
 
     def fetch(self, offset: int, n_bytes: int) -> Array:
@@ -256,14 +264,14 @@ class Watch:
         """Put what the fallback computes where the stream takes the output from."""
         inputs, at = part.inputs, part.claim.places
         rows, pairs = (inputs.n_tokens, inputs.hidden_size), (inputs.n_tokens, inputs.top_k)
-        sizes = descriptors.sizes(*rows, inputs.top_k, inputs.dtype)
+        n_bytes = sizes(*rows, inputs.top_k, inputs.dtype)
         fetch = self.mover.fetch
         try:
             output = fallback(
                 part.future.layer,
-                fetch(at.hidden_states, sizes[0]).view(inputs.dtype.numpy).reshape(rows),
-                fetch(at.topk_ids, sizes[1]).view(np.int32).reshape(pairs),
-                fetch(at.topk_weights, sizes[2]).view(np.float32).reshape(pairs),
+                fetch(at.hidden_states, n_bytes[0]).view(inputs.dtype.numpy).reshape(rows),
+                fetch(at.topk_ids, n_bytes[1]).view(np.int32).reshape(pairs),
+                fetch(at.topk_weights, n_bytes[2]).view(np.float32).reshape(pairs),
                 cause,
             )
             self.mover.put(at.out, output)

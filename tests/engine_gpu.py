@@ -96,9 +96,12 @@ class Stream:
 
 
 class HostMover:
-    """A `device_calls.Mover` whose GPU is the host. `handle`: a path to the slab's data."""
+    """A `device_watch.Mover` whose GPU is the host.
 
-    def __init__(self, memory: memoryview, handle: bytes) -> None:
+    `handle`: a path to the slab's data; `most_exchanged`: bytes of rows that `exchange` is for.
+    """
+
+    def __init__(self, memory: memoryview, handle: bytes, most_exchanged: int = -1) -> None:
         self._flags = memory
         self._data = memory[FLAGS_BYTES:]
         if handle:
@@ -110,8 +113,9 @@ class HostMover:
                 self._data = memoryview(mmap.mmap(fd, os.fstat(fd).st_size))
             finally:
                 os.close(fd)
-        #: Calls that were given, and that were taken.
-        self.n_given = self.n_taken = 0
+        self._most_exchanged = most_exchanged
+        #: Calls that were given, and that were taken; and of these, the exchanged ones.
+        self.n_given = self.n_taken = self.n_exchanged = 0
         self.is_closed = False
 
     def is_capturing(self, stream: int) -> bool:
@@ -120,34 +124,47 @@ class HostMover:
 
     def give(self, stream: int, arrays: DeviceInputs, at: Places, sequence: int) -> None:
         """As `Mover.give`."""
-
-        def do() -> None:
-            assert not self.is_closed
-            pairs = arrays.n_tokens * arrays.top_k
-            ids = _read(arrays.topk_ids, np.dtype(f"<i{arrays.ids_itemsize}"), pairs)
-            weights = _read(arrays.topk_weights, arrays.weights_dtype.numpy, pairs)
-            self.put(at.hidden_states, _read(arrays.hidden_states, np.uint8, arrays.n_bytes))
-            self.put(at.topk_ids, ids.astype(np.int32))
-            self.put(at.topk_weights, widen(weights))
-            self.n_given += 1
-            store_word(self._flags, at.slot * SLOT_BYTES + GIVEN, sequence)
-
-        _streams[stream].do(do)
+        _streams[stream].do(lambda: self._give(arrays, at, sequence))
 
     def take(self, stream: int, out: int, n_bytes: int, at: Places, sequence: int) -> None:
         """As `Mover.take`."""
+        _streams[stream].do(lambda: self._take(out, n_bytes, at, sequence))
+
+    def exchange(
+        self, stream: int, arrays: DeviceInputs, out: int, n_bytes: int, at: Places, sequence: int
+    ) -> bool:
+        """As `Mover.exchange`."""
+        if n_bytes > self._most_exchanged:
+            return False
 
         def do() -> None:
-            assert not self.is_closed
-            done = at.slot * SLOT_BYTES + DONE
-            limit_ns = int(PATIENCE_S * 1e9)
-            assert wait_for_word(self._flags, done, sequence, limit_ns, 0), "waits for ever"
-            output = self.fetch(at.out, n_bytes)
-            ctypes.memmove(out, output.ctypes.data, n_bytes)
-            self.n_taken += 1
-            store_word(self._flags, at.slot * SLOT_BYTES + TAKEN, sequence)
+            self.n_exchanged += 1
+            self._give(arrays, at, sequence)
+            self._take(out, n_bytes, at, sequence)
 
         _streams[stream].do(do)
+        return True
+
+    def _give(self, arrays: DeviceInputs, at: Places, sequence: int) -> None:
+        assert not self.is_closed
+        pairs = arrays.n_tokens * arrays.top_k
+        ids = _read(arrays.topk_ids, np.dtype(f"<i{arrays.ids_itemsize}"), pairs)
+        weights = _read(arrays.topk_weights, arrays.weights_dtype.numpy, pairs)
+        self.put(at.hidden_states, _read(arrays.hidden_states, np.uint8, arrays.n_bytes))
+        self.put(at.topk_ids, ids.astype(np.int32))
+        self.put(at.topk_weights, widen(weights))
+        self.n_given += 1
+        store_word(self._flags, at.slot * SLOT_BYTES + GIVEN, sequence)
+
+    def _take(self, out: int, n_bytes: int, at: Places, sequence: int) -> None:
+        assert not self.is_closed
+        done = at.slot * SLOT_BYTES + DONE
+        limit_ns = int(PATIENCE_S * 1e9)
+        assert wait_for_word(self._flags, done, sequence, limit_ns, 0), "waits for ever"
+        output = self.fetch(at.out, n_bytes)
+        ctypes.memmove(out, output.ctypes.data, n_bytes)
+        self.n_taken += 1
+        store_word(self._flags, at.slot * SLOT_BYTES + TAKEN, sequence)
 
     def fetch(self, offset: int, n_bytes: int) -> Array:
         """As `Mover.fetch`."""
@@ -172,6 +189,8 @@ class Movers:
     def __init__(self) -> None:
         self.opened: list[HostMover] = []
         self.refuses_device_memory = False
+        #: Of a HostMover.
+        self.most_exchanged = -1
         #: As they were said.
         self.worker_bus_ids: list[str] = []
 
@@ -182,7 +201,7 @@ class Movers:
         self.worker_bus_ids.append(worker_bus_id)
         if handle and self.refuses_device_memory:
             raise DeviceError("no peer access between these GPUs")
-        self.opened.append(HostMover(memory, handle))
+        self.opened.append(HostMover(memory, handle, self.most_exchanged))
         return self.opened[-1]
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from moeshm import device_arrays
 from moeshm._words import load_word, store_word, wait_for_word
+from moeshm.backends.gpu.cupy_device import open_device
 from moeshm.backends.gpu.mover import Mover
 from moeshm.dtypes import Array, DType, narrow, widen
 from moeshm.transport import slab
@@ -58,13 +59,13 @@ def _quiet() -> Iterator[None]:
 class Slab:
     """A slab, as both sides have it."""
 
-    def __init__(self, handle: bytes = b"") -> None:
+    def __init__(self, handle: bytes = b"", worker_bus_id: str = "") -> None:
         pinned_bytes = 0 if handle else DATA_BYTES
         segment, fd = slab.Segment.create(pinned_bytes)
         theirs = slab.Segment.attach(fd, pinned_bytes)
         os.close(fd)
         self.memory = theirs.memory
-        self.mover = Mover("auto", segment.memory, handle)
+        self.mover = Mover("auto", segment.memory, handle, worker_bus_id)
 
     def close(self) -> None:
         """No stream waits any more, if a test failed, and nothing is on its way."""
@@ -89,10 +90,10 @@ class Slab:
         return stored.view(like.dtype).reshape(like.shape)
 
 
-@pytest.fixture
-def opened() -> Iterator[Slab]:
-    """A pinned slab."""
-    with contextlib.closing(Slab()) as made:
+@pytest.fixture(params=["", "another"])
+def opened(request: pytest.FixtureRequest) -> Iterator[Slab]:
+    """A pinned slab; what waits is the stream, or, for a worker on another GPU, a kernel."""
+    with contextlib.closing(Slab(worker_bus_id=request.param)) as made:
         yield made
 
 
@@ -165,10 +166,12 @@ class Call:
         self.made, self.address = device_arrays.make_device_output(self.inputs, hidden, None)
 
     def enqueue(self, to: Slab, stream: Any, at: Places, sequence: int) -> None:
-        """Both ways: the stream waits for the worker."""
+        """Both ways, as `DeviceCalls` does: the stream waits for the worker."""
         handle = device_arrays.stream_of(stream, self.on_gpu)
-        to.mover.give(handle, self.inputs, at, sequence)
-        to.mover.take(handle, self.address, self.inputs.n_bytes, at, sequence)
+        out, n_bytes = self.address, self.inputs.n_bytes
+        if not to.mover.exchange(handle, self.inputs, out, n_bytes, at, sequence):
+            to.mover.give(handle, self.inputs, at, sequence)
+            to.mover.take(handle, out, n_bytes, at, sequence)
 
     def assert_equal(self, hidden: Array, ids: Array, weights: Array) -> None:
         """What the worker found."""
@@ -215,6 +218,22 @@ def test_ids_and_weights_of_any_format(
     )
 
 
+@pytest.mark.parametrize(("n_tokens", "is_one"), [(8, True), (9, False)])
+def test_small_calls_are_one_launch(library: Any, n_tokens: int, is_one: bool) -> None:
+    """For a worker on another GPU, unless the driver ends long kernels."""
+    call, stream = Call(library, n_tokens, DType.F16), own_stream(library)
+    synchronize(library)
+    handle = device_arrays.stream_of(stream, call.on_gpu)
+    out, n_bytes = call.address, call.inputs.n_bytes
+    with contextlib.closing(Slab(worker_bus_id="another")) as opened:
+        may_wait = not open_device("auto").features.ends_long_kernels
+        opened.set_done(AT, 3)
+        found = opened.mover.exchange(handle, call.inputs, out, n_bytes, AT, 3)
+        assert found == (is_one and may_wait)
+    with contextlib.closing(Slab()) as opened:
+        assert not opened.mover.exchange(handle, call.inputs, out, n_bytes, AT, 3)
+
+
 def test_many_calls_are_on_their_way(opened: Slab, library: Any) -> None:
     """As many as there are slots, again and again, each answered with what it gave."""
     slot_bytes = DATA_BYTES // SLOTS
@@ -248,7 +267,9 @@ def test_many_calls_are_on_their_way(opened: Slab, library: Any) -> None:
     worker.join()
 
 
-def test_a_slab_of_device_memory(library: Any) -> None:
+@pytest.mark.parametrize("n_tokens", [8, 300])
+@pytest.mark.parametrize("worker_bus_id", ["", "another"])
+def test_a_slab_of_device_memory(library: Any, worker_bus_id: str, n_tokens: int) -> None:
     """Another process allocated it."""
     worker = subprocess.Popen(
         [sys.executable, "-c", _EXPORTING],
@@ -263,8 +284,8 @@ def test_a_slab_of_device_memory(library: Any) -> None:
         with worker.stdin:
             handle = bytes.fromhex(worker.stdout.readline())
             assert handle
-            with contextlib.closing(Slab(handle)) as opened:
-                call = Call(library, 300, DType.F16)
+            with contextlib.closing(Slab(handle, worker_bus_id)) as opened:
+                call = Call(library, n_tokens, DType.F16)
                 synchronize(library)
                 call.enqueue(opened, None, AT, 1)
                 opened.wait(AT, GIVEN, 1)

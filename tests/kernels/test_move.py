@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from moeshm._words import store_word
+from moeshm._words import store_word, wait_for_word
 from moeshm.backends import Ids, Weights
-from moeshm.backends.gpu.mover import Given, Signal, Taken
+from moeshm.backends.gpu.mover import Answer, Given, Signal, Taken
 from moeshm.dtypes import Array, DType, narrow, widen
 from tests.simt import KernelError, Module, Order, compile, guarded
 
@@ -25,6 +25,8 @@ UNWRITTEN = 0xEE
 NO_EXPERT = 0x7FFFFFFF
 #: Far longer than a kernel takes that waits for nothing.
 WAITS_S = 0.3
+#: Far longer than anything takes.
+PATIENCE_NS = 30 * 10**9
 #: Vectors of 16 bytes and pairs: none, fewer than a block's threads, about as many as what those
 #: load together, and more than several blocks do.
 SIZES = [(0, 0), (1, 1), (3, 8), (255, 33), (256, 256), (257, 511), (2049, 7), (6001, 1300)]
@@ -83,6 +85,17 @@ class Slab(NamedTuple):
         return self.topk_weights.view(np.float32)
 
 
+def given_of(hidden: Array, ids: Array, weights: Array, slab: Slab, dtype: DType) -> Given:
+    """Weights in that format."""
+    return Given(
+        *(each.ctypes.data for each in (hidden, ids, weights, *slab)),
+        n_bytes=hidden.nbytes,
+        n_pairs=ids.size,
+        ids_bytes=ids.itemsize,
+        weights_dtype=dtype,
+    )
+
+
 def give(
     module: Module,
     hidden: Array,
@@ -97,14 +110,42 @@ def give(
 ) -> None:
     """Launch it. What is read ends where memory ends."""
     ids, weights = guarded(ids, ids.itemsize), guarded(weights, weights.itemsize)
-    given = Given(
-        *(each.ctypes.data for each in (hidden, ids, weights, *slab)),
-        n_bytes=hidden.nbytes,
-        n_pairs=ids.size,
-        ids_bytes=ids.itemsize,
-        weights_dtype=dtype,
-    )
+    given = given_of(hidden, ids, weights, slab, dtype)
     module.launch("give", grid, BLOCK, 0, given, flag.signal, order=order)
+
+
+class Exchange:
+    """A call for `exchange`, its slab and flags; `done` is not set."""
+
+    def __init__(
+        self, n_vectors: int, n_pairs: int, ids_dtype: Any = np.int32, dtype: DType = DType.F32
+    ) -> None:
+        self.hidden, self.slab = draw_bytes(n_vectors), Slab.of(n_vectors, n_pairs)
+        ids, weights = draw_pairs(n_pairs, ids_dtype, dtype)
+        self.ids, self.weights = guarded(ids, ids.itemsize), guarded(weights, weights.itemsize)
+        self.output = guarded(self.hidden[::-1].copy())
+        self.slab_out, self.out = (unwritten(n_vectors * 16) for _ in range(2))
+        self.given, self.done, self.taken = Flag(), Flag(), Flag()
+        self.dtype = dtype
+
+    def launch(self, module: Module, order: Order = "forward") -> None:
+        """Returns when the output is taken."""
+        given = given_of(self.hidden, self.ids, self.weights, self.slab, self.dtype)
+        flags = (each.signal.flag for each in (self.given, self.done, self.taken))
+        answer = Answer(self.slab_out.ctypes.data, self.out.ctypes.data, *flags, SEQUENCE)
+        module.launch("exchange", 1, BLOCK, 0, given, answer, order=order)
+
+    def answer(self) -> None:
+        """As the worker."""
+        self.slab_out[:] = self.output
+        store_word(self.done.word, 0, SEQUENCE)
+
+    def assert_given(self) -> None:
+        """The worker can begin."""
+        assert same_bits(self.slab.hidden_states, self.hidden)
+        np.testing.assert_array_equal(self.slab.ids, self.ids)
+        np.testing.assert_array_equal(self.slab.weights, widen(self.weights))
+        self.given.assert_set()
 
 
 def take(
@@ -183,6 +224,76 @@ def test_a_kernel_ahead_awaits_and_does_nothing_else(module: Module) -> None:
         store_word(done.word, 0, SEQUENCE)
     assert same_bits(out, unwritten(48))
     assert flag.word[0] == SEQUENCE - 1
+
+
+@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("ids_dtype", [np.int32, np.int64])
+@pytest.mark.parametrize(("n_vectors", "n_pairs"), SIZES)
+def test_a_call_is_exchanged(
+    module: Module, n_vectors: int, n_pairs: int, ids_dtype: Any, dtype: DType
+) -> None:
+    call = Exchange(n_vectors, n_pairs, ids_dtype, dtype)
+    call.answer()
+    call.launch(module)
+    call.assert_given()
+    assert same_bits(call.out, call.output)
+    call.taken.assert_set()
+
+
+def test_an_exchange_waits_for_the_output(module: Module) -> None:
+    """With its arrays given, and nothing taken."""
+    call = Exchange(2048, 64)
+    thread = threading.Thread(target=call.launch, args=(module,))
+    thread.start()
+    assert wait_for_word(call.given.word, 0, SEQUENCE, PATIENCE_NS, 0)
+    call.assert_given()
+    thread.join(WAITS_S)
+    assert thread.is_alive()
+    assert call.taken.word[0] == SEQUENCE - 1
+    assert same_bits(call.out, unwritten(call.out.nbytes))
+    call.answer()
+    thread.join()
+    assert same_bits(call.out, call.output)
+    call.taken.assert_set()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("part", Slab._fields)
+def test_an_exchange_gives_after_every_store(module: Module, part: str, order: Order) -> None:
+    """The flag is in one of the arrays: what is stored there later would be found in its place."""
+    call = Exchange(3000, 1100, np.int64, DType.F16)
+    target = getattr(call.slab, part)
+    call.answer()
+    for word in (0, 700, target.nbytes // 4 - 1):
+        call.given = Flag(target.ctypes.data + word * 4)
+        call.launch(module, order)
+        call.given.assert_set()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_exchange_takes_after_every_store(module: Module, order: Order) -> None:
+    call = Exchange(3000, 8)
+    call.answer()
+    for word in (0, 4 * BLOCK, call.out.nbytes // 4 - 1):
+        call.taken = Flag(call.out.ctypes.data + word * 4)
+        call.launch(module, order)
+        call.taken.assert_set()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_exchange_sets_no_flag_before_the_last_load(module: Module, order: Order) -> None:
+    """The flags are in what is read."""
+    for word in (0, 4 * BLOCK, 3000 * 4 - 1):
+        call = Exchange(3000, 8)
+        call.answer()
+        before = call.hidden.copy()
+        call.given = Flag(call.hidden.ctypes.data + word * 4)
+        call.taken = Flag(call.slab_out.ctypes.data + word * 4)
+        call.launch(module, order)
+        assert same_bits(call.slab.hidden_states, before)
+        assert same_bits(call.out, call.output)
+        call.given.assert_set()
+        call.taken.assert_set()
 
 
 def test_a_flag_of_later_calls_is_not_awaited(module: Module) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeshm import descriptors
-from moeshm._claims import Allocator, Claim
+from moeshm._claims import Allocator, Claim, sizes
 from moeshm._ring import RingConsumer, RingProducer
 from moeshm._words import load_word, store_word
 from moeshm.descriptors import DESCRIPTOR, Descriptor
@@ -53,10 +53,19 @@ def claimed(allocator: Allocator, shape: Shape) -> Claim:
     return claim
 
 
+def expected_sizes(
+    n_tokens: int, hidden_size: int, top_k: int, dtype: DType
+) -> tuple[int, int, int, int]:
+    """Bytes of hidden states, ids, weights and output."""
+    rows, pairs = n_tokens * hidden_size * dtype.itemsize, n_tokens * top_k * 4
+    return rows, pairs, pairs, rows
+
+
 def parts(claim: Claim, shape: Shape) -> list[tuple[int, int]]:
     """Where its arrays begin and end."""
-    sizes = descriptors.sizes(*shape)
-    return [(at, at + size) for at, size in zip(claim.places[1:], sizes, strict=True)]
+    return [
+        (at, at + size) for at, size in zip(claim.places[1:], expected_sizes(*shape), strict=True)
+    ]
 
 
 @given(st.lists(st.one_of(SHAPES, st.just("free")), max_size=200))
@@ -83,8 +92,9 @@ def test_claims_never_overlap(steps: list[Shape | str]) -> None:
         assert all(begin % ALIGNMENT == 0 for begin, _ in regions)
         used = [region for region in regions if region[0] < region[1]]
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(used))
-        assert claim.out_bytes == descriptors.sizes(*step)[3]
-        assert claim.given_bytes == sum(descriptors.sizes(*step)[:3])
+        assert sizes(*step) == expected_sizes(*step)
+        assert claim.out_bytes == expected_sizes(*step)[3]
+        assert claim.given_bytes == sum(expected_sizes(*step)[:3])
 
 
 def test_there_are_as_many_claims_as_slots() -> None:

@@ -11,7 +11,7 @@ from libc.string cimport memcpy
 import ctypes
 
 cdef enum:
-    # Of one `Fields`: what a call changes in its kernels' arguments is 13 values.
+    # Of one `Fields`: what a call changes in its kernels' arguments is 16 values.
     MOST_FIELDS = 16
     # A call takes seven at most: four kernels and a copy out, after two copies in, or a copy in and
     # a conversion, or after `admit` and with a written value at the end.

@@ -24,10 +24,13 @@ _THREADS, _AHEAD = 256, 8
 #: as there are slots, each on a stream of its own perhaps, and what one of them waits for may be
 #: enqueued behind them: they must never fill the GPU.
 _AWAITING_BLOCKS = 1
+#: What one such kernel moves: all vectors of a thread are loaded together, 32 KiB by its block, and
+#: a thread has one pair at most.
+_MOST_FEW, _MOST_PAIRS = _AWAITING_BLOCKS * _THREADS * _AHEAD, _AWAITING_BLOCKS * _THREADS
 
 
 class Given(ctypes.Structure):
-    """As kernels/move.cu has it: what `give` copies."""
+    """As kernels/move.cu has it: what `give` and `exchange` copy."""
 
     _fields_ = (
         ("hidden_states", ctypes.c_uint64),
@@ -54,6 +57,19 @@ class Taken(ctypes.Structure):
     )
 
 
+class Answer(ctypes.Structure):
+    """As kernels/move.cu has it: what `exchange` awaits and copies, and its flags."""
+
+    _fields_ = (
+        ("slab_out", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("given", ctypes.c_uint64),
+        ("done", ctypes.c_uint64),
+        ("taken", ctypes.c_uint64),
+        ("value", ctypes.c_uint32),
+    )
+
+
 class Signal(ctypes.Structure):
     """As kernels/move.cu has it: the flag that tells of the end, and what counts up to it: that is
     the slot's, as several streams may be at it."""
@@ -70,9 +86,9 @@ class Mover:
 
     `memory`: the slab's segment, mapped whole; `handle`: what its data is opened by if that is
     device memory, else empty; `worker_bus_id`: where the worker's GPU is, as `Features.bus_id`. One
-    thread at a time may give and take; `fetch` and `put` may be called by another meanwhile. A
-    caller's current device is left as it was. DeviceError: the driver refuses something; nothing is
-    left behind then.
+    thread at a time may give, take and exchange; `fetch` and `put` may be called by another
+    meanwhile. A caller's current device is left as it was. DeviceError: the driver refuses
+    something; nothing is left behind then.
     """
 
     def __init__(
@@ -161,11 +177,49 @@ class Mover:
             self._counts + slot * 4,
             sequence,
         )
-        takes = self._takes_few if n_vectors <= self._most_few else self._takes
+        takes = self._takes_few if n_vectors <= _MOST_FEW else self._takes
         commands = takes.of(n_vectors)
         if takes.waits:
             commands.set_value(0, done, sequence)
         self._enqueue(commands, stream)
+
+    def exchange(
+        self, stream: int, arrays: DeviceInputs, out: int, n_bytes: int, at: Places, sequence: int
+    ) -> bool:
+        """Enqueue all that `give` and `take` do as one launch; False, and nothing is enqueued,
+        where these are for such a call.
+
+        Only for a call whose worker was told of it: the launch waits for the worker. DeviceError:
+        the driver refuses, and nothing is enqueued.
+        """
+        commands = self._exchange
+        if commands is None or n_bytes > 16 * _MOST_FEW:
+            return False
+        n_pairs = arrays.n_tokens * arrays.top_k
+        if n_pairs > _MOST_PAIRS:
+            return False
+        slot, hidden_states, topk_ids, topk_weights, slab_out = at
+        data, flags = self._data, self._flags + slot * SLOT_BYTES
+        self._exchanged.set(
+            arrays.hidden_states,
+            arrays.topk_ids,
+            arrays.topk_weights,
+            data + hidden_states,
+            data + topk_ids,
+            data + topk_weights,
+            n_bytes,
+            n_pairs,
+            arrays.ids_itemsize,
+            arrays.weights_dtype,
+            data + slab_out,
+            out,
+            flags + GIVEN,
+            flags + DONE,
+            flags + TAKEN,
+            sequence,
+        )
+        self._enqueue(commands, stream)
+        return True
 
     def fetch(self, offset: int, n_bytes: int) -> Bytes:
         """A copy, as uint8, of what is there in the slab's data. DeviceError."""
@@ -207,13 +261,17 @@ class Mover:
         self._given, self._taken = _all_fields(*given), _all_fields(*taken)
         self._give = _Launches(device, [module.kernel("give")], given, n_blocks)
         take = module.kernel("take")
-        #: Vectors of an output that a kernel takes which waits by itself.
-        self._most_few = _AWAITING_BLOCKS * _THREADS * _AHEAD
+        #: None where no kernel may wait.
+        self._exchange: CommandList | None = None
         if may_await:
             kernels = [module.kernel("await_done"), take]
             self._takes = _Launches(device, kernels, taken, n_blocks)
             kernels = [module.kernel("await_and_take")]
             self._takes_few = _Launches(device, kernels, taken, _AWAITING_BLOCKS)
+            exchanged = (Given(), Answer())
+            kernels = [module.kernel("exchange")]
+            self._exchanged = _all_fields(*exchanged)
+            self._exchange = _Launches(device, kernels, exchanged, _AWAITING_BLOCKS).of(0)
         else:
             self._takes = _Launches(device, [take], taken, n_blocks, waits=True)
             self._takes_few = self._takes
@@ -256,7 +314,7 @@ class Mover:
 class _Launches:
     """A kernel, made ready for copies of every size; its arguments are changed in place.
 
-    `kernels`: it, and ahead of it others of one block. `arguments`: what it copies, and its signal.
+    `kernels`: it, and ahead of it others of one block. `arguments`: what it copies, and its flags.
     `most_blocks`: of a grid. `waits`: each list begins with a wait of the stream's, its command 0.
     """
 
@@ -264,7 +322,7 @@ class _Launches:
         self,
         device: Device,
         kernels: Sequence[Kernel],
-        arguments: tuple[ctypes.Structure, Signal],
+        arguments: tuple[ctypes.Structure, ctypes.Structure],
         most_blocks: int,
         *,
         waits: bool = False,

@@ -1,0 +1,327 @@
+"""What goes wrong between a call's room in the slab and its launch: no stream waits for ever, and
+no slot is lost."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import moeshm
+from moeshm.errors import (
+    CallError,
+    ClientClosed,
+    DeadlineExceeded,
+    DeviceError,
+    ProtocolError,
+    RingFull,
+    WorkerDied,
+)
+from moeshm.transport.slab import SLOTS
+from tests.crash.arithmetic import FREE, ArithmeticBackend, make_inputs
+from tests.crash.device_calls.calls import MORE_TOKENS, SOON_S, GpuCall, Kind, connected, wait_until
+from tests.crash.processes import GatedWorker, within
+from tests.engine_gpu import PATIENCE_S, HostMover, Movers, Stream
+
+
+def assert_next_call_works(
+    client: moeshm.ExpertClient, stream: Stream, *, n_reconnects: int = 1
+) -> None:
+    """In another session, or in the same one."""
+    call = GpuCall.of(make_inputs(FREE, 3))
+    with within(SOON_S):
+        call.submit(client, stream).wait(PATIENCE_S)
+    call.check()
+    assert client.stats().reconnects == n_reconnects
+    stream.synchronize()
+
+
+def assert_let_go(mover: HostMover) -> None:
+    """Nothing is on its way in that slab."""
+    wait_until(lambda: mover.is_closed)
+
+
+def enqueued(mover: HostMover, stream: Stream) -> tuple[int, int]:
+    """Calls that were given and taken, once the stream has passed everything."""
+    stream.synchronize()
+    return mover.n_given, mover.n_taken
+
+
+def after_descriptor(
+    client: moeshm.ExpertClient, patch: pytest.MonkeyPatch, what: Callable[[], object]
+) -> None:
+    """The session's next call is launched after that, and the worker has its descriptor before."""
+    link = client._link
+    write = link._write_descriptor
+
+    def write_and_more(descriptor: bytes, deadline: float) -> int:
+        n_bytes = write(descriptor, deadline)
+        what()
+        return n_bytes
+
+    patch.setattr(link, "_write_descriptor", write_and_more)
+
+
+# --- before the worker knows of it ----------------------------------------------------------
+
+
+def test_a_ring_that_is_full(
+    client: moeshm.ExpertClient, stream: Stream, movers: Movers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is launched, and neither slots nor the session are used up by it."""
+
+    def refuse(_descriptor: bytes, _deadline: float) -> int:
+        raise RingFull("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client._link, "_write_descriptor", refuse)
+        for _ in range(SLOTS + 1):
+            with pytest.raises(RingFull, match="no room"):
+                GpuCall.of(make_inputs(FREE, 2)).submit(client, stream)
+    assert enqueued(movers.opened[0], stream) == (0, 0)
+    # All at a time, each with a slot.
+    gate = stream.hold()
+    calls = [GpuCall.of(make_inputs(FREE, tag)) for tag in range(SLOTS)]
+    with within(SOON_S):
+        futures = [call.submit(client, stream) for call in calls]
+        gate.set()
+        for call, future in zip(calls, futures, strict=True):
+            future.wait(PATIENCE_S)
+            call.check()
+    assert_next_call_works(client, stream, n_reconnects=0)
+
+
+def test_a_ring_that_is_broken(
+    client: moeshm.ExpertClient, stream: Stream, movers: Movers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_descriptor: bytes, _deadline: float) -> int:
+        raise ProtocolError("it makes no sense")
+
+    monkeypatch.setattr(client._link, "_write_descriptor", refuse)
+    with pytest.raises(WorkerDied, match="it makes no sense"):
+        GpuCall.of(make_inputs(FREE, 2)).submit(client, stream)
+    assert enqueued(movers.opened[0], stream) == (0, 0)
+    assert_let_go(movers.opened[0])
+    assert_next_call_works(client, stream)
+
+
+def test_a_session_that_ends_before_the_descriptor(
+    client: moeshm.ExpertClient, stream: Stream, movers: Movers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the call has its room already."""
+    link = client._link
+    new_id = link.new_id
+
+    def lose() -> int:
+        link.lose(WorkerDied("all of a sudden"))
+        return new_id()
+
+    monkeypatch.setattr(link, "new_id", lose)
+    with pytest.raises(WorkerDied, match="all of a sudden"):
+        GpuCall.of(make_inputs(FREE, 2)).submit(client, stream)
+    assert enqueued(movers.opened[0], stream) == (0, 0)
+    assert_let_go(movers.opened[0])
+    assert_next_call_works(client, stream)
+
+
+# --- before the launch ------------------------------------------------------------------------
+
+
+def test_a_worker_that_dies_before_the_launch(
+    worker: GatedWorker,
+    client: moeshm.ExpertClient,
+    stream: Stream,
+    movers: Movers,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is launched then waits for nobody."""
+    after_descriptor(client, monkeypatch, worker.process.kill)
+    future = GpuCall.of(make_inputs(FREE, 2)).submit(client, stream)
+    with within(SOON_S):
+        with pytest.raises(WorkerDied):
+            future.wait(PATIENCE_S)
+        assert enqueued(movers.opened[0], stream) == (1, 1)
+        assert_let_go(movers.opened[0])
+
+
+def test_a_worker_that_dies_before_the_launch_is_stood_in_for(
+    worker: GatedWorker,
+    movers: Movers,
+    kind: Kind,
+    stream: Stream,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The fallback computes what that launch gives."""
+    assert not movers.opened
+    with connected(worker, kind, ArithmeticBackend()) as client:
+        after_descriptor(client, monkeypatch, worker.process.kill)
+        call = GpuCall.of(make_inputs(FREE, 2))
+        future = call.submit(client, stream)
+        with within(SOON_S):
+            future.wait(PATIENCE_S)
+        call.check()
+        assert client.stats().fallbacks == {"worker_died": 1}
+
+
+def test_a_worker_that_hangs_before_the_launch(
+    worker: GatedWorker,
+    client: moeshm.ExpertClient,
+    stream: Stream,
+    movers: Movers,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    after_descriptor(client, monkeypatch, worker.process.stop)
+    future = GpuCall.of(make_inputs(FREE, 2)).submit(client, stream, timeout_s=0.3)
+    with within(SOON_S):
+        with pytest.raises(DeadlineExceeded):
+            future.wait(PATIENCE_S)
+        assert enqueued(movers.opened[0], stream) == (1, 1)
+        assert_let_go(movers.opened[0])
+    worker.process.signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupt_between_the_descriptor_and_the_launch(
+    client: moeshm.ExpertClient,
+    stream: Stream,
+    movers: Movers,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+) -> None:
+    """The worker waits for arrays that never come: the session is given up, and its slot is not
+    another call's."""
+
+    def interrupt() -> None:
+        raise error
+
+    after_descriptor(client, monkeypatch, interrupt)
+    with pytest.raises(error):
+        GpuCall.of(make_inputs(FREE, 2)).submit(client, stream)
+    assert enqueued(movers.opened[0], stream) == (0, 0)
+    assert_let_go(movers.opened[0])
+    assert_next_call_works(client, stream)
+
+
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [(ClientClosed("closed meanwhile"), ClientClosed), (WorkerDied("lost meanwhile"), WorkerDied)],
+)
+def test_a_session_that_ends_before_the_launch(
+    worker: GatedWorker,
+    client: moeshm.ExpertClient,
+    stream: Stream,
+    movers: Movers,
+    monkeypatch: pytest.MonkeyPatch,
+    cause: CallError,
+    told: type[CallError],
+) -> None:
+    """By another thread."""
+    link = client._link
+    # Else it may compute the call all the same.
+    worker.process.stop()
+
+    def end() -> None:
+        thread = threading.Thread(target=link.close, args=(cause,))
+        thread.start()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+
+    after_descriptor(client, monkeypatch, end)
+    future = GpuCall.of(make_inputs(FREE, 2)).submit(client, stream)
+    with within(SOON_S):
+        with pytest.raises(told, match="meanwhile"):
+            future.wait(PATIENCE_S)
+        assert enqueued(movers.opened[0], stream) == (1, 1)
+        assert_let_go(movers.opened[0])
+    worker.process.signal(signal.SIGCONT)
+
+
+# --- at the launch ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["exchange", "give", "take"])
+@pytest.mark.parametrize("error", [DeviceError, KeyboardInterrupt])
+def test_a_submit_that_is_cut_short(
+    client: moeshm.ExpertClient,
+    stream: Stream,
+    movers: Movers,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    error: type[BaseException],
+) -> None:
+    """The caller hears of it, nothing waits for ever, and the next call has another session."""
+    first = GpuCall.of(make_inputs(FREE, 1))
+    first.submit(client, stream).wait(PATIENCE_S)
+
+    def fail(*_arguments: object) -> None:
+        raise error("not today")
+
+    monkeypatch.setattr(movers.opened[0], step, fail)
+    with pytest.raises(error):
+        # More than one launch exchanges.
+        GpuCall.of(make_inputs(FREE, 2, MORE_TOKENS)).submit(client, stream)
+    assert enqueued(movers.opened[0], stream) == (1 + (step == "take"), 1)
+    assert_let_go(movers.opened[0])
+    assert_next_call_works(client, stream)
+
+
+def test_a_launch_that_is_refused_leaves_earlier_calls_to_their_streams(
+    client: moeshm.ExpertClient,
+    stream: Stream,
+    movers: Movers,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They end with the session, and the slab is let go of when they have."""
+    gate = stream.hold()
+    earlier = GpuCall.of(make_inputs(FREE, 1)).submit(client, stream)
+
+    def fail(*_arguments: object) -> None:
+        raise DeviceError("not today")
+
+    monkeypatch.setattr(movers.opened[0], "exchange", fail)
+    with pytest.raises(DeviceError, match="not today"):
+        GpuCall.of(make_inputs(FREE, 2)).submit(client, stream)
+    # Else the worker could be faster.
+    wait_until(lambda: earlier._parts[0].is_released)
+    assert not movers.opened[0].is_closed
+    gate.set()
+    with within(SOON_S), pytest.raises(WorkerDied, match="not today"):
+        earlier.wait(PATIENCE_S)
+    assert_let_go(movers.opened[0])
+    assert_next_call_works(client, stream)
+
+
+def test_an_interrupt_right_after_the_launch(
+    client: moeshm.ExpertClient,
+    stream: Stream,
+    movers: Movers,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Kind,
+) -> None:
+    """What was launched does not wait for ever, though nobody knows that it was."""
+    mover = movers.opened[0]
+    step = "take" if kind.most_exchanged < 0 else "exchange"
+    launch, close = getattr(mover, step), mover.close
+
+    def launch_and_fail(*arguments: Any) -> None:
+        launch(*arguments)
+        raise KeyboardInterrupt
+
+    def close_later() -> None:
+        # As drivers do, which wait for every stream before they free memory.
+        stream.synchronize()
+        close()
+
+    monkeypatch.setattr(mover, step, launch_and_fail)
+    monkeypatch.setattr(mover, "close", close_later)
+    gate = stream.hold()
+    with pytest.raises(KeyboardInterrupt):
+        GpuCall.of(make_inputs(FREE, 2)).submit(client, stream)
+    gate.set()
+    with within(SOON_S):
+        assert enqueued(mover, stream) == (1, 1)
+        assert_let_go(mover)
+    assert_next_call_works(client, stream)
