@@ -23,10 +23,10 @@ def connect(
 ) -> ExpertClient:
     """A client of the worker that listens at `unix:PATH`.
 
-    `transport` ("auto", "shared", "stream") and `wire_dtype` ("auto", "f32", "f16", "bf16"): by
-    default MOESHM_TRANSPORT and MOESHM_WIRE_DTYPE. `timeout_s`: for connecting and the handshake,
-    by default MOESHM_CONNECT_TIMEOUT_S. `fallback`: a backend that holds the same experts and
-    computes, in this process, the calls that a lost worker leaves. `placement`: what
+    `transport` ("auto", "shared", "stream", "device") and `wire_dtype` ("auto", "f32", "f16",
+    "bf16"): by default MOESHM_TRANSPORT and MOESHM_WIRE_DTYPE. `timeout_s`: for connecting and the
+    handshake, by default MOESHM_CONNECT_TIMEOUT_S. `fallback`: a backend that holds the same
+    experts and computes, in this process, the calls that a lost worker leaves. `placement`: what
     `Placement.fingerprint` says of this worker; one that holds other experts refuses.
     `batch_capacity`: most tokens in one message, by default MOESHM_BATCH_CAPACITY. `engine_device`
     ("cuda:0", "hip:1"): the GPU whose arrays calls may hold; then `transport` "shared" has them go

@@ -57,24 +57,36 @@ def parse(name: str | None, transport: str | None) -> tuple[EngineDevice | None,
     `transport`: as of `connect`; "device" is for arrays of the GPU's alone. SettingError: it, or
     the name.
     """
-    if name is None:
-        if transport == "device":
-            raise SettingError(
-                "transport='device' is for arrays on the engine's GPU; say which: "
-                "engine_device='cuda:0'"
-            )
-        return None, transport
-    found = _NAME.fullmatch(name)
-    if found is None:
-        raise SettingError(f"engine_device={name!r}; write cuda:N or hip:N")
     wanted = transport or settings.current().transport
+    gpu = parse_name(name, wanted, "MOESHM_TRANSPORT" if transport is None else "transport")
+    if gpu is None:
+        return None, transport
     if wanted not in _KINDS:
         raise SettingError(
             f"transport={wanted!r} carries no arrays of engine_device={name!r}; choose "
             f"{', '.join(_KINDS)}"
         )
-    engine = EngineDevice(name, found["vendor"], int(found["index"] or 0), _KINDS[wanted])
-    return engine, "shared" if transport == "device" else transport
+    return gpu._replace(kind=_KINDS[wanted]), "shared" if wanted == "device" else transport
+
+
+def parse_name(
+    name: str | None, transport: str, transport_name: str = "transport"
+) -> EngineDevice | None:
+    """The GPU of `cuda:N` or `hip:N`, with any kind of slab; None for None.
+
+    SettingError: it is no such name, or there is none and the transport is "device".
+    """
+    if name is None:
+        if transport == "device":
+            raise SettingError(
+                f"{transport_name}='device' is for arrays on the engine's GPU; say which: "
+                "engine_device='cuda:0'"
+            )
+        return None
+    found = _NAME.fullmatch(name)
+    if found is None:
+        raise SettingError(f"engine_device={name!r}; write cuda:N or hip:N")
+    return EngineDevice(name, found["vendor"], int(found["index"] or 0), "auto")
 
 
 class Engine:

@@ -12,7 +12,8 @@ import msgspec
 from .errors import SettingError
 
 MODES = ("auto", "batched", "stream")
-TRANSPORTS = ("auto", "stream", "shared")
+#: `device` is for arrays on the engine's GPU alone.
+TRANSPORTS = ("auto", "stream", "shared", "device")
 WIRE_DTYPES = ("auto", "f32", "f16", "bf16")
 MAX_BATCH_CAPACITY = 4096
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -25,7 +26,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     #: How a layer's tokens are cut into messages: as few as fit, slices of 4, or as measured.
     mode: str = "auto"
-    #: How activations travel: over the socket, through shared rings, or what fits best.
+    #: How activations travel: over the socket, through the host's shared memory, from GPU to GPU
+    #: through that of the worker's, or what fits best.
     transport: str = "auto"
     #: Number format of activations on the way; `auto` sends them as the caller holds them.
     wire_dtype: str = "auto"

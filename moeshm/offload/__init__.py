@@ -7,6 +7,7 @@ fallback.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -14,23 +15,24 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
-from .. import arrays, settings
+from .. import settings
 from .._inputs import route
 from ..backends import Backend, Ids
-from ..call import CallFuture
 from ..choice import MAX_TIMEOUT_S
-from ..dtypes import FloatArray
+from ..device_arrays import is_device_array
+from ..engine_device import parse_name
 from ..errors import InvalidCall
 from ..placement import Placement
 from ..policy import LocalCost, Policy, Work
 from ..routing_stats import RoutingStats
+from ..stats import CallTimes
 from . import calibration, remote
+from .activations import Activations, HostActivations
 from .change import PlacementChange, Plans
 from .cold import ColdPart, Loss
 from .counts import OffloadCounter, OffloadStats
 from .explanation import Explanation
+from .gpu_activations import EngineGpu
 from .layer import LocalExperts, OffloadedLayer
 from .plan import Plan
 from .remote import Remote, WorkerLike
@@ -47,12 +49,14 @@ class ExpertOffload:
     of it over different transports. What an address opens is closed by `close`; clients stay the
     caller's. `local`: computes the hot experts, a function or a backend that holds them.
     `policy`: how rows travel, by default as the MOESHM_* variables say. `fallback`: a backend
-    that holds every cold expert, for what no worker computes. Several threads may call `forward`
-    if `local` and `fallback` allow it.
+    that holds every cold expert, for what no worker computes. `engine_device`: as of `connect`, the
+    GPU whose arrays `forward` may be given. Several threads may call `forward` if `local` and
+    `fallback` allow it.
 
     PlacementError: a worker is missing, or does not hold what the placement gives it, or there
     are hot experts and no `local`, or `local` or `fallback` lack an expert. SettingError: the
-    policy wants a transport that no client of a worker has. As `connect`, for addresses.
+    policy wants a transport that no client of a worker has. As `connect`, for addresses; a slab
+    that is refused while other ways are allowed is left out, and shown.
     """
 
     def __init__(
@@ -63,13 +67,16 @@ class ExpertOffload:
         local: LocalExperts | Backend | None = None,
         policy: Policy | None = None,
         fallback: Backend | None = None,
+        engine_device: str | None = None,
     ) -> None:
         #: How rows travel, as far as it was said.
         self.policy = policy or Policy.from_settings(settings.current())
-        self._remotes, self._opened = remote.reach(workers, placement, self.policy)
+        engine = parse_name(engine_device, self.policy.transport)
+        self._gpu = None if engine is None else EngineGpu(engine)
+        self._remotes, self._opened = remote.reach(workers, placement, self.policy, engine)
         try:
             plan = Plan.first(placement, self._remotes, local, fallback)
-            calibration.calibrate(self._remotes.values())
+            calibration.calibrate(self._remotes.values(), self._gpu)
         except BaseException:
             self._close_clients()
             raise
@@ -93,29 +100,34 @@ class ExpertOffload:
         topk_weights: Any,
         *,
         timeout_s: float | None = None,
+        stream: Any = None,
     ) -> Any:
         """The weighted sum of the selected experts' outputs, like hidden_states.
 
-        Arguments as for `ExpertClient.submit`, with the model's (global) ids. WorkerDied,
-        DeadlineExceeded: all workers of an expert are lost, and there is no fallback. InvalidCall.
+        Arguments as for `ExpertClient.submit`, with the model's (global) ids. Arrays on the
+        engine's GPU are those of `stream`, None for their library's current one, and so is the
+        result. Such a forward waits for the stream first, to bring ids and weights to the host, and
+        for the workers; what the result is added up from is enqueued. WorkerDied, DeadlineExceeded:
+        all workers of an expert are lost, and there is no fallback. InvalidCall. SettingError: the
+        policy leaves no way for such rows.
         """
         if timeout_s is not None and not 0 < timeout_s <= MAX_TIMEOUT_S:
             raise InvalidCall(f"timeout_s={timeout_s}; it must lie in 0..{MAX_TIMEOUT_S:g}")
         with self._plans.in_use() as plan:
             placed = _find(plan, layer)
-            inputs = placed.check(hidden_states, topk_ids, topk_weights)
-            self.routing.observe(layer, inputs.topk_ids)
-            hot_ids, _, n_hot, n_experts = route(inputs.topk_ids, placed.dispatch.hot)
-            local_ns = self._expected_ns(placed, n_hot, n_experts)
-            cold = ColdPart(placed, plan.views, self._remotes, inputs, timeout_s, local_ns, self)
-            cold.send(inputs.topk_ids)
-            if n_hot:
-                total = self._compute_hot(placed, inputs, hot_ids, n_hot, n_experts)
-            else:
-                total = np.zeros(inputs.hidden_states.shape, np.float32)
-            cold.collect(total)
-        self._counter.finished(n_hot)
-        return arrays.as_output(total, inputs)
+            given = self._check(placed, hidden_states, topk_ids, topk_weights, stream)
+            with contextlib.closing(given):
+                self.routing.observe(layer, given.topk_ids)
+                hot_ids, _, n_hot, n_experts = route(given.topk_ids, placed.dispatch.hot)
+                local_ns = self._expected_ns(placed, n_hot, n_experts)
+                cold = ColdPart(placed, plan.views, self._remotes, given, timeout_s, local_ns, self)
+                cold.send(given.topk_ids)
+                if n_hot:
+                    self._add_hot(placed, given, hot_ids, n_hot, n_experts)
+                cold.collect()
+                result = given.result()
+        self._counter.finished(n_hot, given.on_gpu)
+        return result
 
     def apply(
         self,
@@ -172,15 +184,45 @@ class ExpertOffload:
         for client in self._opened:
             client.close()
 
-    def _compute_hot(
-        self, placed: OffloadedLayer, inputs: arrays.Inputs, ids: Ids, n_slots: int, n_experts: int
-    ) -> FloatArray:
+    def _check(
+        self,
+        placed: OffloadedLayer,
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        stream: Any,
+    ) -> Activations:
+        """The arrays of a forward, wherever they are; InvalidCall."""
+        if stream is None and not is_device_array(hidden_states):
+            if self.policy.transport == "device":
+                raise InvalidCall(
+                    "arrays in the host's memory, and transport='device' carries those on a GPU; "
+                    "pass them there, or choose another transport"
+                )
+            return HostActivations(placed.check(hidden_states, topk_ids, topk_weights))
+        if self._gpu is None:
+            raise InvalidCall(
+                "arrays on a GPU; make the offload with engine_device='cuda:0', or pass them in "
+                "the host's memory"
+            )
+        return self._gpu.check(
+            placed.number,
+            placed.info_for(hidden_states),
+            hidden_states,
+            topk_ids,
+            topk_weights,
+            stream,
+            self._counter.brought,
+        )
+
+    def _add_hot(
+        self, placed: OffloadedLayer, given: Activations, ids: Ids, n_slots: int, n_experts: int
+    ) -> None:
         start_ns = time.perf_counter_ns()
-        total = placed.compute_hot(inputs, ids)
+        placed.add_hot(given, ids)
         elapsed_ns = time.perf_counter_ns() - start_ns
         with self._learning:
             self._local_cost.observe(placed.local_shape, n_slots, n_experts, elapsed_ns)
-        return total
 
     def _expected_ns(self, placed: OffloadedLayer, n_slots: int, n_experts: int) -> float:
         """Of the hot part."""
@@ -191,11 +233,10 @@ class ExpertOffload:
 
     # --- as cold.Reports --------------------------------------------------------------------
 
-    def succeeded(self, remote: Remote, work: Work, future: CallFuture) -> None:
+    def succeeded(self, remote: Remote, work: Work, times: CallTimes) -> None:
         """A worker computed its part."""
         remote.health.recover()
-        assert future.times is not None
-        self._counter.succeeded(remote.name, int(work.rows), int(work.slots), future.times)
+        self._counter.succeeded(remote.name, int(work.rows), int(work.slots), times)
 
     def failed(self, remote: Remote, error: Loss) -> None:
         """A worker was lost with slots on their way."""

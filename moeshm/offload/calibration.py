@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterable
 
 import numpy as np
 
-from ..errors import CallError
+from ..arrays import Inputs
+from ..errors import CallError, DeviceError
 from ..layers import LayerInfo
 from ..policy import Choice, Shape, Times, Work
+from .activations import Activations, HostActivations
+from .gpu_activations import EngineGpu
 from .layer import shape_of
 from .remote import Remote, times_of
 
@@ -22,8 +26,9 @@ BUDGET_NS = 100_000_000
 TURNS = 2
 
 
-def calibrate(remotes: Iterable[Remote]) -> None:
-    """Let every worker compute made-up rows of growing number over every way to it.
+def calibrate(remotes: Iterable[Remote], gpu: EngineGpu | None) -> None:
+    """Let every worker compute made-up rows of growing number over every way to it; rows on the
+    engine's GPU, if it has one.
 
     Nothing is begun once the budget is spent, nor what is expected to exceed it. Rows have the
     dtype of the layer's weights, as an engine's usually have. A worker that is lost meanwhile, or
@@ -38,37 +43,56 @@ def calibrate(remotes: Iterable[Remote]) -> None:
             ):
                 share_ns = (end_ns - time.perf_counter_ns()) // n_left
                 if share_ns > 0:
-                    _calibrate(remote, shape, number, info, share_ns)
-        except CallError as error:
-            _log.warning("worker %r could not be calibrated: %s", remote.name, error)
+                    _calibrate(remote, shape, number, info, share_ns, gpu)
+        except (CallError, DeviceError) as error:
+            _log.warning("worker %r could not be calibrated: %s", remote.name, str(error))
 
 
-def _calibrate(remote: Remote, shape: Shape, number: int, info: LayerInfo, budget_ns: int) -> None:
+def _calibrate(
+    remote: Remote,
+    shape: Shape,
+    number: int,
+    info: LayerInfo,
+    budget_ns: int,
+    gpu: EngineGpu | None,
+) -> None:
     end_ns = time.perf_counter_ns() + budget_ns
     held = len(info.experts)
     probes = remote.chooser.probes(
-        shape, held, min(info.top_k, held), info.weight_dtype, budget_ns / TURNS
+        shape, held, min(info.top_k, held), info.weight_dtype, budget_ns / TURNS, gpu is not None
     )
     for choice, work in probes:
-        turns = [_probe(remote, number, info, work, choice)]
+        turns = [_probe(remote, number, info, work, choice, gpu)]
         while len(turns) < TURNS and time.perf_counter_ns() < end_ns:
-            turns.append(_probe(remote, number, info, work, choice))
+            turns.append(_probe(remote, number, info, work, choice, gpu))
         remote.chooser.seed(shape, work, choice, min(turns, key=lambda times: times.elapsed_ns))
         if time.perf_counter_ns() >= end_ns:
             return
 
 
-def _probe(remote: Remote, number: int, info: LayerInfo, work: Work, choice: Choice) -> Times:
+def _probe(
+    remote: Remote,
+    number: int,
+    info: LayerInfo,
+    work: Work,
+    choice: Choice,
+    gpu: EngineGpu | None,
+) -> Times:
     rows = work.n_tokens
     # Neighbours take other experts, as many as there are.
     ids = np.arange(rows * work.top_k, dtype=np.int32) % len(info.experts)
-    future = remote.clients[choice.transport].submit(
-        number,
+    inputs = Inputs(
         np.zeros((rows, info.hidden_size), work.dtype.numpy),
         ids.reshape(rows, work.top_k),
         np.full((rows, work.top_k), 1 / work.top_k, np.float32),
-        wire_dtype=choice.wire_dtype,
-        slice_tokens=choice.slice_tokens,
+        work.dtype,
+        0,
+        False,
     )
-    future.add_to(np.zeros((rows, info.hidden_size), np.float32))
-    return times_of(future)
+    client = remote.clients[choice.transport]
+    given: Activations = HostActivations(inputs) if gpu is None else gpu.probe(inputs)
+    with contextlib.closing(given):
+        pending = given.submit(client, number, inputs.topk_ids, choice, client.view, None)
+        given.take(pending)
+    assert pending.times is not None
+    return times_of(pending.times, choice)

@@ -9,12 +9,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from .._inputs import route
-from ..arrays import Inputs
 from ..backends import Ids
-from ..call import CallFuture
-from ..dtypes import FloatArray
 from ..errors import DeadlineExceeded, WorkerDied
 from ..policy import Choice, Work
+from ..stats import CallTimes
+from .activations import Activations, Pending
 from .dispatch import Table
 from .layer import OffloadedLayer
 from .plan import Views
@@ -26,7 +25,7 @@ Loss = WorkerDied | DeadlineExceeded
 class Reports(Protocol):
     """Who keeps the counts."""
 
-    def succeeded(self, remote: Remote, work: Work, future: CallFuture) -> None: ...
+    def succeeded(self, remote: Remote, work: Work, times: CallTimes) -> None: ...
     def failed(self, remote: Remote, error: Loss) -> None: ...
     def fell_back(self, cause: str, n_slots: int) -> None: ...
 
@@ -39,7 +38,7 @@ class _Sent(NamedTuple):
     work: Work
     choice: Choice
     start_ns: int
-    outcome: CallFuture | Loss
+    outcome: Pending | Loss
     #: False when no time was left to ask.
     is_asked: bool
 
@@ -62,7 +61,7 @@ class ColdPart:
         layer: OffloadedLayer,
         views: Views,
         remotes: Mapping[str, Remote],
-        inputs: Inputs,
+        given: Activations,
         timeout_s: float | None,
         local_ns: float,
         reports: Reports,
@@ -70,7 +69,7 @@ class ColdPart:
         self._layer = layer
         self._views = views
         self._remotes = remotes
-        self._inputs = inputs
+        self._given = given
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._local_ns = local_ns
         self._down = frozenset(n for n, remote in remotes.items() if remote.health.is_down())
@@ -100,16 +99,16 @@ class ColdPart:
         for worker, table in routes.by_worker.items():
             self._send_to(self._remotes[worker], ids, table)
 
-    def collect(self, total: FloatArray) -> None:
+    def collect(self) -> None:
         """Add every result; WorkerDied, DeadlineExceeded: some slots nobody can compute."""
         try:
             while self._sent or self._orphans is not None:
-                self._fall_back(total)
+                self._fall_back()
                 sent, self._sent = self._sent, []
-                lost = [each for each in sent if not self._took(each, total)]
+                lost = [each for each in sent if not self._took(each)]
                 if lost:
                     self._lost += [each for each in lost if each.is_asked]
-                    left = np.full_like(self._inputs.topk_ids, -1)
+                    left = np.full_like(self._given.topk_ids, -1)
                     for each in lost:
                         np.maximum(left, each.carried(), out=left)
                     self.send(left)
@@ -124,55 +123,58 @@ class ColdPart:
         local_ids, rows, slots, experts = route(ids, table)
         if not slots:
             return
-        inputs, layer = self._inputs, self._layer
-        work = Work(len(ids), rows, slots, experts, ids.shape[1], inputs.dtype, self._local_ns)
+        given, layer = self._given, self._layer
+        work = Work(
+            len(ids), rows, slots, experts, ids.shape[1], given.dtype, self._local_ns, given.on_gpu
+        )
         choice = remote.chooser.choose(layer.shapes[remote.name], work)
         start_ns = time.perf_counter_ns()
         left_s = self._left_s()
         is_asked = left_s is None or left_s > 0
-        outcome: CallFuture | Loss
+        outcome: Pending | Loss
         try:
             if not is_asked:
                 raise DeadlineExceeded(
                     f"no time was left to ask worker {remote.name!r}; allow more (timeout_s)"
                 )
-            outcome = remote.clients[choice.transport].submit(
+            outcome = given.submit(
+                remote.clients[choice.transport],
                 layer.number,
-                inputs.hidden_states,
                 local_ids,
-                inputs.topk_weights,
-                timeout_s=left_s,
-                wire_dtype=choice.wire_dtype,
-                slice_tokens=choice.slice_tokens,
-                view=self._views[remote.name][choice.transport],
+                choice,
+                self._views[remote.name][choice.transport],
+                left_s,
             )
         except (WorkerDied, DeadlineExceeded) as error:
-            outcome = error
+            # Its frames hold on to the session, and to this.
+            outcome = error.with_traceback(None)
         self._sent.append(_Sent(remote, ids, table, work, choice, start_ns, outcome, is_asked))
 
-    def _took(self, sent: _Sent, total: FloatArray) -> bool:
+    def _took(self, sent: _Sent) -> bool:
         """Add a call's result; False when it was lost."""
         remote = sent.remote
         try:
             if isinstance(sent.outcome, Loss):
                 raise sent.outcome
-            sent.outcome.add_to(total)
+            self._given.take(sent.outcome)
         except (WorkerDied, DeadlineExceeded) as error:
-            self._losses[remote.name] = error
+            self._losses[remote.name] = error.with_traceback(None)
             if sent.is_asked:
                 self._reports.failed(remote, error)
             return False
         shape = self._layer.shapes[remote.name]
+        taken = sent.outcome.times
+        assert taken is not None
         remote.saw(shape, sent.work)
-        remote.chooser.observe(shape, sent.work, sent.choice, times_of(sent.outcome))
-        self._reports.succeeded(remote, sent.work, sent.outcome)
+        remote.chooser.observe(shape, sent.work, sent.choice, times_of(taken, sent.choice))
+        self._reports.succeeded(remote, sent.work, taken)
         return True
 
     def _left_s(self) -> float | None:
         """Seconds to the deadline of the forward, 0 once it is past; None without one."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
-    def _fall_back(self, total: FloatArray) -> None:
+    def _fall_back(self) -> None:
         """Compute here what no worker takes."""
         ids, self._orphans = self._orphans, None
         if ids is None:
@@ -181,7 +183,7 @@ class ColdPart:
         if self._layer.fallback is None:
             assert loss is not None
             raise loss
-        total += self._layer.compute_fallback(self._inputs, ids)
+        self._layer.add_fallback(self._given, ids)
         cause = "worker_down"
         if loss is not None:
             cause = "deadline" if isinstance(loss, DeadlineExceeded) else "worker_died"

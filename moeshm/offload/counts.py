@@ -21,6 +21,10 @@ class OffloadStats(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     forwards: int
+    #: Of these, with arrays on the engine's GPU, each of which waits for their stream to bring ids
+    #: and weights to the host; and how many of them brought all the rows, too.
+    gpu_forwards: int
+    brought: int
     hot_slots: int
     #: By worker, the slots that it computed.
     cold_slots: dict[str, int]
@@ -38,6 +42,7 @@ class OffloadStats(msgspec.Struct, frozen=True, kw_only=True):
     bytes_in: int
     pack_s: float
     wait_s: float
+    #: Of workers that tell: outputs in slabs come without a word of it.
     compute_s: float
     unpack_s: float
     #: From the beginning of sending until the result was there; the local part ran meanwhile.
@@ -48,7 +53,7 @@ class OffloadStats(msgspec.Struct, frozen=True, kw_only=True):
     #: Sessions after the first of each client, and how many of them needed a new worker process.
     reconnects: int
     worker_restarts: int
-    #: By worker, why there is no shared transport to it although the policy allows one.
+    #: By worker, which ways there are not to it although the policy allows them, and why.
     stepped_down: dict[str, str]
     #: By worker, how often its policy changed its mind, tried something, and began anew.
     choices: dict[str, ChooserStats]
@@ -60,6 +65,7 @@ class OffloadCounter:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._forwards = self._hot_slots = self._fallback_calls = 0
+        self._gpu_forwards = self._brought = 0
         self._cold_slots: Counter[str] = Counter()
         self._losses: Counter[str] = Counter()
         self._fallback_slots: Counter[str] = Counter()
@@ -68,11 +74,17 @@ class OffloadCounter:
         self._elapsed_ns = 0
         self._applied = self._failed = 0
 
-    def finished(self, hot_slots: int) -> None:
+    def finished(self, hot_slots: int, on_gpu: bool) -> None:
         """A forward is over."""
         with self._lock:
             self._forwards += 1
+            self._gpu_forwards += on_gpu
             self._hot_slots += hot_slots
+
+    def brought(self) -> None:
+        """A forward's rows were brought from the engine's GPU."""
+        with self._lock:
+            self._brought += 1
 
     def succeeded(self, worker: str, rows: int, slots: int, times: CallTimes) -> None:
         """A worker computed so many slots of so many rows."""
@@ -112,10 +124,12 @@ class OffloadCounter:
     def snapshot(self, remotes: Iterable[Remote]) -> OffloadStats:
         """The figures now, with those that the workers' clients and policies keep."""
         remotes = list(remotes)
-        clients = [client.stats() for each in remotes for client in each.clients.values()]
+        clients = [client.stats() for each in remotes for client in each.sessions]
         with self._lock:
             return OffloadStats(
                 forwards=self._forwards,
+                gpu_forwards=self._gpu_forwards,
+                brought=self._brought,
                 hot_slots=self._hot_slots,
                 cold_slots=dict(self._cold_slots),
                 losses=dict(self._losses),

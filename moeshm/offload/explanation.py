@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ..policy import Verdict, Work
@@ -17,6 +17,8 @@ class Explanation(NamedTuple):
     #: The last work of its kind.
     work: Work
     verdicts: list[Verdict]
+    #: By way that the policy allows, why there is none.
+    left_out: Mapping[str, str]
 
     def __str__(self) -> str:
         """A heading and a table; times in ms, the chosen way marked by a star."""
@@ -25,7 +27,11 @@ class Explanation(NamedTuple):
             f"worker {self.worker}: {work.n_tokens} tokens, of which {work.rows:g} rows are sent, "
             f"{work.slots:g} slots of {work.experts:g} experts"
         )
-        return "\n".join([heading, *_aligned([_HEADINGS, *map(_cells, self.verdicts)])])
+        if work.on_gpu:
+            heading += ", on the engine's GPU"
+        missing = [f"not {way}: {why}" for way, why in self.left_out.items()]
+        table = _aligned([_HEADINGS, *map(_cells, self.verdicts)])
+        return "\n".join([heading, *table, *missing])
 
 
 def _cells(verdict: Verdict) -> tuple[str, ...]:

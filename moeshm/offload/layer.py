@@ -16,10 +16,12 @@ from ..layers import LayerInfo
 from ..placement import Placement, PlacementError
 from ..policy import Shape
 from . import dispatch
-from .dispatch import LayerDispatch, Table
+from .activations import Activations
+from .dispatch import LayerDispatch
 
 #: `(layer, hidden_states [n, hidden_size], topk_ids [n, top_k], topk_weights [n, top_k])` to
-#: [n, hidden_size]: computes hot experts. Ids are the model's, -1 for all that is not hot.
+#: [n, hidden_size]: computes hot experts. Arrays are in the host's memory. Ids are the model's, -1
+#: for all that is not hot.
 LocalExperts = Callable[[int, Array, Ids, Weights], Array]
 
 
@@ -70,20 +72,31 @@ class OffloadedLayer:
 
     def check(self, hidden_states: Any, topk_ids: Any, topk_weights: Any) -> Inputs:
         """The inputs with global ids; InvalidCall."""
-        info = self._info
-        if info is None:
-            shape = np.shape(hidden_states)
-            hidden_size = int(shape[-1]) if shape else 1
-            info = _whole(self.dispatch.num_experts, hidden_size, 1, self.dispatch.num_experts)
+        info = self.info_for(hidden_states)
         return arrays.check(self.number, info, hidden_states, topk_ids, topk_weights, False)
 
-    def compute_hot(self, inputs: Inputs, ids: Ids) -> FloatArray:
-        """The hot experts' part, in an array that is the caller's.
+    def info_for(self, hidden_states: Any) -> LayerInfo:
+        """What a forward may hold; by hidden_states where nobody knows the layer."""
+        if self._info is not None:
+            return self._info
+        shape = hidden_states.shape if hasattr(hidden_states, "shape") else np.shape(hidden_states)
+        hidden_size = int(shape[-1]) if shape else 1
+        return _whole(self.dispatch.num_experts, hidden_size, 1, self.dispatch.num_experts)
 
-        InvalidCall: `local` gave another shape.
-        """
+    def add_hot(self, given: Activations, ids: Ids) -> None:
+        """Compute the hot experts' part, and add it; InvalidCall: `local` gave another shape."""
         if self._local_backend is not None:
-            return self._run(self._local_backend, self._local_table, inputs, ids)
+            given.run(self._local_backend, self.number, self._local_table[ids])
+        else:
+            given.add(self._call_local(given.inputs(), ids))
+
+    def add_fallback(self, given: Activations, ids: Ids) -> None:
+        """Let the fallback compute the part of these global ids, and add it."""
+        assert self.fallback is not None
+        given.run(self.fallback, self.number, self._fallback_table[ids])
+
+    def _call_local(self, inputs: Inputs, ids: Ids) -> FloatArray:
+        """In an array that is the caller's."""
         assert self._local is not None
         result = np.asarray(
             self._local(self.number, inputs.hidden_states, ids, inputs.topk_weights)
@@ -96,16 +109,6 @@ class OffloadedLayer:
         total = widen(result)
         # What it returned may be its own buffer, or the engine's.
         return total.copy() if total is result else total
-
-    def compute_fallback(self, inputs: Inputs, ids: Ids) -> FloatArray:
-        """The part of these global ids, computed by the fallback."""
-        assert self.fallback is not None
-        return self._run(self.fallback, self._fallback_table, inputs, ids)
-
-    def _run(self, backend: Backend, table: Table, inputs: Inputs, ids: Ids) -> FloatArray:
-        result = np.empty(inputs.hidden_states.shape, np.float32)
-        backend.ffn(self.number, inputs.hidden_states, table[ids], inputs.topk_weights, result)
-        return result
 
     def _find_info(self, held: Mapping[str, Mapping[int, LayerInfo]]) -> LayerInfo | None:
         """The sizes of the layer, from whoever knows it."""

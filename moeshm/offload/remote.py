@@ -7,18 +7,20 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
-from ..call import CallFuture
 from ..client import ExpertClient
 from ..connecting import connect
-from ..errors import CallError, HandshakeRefused, SegmentError, SettingError
+from ..engine_device import EngineDevice
+from ..errors import CallError, DeviceError, HandshakeRefused, SegmentError, SettingError
 from ..held import HeldView
 from ..layers import LayerInfo
 from ..placement import Placement, PlacementError
-from ..policy import Chooser, Path, Policy, Shape, Times, Work
+from ..policy import SLABS, Choice, Chooser, Path, Policy, Shape, Times, Work, may_take
+from ..stats import CallTimes
 from .explanation import Explanation
 
 _log = logging.getLogger(__name__)
@@ -26,27 +28,31 @@ _log = logging.getLogger(__name__)
 #: A lost worker is left alone for so long, then twice as long after each further failure.
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
+#: What `connect` calls a slab of each kind.
+_SLAB_TRANSPORTS = {"pinned": "shared", "device": "device"}
 
 
 class Remote:
-    """A worker. SettingError: the policy allows none of its clients' transports."""
+    """A worker. SettingError: the policy allows none of the ways to it.
+
+    `clients`: by way, one of which may serve several. `left_out`: by way, why there is none though
+    the policy allows it.
+    """
 
     def __init__(
         self,
         name: str,
-        clients: Sequence[ExpertClient],
+        clients: Mapping[str, ExpertClient],
         policy: Policy,
         is_ours: bool,
-        stepped_down: str = "",
+        left_out: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.name = name
-        #: Why the policy has less to choose from than it allows; empty when it has not.
-        self.stepped_down = stepped_down
+        self.left_out = left_out
         #: True when the offload opened the clients.
         self.is_ours = is_ours
-        #: By transport.
-        self.clients = {client.transport: client for client in reversed(clients)}
-        for client in clients:
+        self.clients = clients
+        for client in self.sessions:
             if client.has_fallback:
                 raise SettingError(
                     f"the client of worker {name!r} has a fallback of its own, which the offload "
@@ -61,8 +67,18 @@ class Remote:
         }
         self.chooser = Chooser(policy, paths)
         self.health = Health()
-        #: By shape and number of tokens, the last work of the kind.
-        self._seen: dict[tuple[Shape, int], Work] = {}
+        #: By shape, number of tokens, and where they are, the last work of the kind.
+        self._seen: dict[tuple[Shape, int, bool], Work] = {}
+
+    @property
+    def sessions(self) -> list[ExpertClient]:
+        """Its clients, each once."""
+        return list({id(client): client for client in self.clients.values()}.values())
+
+    @property
+    def stepped_down(self) -> str:
+        """Why the policy has less to choose from than it allows; empty when it has not."""
+        return "; ".join(f"{way}: {why}" for way, why in self.left_out.items())
 
     @property
     def layers(self) -> Mapping[int, LayerInfo]:
@@ -86,26 +102,32 @@ class Remote:
 
     def saw(self, shape: Shape, work: Work) -> None:
         """Remember work that can be explained."""
-        self._seen[shape, work.n_tokens.bit_length()] = work
+        self._seen[shape, work.n_tokens.bit_length(), work.on_gpu] = work
 
     def explain(self, shape: Shape) -> list[Explanation]:
         """For every size of work that was seen, smallest first."""
         # A copy, since forwards of other threads go on.
         items = list(self._seen.items())
-        seen = sorted((size, work) for (kind, size), work in items if kind == shape)
-        return [Explanation(self.name, work, self.chooser.explain(shape, work)) for _, work in seen]
+        seen = sorted((on_gpu, size, work) for (kind, size, on_gpu), work in items if kind == shape)
+        return [
+            Explanation(self.name, work, self.chooser.explain(shape, work), self._left_out(work))
+            for *_, work in seen
+        ]
+
+    def _left_out(self, work: Work) -> dict[str, str]:
+        """Of the ways that such work could take."""
+        return {n: why for n, why in self.left_out.items() if work.on_gpu or n not in SLABS}
 
 
-def times_of(future: CallFuture) -> Times:
+def times_of(taken: CallTimes, choice: Choice) -> Times:
     """What a call took whose result was taken, as the policy learns it."""
-    taken = future.times
-    assert taken is not None
     return Times(
         taken.messages,
         taken.pack_ns,
         taken.wait_ns,
         taken.unpack_ns,
-        taken.compute_ns,
+        # Outputs in slabs come without a reply.
+        None if choice.transport in SLABS else taken.compute_ns,
         taken.elapsed_ns,
     )
 
@@ -140,7 +162,10 @@ WorkerLike = str | ExpertClient | list[ExpertClient] | tuple[ExpertClient, ...]
 
 
 def reach(
-    workers: Mapping[str, WorkerLike], placement: Placement, policy: Policy
+    workers: Mapping[str, WorkerLike],
+    placement: Placement,
+    policy: Policy,
+    engine: EngineDevice | None = None,
 ) -> tuple[dict[str, Remote], list[ExpertClient]]:
     """The workers of a placement by name, and the clients that were opened for it.
 
@@ -158,47 +183,69 @@ def reach(
                 continue
             given = workers[name]
             if isinstance(given, str):
-                ours, stepped_down = _open(given, name, placement, policy)
-                opened += ours
-                remotes[name] = Remote(name, ours, policy, True, stepped_down)
+                ours, left_out = _open(given, name, placement, policy, engine)
+                opened += ours.values()
+                remotes[name] = Remote(name, ours, policy, True, left_out)
             else:
                 lent = given if isinstance(given, list | tuple) else [given]
-                remotes[name] = Remote(name, lent, policy, False)
+                remotes[name] = Remote(name, _ways_of(lent, engine), policy, False)
     return remotes, opened
 
 
-def _open(
-    address: str, name: str, placement: Placement, policy: Policy
-) -> tuple[list[ExpertClient], str]:
-    """A client for each transport that the policy may choose, and why one is missing."""
-    fingerprint = placement.fingerprint(name) if placement.experts_of(name) else ""
+def _ways_of(
+    clients: Sequence[ExpertClient], engine: EngineDevice | None
+) -> dict[str, ExpertClient]:
+    """What they offer, the first of several that offer the same."""
+    ways = {client.transport: client for client in reversed(clients)}
+    if engine is not None:
+        for client in reversed(clients):
+            if client.slab is not None and client.engine_device == engine.name:
+                ways[client.slab] = client
+    return ways
 
-    def open_one(transport: str) -> ExpertClient:
-        return connect(
+
+def _open(
+    address: str, name: str, placement: Placement, policy: Policy, engine: EngineDevice | None
+) -> tuple[dict[str, ExpertClient], dict[str, str]]:
+    """A client for each way that the policy may choose, and by way why one is missing.
+
+    What the policy insists on is not left out, but raised.
+    """
+    fingerprint = placement.fingerprint(name) if placement.experts_of(name) else ""
+    clients: dict[str, ExpertClient] = {}
+    left_out: dict[str, str] = {}
+
+    def open_one(way: str) -> None:
+        is_slab = way in SLABS
+        clients[way] = connect(
             address,
-            transport=transport,
+            transport=_SLAB_TRANSPORTS[way] if is_slab else way,
             wire_dtype="auto",
             placement=fingerprint,
             batch_capacity=policy.batch_capacity,
+            engine_device=engine.name if is_slab and engine else None,
         )
 
-    if policy.transport != "auto":
-        return [open_one(policy.transport)], ""
-    clients: list[ExpertClient] = []
-    with _closed_on_error(clients):
-        try:
-            clients.append(open_one("shared"))
-        except (SegmentError, HandshakeRefused) as error:
-            # What is no matter of memory, the other transport is refused for as well.
-            clients.append(open_one("stream"))
-            _log.warning("worker %r is reached by the stream transport only: %s", name, error)
-            return clients, str(error)
-        clients.append(open_one("stream"))
-    return clients, ""
+    slabs = [] if engine is None else SLABS
+    wanted = [way for way in ("shared", *slabs, "stream") if may_take(policy.transport, way)]
+    with _closed_on_error(clients.values()):
+        for way in wanted:
+            # The stream is what is left in any case; of the other settings, what each is named for.
+            if way in ("stream", policy.transport):
+                open_one(way)
+                continue
+            try:
+                open_one(way)
+            except (DeviceError, SegmentError, HandshakeRefused) as error:
+                # What is no matter of memory, the stream is refused for as well. Its words alone:
+                # the error's frames hold on to a slab.
+                left_out[way] = str(error)
+                _log.warning("worker %r is not reached by way of %s: %s", name, way, left_out[way])
+    return clients, left_out
 
 
 @contextlib.contextmanager
-def _closed_on_error(clients: list[ExpertClient]) -> Iterator[None]:
+def _closed_on_error(clients: Iterable[ExpertClient]) -> Iterator[None]:
     try:
         yield
     except BaseException:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from .chooser import Chooser, ChooserStats
 from .model import LocalCost
-from .rules import Choice, Path, Policy, Shape, Times, Verdict, Work
+from .rules import SLABS, Choice, Path, Policy, Shape, Times, Verdict, Work, may_take
 
 __all__ = [
+    "SLABS",
     "Choice",
     "Chooser",
     "ChooserStats",
@@ -17,4 +18,5 @@ __all__ = [
     "Times",
     "Verdict",
     "Work",
+    "may_take",
 ]

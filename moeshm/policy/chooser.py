@@ -11,6 +11,7 @@ from .bucket import Bucket
 from .losses import Losses
 from .model import CostModel
 from .rules import (
+    SLABS,
     Choice,
     Path,
     Policy,
@@ -20,6 +21,7 @@ from .rules import (
     Work,
     bucket_of,
     candidates,
+    paths_for,
     usable_paths,
     wire_dtypes,
 )
@@ -43,9 +45,10 @@ class ChooserStats(NamedTuple):
 class Chooser:
     """The policy towards one worker; any thread may call it.
 
-    Work is sorted into buckets by its shape, dtype, tokens and rows. Each bucket has its own
-    choice, which decode and prefill therefore never take from each other; what one bucket measures
-    about costs serves all. SettingError: the policy's transport is not among `paths`.
+    Work is sorted into buckets by its shape, dtype, tokens, rows, and where these are. Each bucket
+    has its own choice, which decode and prefill therefore never take from each other; what one
+    bucket measures about costs serves all. SettingError: the policy's transport is not among
+    `paths`.
     """
 
     def __init__(self, policy: Policy, paths: Mapping[str, Path]) -> None:
@@ -53,7 +56,7 @@ class Chooser:
         self._paths = usable_paths(policy, paths)
         self._model = CostModel(self._paths)
         self._losses = Losses()
-        self._buckets: dict[tuple[Shape, DType, int, int], Bucket] = {}
+        self._buckets: dict[tuple[Shape, DType, int, int, bool], Bucket] = {}
         self._lock = threading.Lock()
         self._seeded_ns = 0.0
 
@@ -99,7 +102,13 @@ class Chooser:
     # --- calibration ------------------------------------------------------------------------
 
     def probes(
-        self, shape: Shape, num_experts: int, top_k: int, dtype: DType, budget_ns: float
+        self,
+        shape: Shape,
+        num_experts: int,
+        top_k: int,
+        dtype: DType,
+        budget_ns: float,
+        on_gpu: bool = False,
     ) -> Iterator[tuple[Choice, Work]]:
         """Calls that calibrate the costs: make each, give its times to `seed`, ask for the next.
 
@@ -112,8 +121,8 @@ class Chooser:
         for rows in (1, *_powers(PROBE_GROWTH, most)):
             slots = rows * top_k
             experts = min(slots, num_experts)
-            work = Work(rows, rows, slots, experts, top_k, dtype, 0.0)
-            for choice in self._probe_choices(dtype, rows):
+            work = Work(rows, rows, slots, experts, top_k, dtype, 0.0, on_gpu)
+            for choice in self._probe_choices(dtype, rows, on_gpu):
                 with self._lock:
                     expected_ns = self._model.predict_ns(shape, work, choice, 0.0)
                     left_ns = budget_ns - (self._seeded_ns - start_ns)
@@ -130,21 +139,22 @@ class Chooser:
             for bucket in self._buckets.values():
                 bucket.look_again()
 
-    def _probe_choices(self, dtype: DType, rows: int) -> Iterator[Choice]:
-        for path in self._paths:
+    def _probe_choices(self, dtype: DType, rows: int, on_gpu: bool) -> Iterator[Choice]:
+        for path in paths_for(self._paths, on_gpu):
             capacity = min(self.policy.batch_capacity, path.max_tokens)
-            for wire_dtype in wire_dtypes(self.policy, dtype):
+            for wire_dtype in wire_dtypes(self.policy, path, dtype):
                 if rows <= capacity:
                     yield Choice(path.transport, wire_dtype, capacity)
-                # Only several messages tell what each costs by itself.
-                if PROBE_GROWTH < rows <= PROBE_GROWTH**2:
+                # Only several messages tell what each costs by itself; slabs are given one.
+                if PROBE_GROWTH < rows <= PROBE_GROWTH**2 and path.transport not in SLABS:
                     yield Choice(path.transport, wire_dtype, min(PROBE_GROWTH, capacity))
 
     def _bucket(self, shape: Shape, work: Work) -> Bucket:
-        key = shape, work.dtype, bucket_of(work.n_tokens), bucket_of(work.rows)
+        sizes = bucket_of(work.n_tokens), bucket_of(work.rows)
+        key = shape, work.dtype, *sizes, work.on_gpu
         bucket = self._buckets.get(key)
         if bucket is None:
-            choices = candidates(self.policy, self._paths, work.dtype, work.n_tokens)
+            choices = candidates(self.policy, self._paths, work.dtype, work.n_tokens, work.on_gpu)
             bucket = self._buckets[key] = Bucket(shape, choices, self._model, self._losses)
         return bucket
 

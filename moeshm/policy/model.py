@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..dtypes import DType
 from .fit import LinearCost
-from .rules import Choice, Path, Shape, Times, Work, bucket_of
+from .rules import SLABS, Choice, Path, Shape, Times, Work, bucket_of
 
 #: An id and a weight for each slot of a row, beside its activations.
 _SLOT_BYTES = 8
@@ -27,13 +27,22 @@ class _TransportPrior:
 _PRIORS = {
     "shared": _TransportPrior(message_ns=5e3, kib_ns=100, latency_ns=2e4),
     "stream": _TransportPrior(message_ns=1.5e4, kib_ns=300, latency_ns=4e4),
+    # What the engine enqueues: the rows are copied while it waits.
+    "pinned": _TransportPrior(message_ns=5e4, kib_ns=1, latency_ns=0),
+    "device": _TransportPrior(message_ns=5e4, kib_ns=1, latency_ns=0),
 }
+#: To bring a forward's rows from the engine's GPU, or there, beside what their bytes take.
+_BRING_NS = 2e4
 #: To convert one element to another dtype, there or back.
 _CONVERT_NS = 1.0
 #: Of a backend: a call, and its arithmetic and weight traffic.
 _CALL_NS = 2e4
 _MULTIPLY_ADDS_PER_NS = 5.0
 _WEIGHT_BYTES_PER_NS = 5.0
+#: Of a worker whose slabs are used: a call, and how many times as fast it is. Between what a GPU
+#: takes and a CPU: cells correct proportions that are too large, but not those far too small.
+_SLAB_CALL_NS = 3e5
+_SLAB_SPEED = 60.0
 
 
 def count_messages(n_tokens: float, rows: float, slice_tokens: int) -> float:
@@ -90,19 +99,25 @@ def forward_ns(
 
 
 class _Way:
-    """Costs of one transport, wire dtype, dtype of the engine and hidden size."""
+    """Costs of one transport, wire dtype, dtype of the engine, its place, and hidden size."""
 
-    def __init__(self, transport: str, wire_dtype: DType, dtype: DType, hidden_size: int) -> None:
+    def __init__(
+        self, transport: str, wire_dtype: DType, dtype: DType, on_gpu: bool, hidden_size: int
+    ) -> None:
         prior = _PRIORS.get(transport, _PRIORS["stream"])
         row_ns = prior.kib_ns * hidden_size * wire_dtype.itemsize / 1024
         if wire_dtype is not dtype:
             row_ns += _CONVERT_NS * hidden_size
+        message_ns = prior.message_ns
+        is_slab = transport in SLABS
+        if on_gpu and not is_slab:
+            message_ns += _BRING_NS
         #: Of (messages, rows).
-        self.pack = LinearCost((prior.message_ns, row_ns))
-        self.unpack = LinearCost((prior.message_ns, row_ns))
+        self.pack = LinearCost((message_ns, row_ns))
+        self.unpack = LinearCost((message_ns, row_ns))
         #: Of (1, messages in sequence): what nothing else explains, such as waking up and the
-        #: worker's own work on a message.
-        self.latency = LinearCost((prior.latency_ns, prior.message_ns))
+        #: worker's own work on a message. Through a slab it is part of the worker's cost.
+        self.latency = LinearCost((prior.latency_ns, 0.0 if is_slab else prior.message_ns))
 
 
 class CostModel:
@@ -110,9 +125,10 @@ class CostModel:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = {path.transport: path for path in paths}
-        self._ways: dict[tuple[str, DType, DType, int], _Way] = {}
-        #: Of (messages, slots, distinct experts summed over messages).
-        self._compute: dict[Shape, LinearCost] = {}
+        self._ways: dict[tuple[str, DType, DType, bool, int], _Way] = {}
+        #: Of (messages, slots, distinct experts summed over messages). Of each kind of slab by
+        #: itself, as nobody tells it from the latency there; "" for all other ways.
+        self._compute: dict[tuple[Shape, str], LinearCost] = {}
 
     def predict_ns(self, shape: Shape, work: Work, choice: Choice, busy_ns: float) -> float:
         """The time of a forward that goes this way while the engine is busy for so long."""
@@ -124,7 +140,8 @@ class CostModel:
         return forward_ns(
             messages,
             way.pack.predict((messages, rows)),
-            self._compute_of(shape).predict((messages, slots, experts)) + handle_ns * messages,
+            self._compute_of(shape, choice.transport).predict((messages, slots, experts))
+            + handle_ns * messages,
             way.unpack.predict((messages, rows)),
             wake_ns,
             busy_ns,
@@ -144,23 +161,37 @@ class CostModel:
             way.pack.observe(kind, (messages, rows), times.pack_ns)
         way.unpack.observe(kind, (messages, rows), times.unpack_ns)
         experts = messages * distinct_per_message(slots, work.experts, messages)
-        self._compute_of(shape).observe(
-            (bucket, bucket_of(slots / messages)), (messages, slots, experts), times.compute_ns
-        )
-        if times.wait_ns > max(_WAIT_MIN_NS, _WAIT_MIN_SHARE * times.elapsed_ns):
-            _learn_latency(way.latency, kind, times)
+        has_waited = times.wait_ns > max(_WAIT_MIN_NS, _WAIT_MIN_SHARE * times.elapsed_ns)
+        compute_ns = times.compute_ns
+        if compute_ns is None and has_waited:
+            compute_ns = times.elapsed_ns - times.pack_ns - times.unpack_ns
+        elif compute_ns is not None and has_waited:
+            _learn_latency(way.latency, kind, times, compute_ns)
+        if compute_ns is not None:
+            self._learning_compute_of(shape, choice.transport).observe(
+                (bucket, bucket_of(slots / messages)), (messages, slots, experts), compute_ns
+            )
 
     def _way(self, shape: Shape, work: Work, choice: Choice) -> _Way:
-        key = choice.transport, choice.wire_dtype, work.dtype, shape.hidden_size
+        key = (choice.transport, choice.wire_dtype, work.dtype, work.on_gpu, shape.hidden_size)
         found = self._ways.get(key)
         if found is None:
             found = self._ways[key] = _Way(*key)
         return found
 
-    def _compute_of(self, shape: Shape) -> LinearCost:
-        found = self._compute.get(shape)
+    def _compute_of(self, shape: Shape, transport: str) -> LinearCost:
+        """What is known of the worker, if need be by another way."""
+        own = _compute_key(shape, transport)
+        for key in (own, *((shape, each) for each in ("", *SLABS))):
+            if key in self._compute:
+                return self._compute[key]
+        return LinearCost(_compute_prior(shape, ""))  # nothing was measured
+
+    def _learning_compute_of(self, shape: Shape, transport: str) -> LinearCost:
+        key = _compute_key(shape, transport)
+        found = self._compute.get(key)
         if found is None:
-            found = self._compute[shape] = LinearCost((_CALL_NS, *_expert_priors(shape)))
+            found = self._compute[key] = LinearCost(_compute_prior(*key))
         return found
 
     def _buffered(self, shape: Shape, work: Work, choice: Choice, messages: float) -> float:
@@ -169,12 +200,25 @@ class CostModel:
         return self._paths[choice.transport].buffer_bytes * messages / (row_bytes * work.rows)
 
 
-def _learn_latency(latency: LinearCost, kind: tuple[int, int], times: Times) -> None:
+def _compute_key(shape: Shape, transport: str) -> tuple[Shape, str]:
+    return shape, transport if transport in SLABS else ""
+
+
+def _compute_prior(shape: Shape, slab: str) -> tuple[float, float, float]:
+    slot_ns, expert_ns = _expert_priors(shape)
+    if slab:
+        return _SLAB_CALL_NS, slot_ns / _SLAB_SPEED, expert_ns / _SLAB_SPEED
+    return _CALL_NS, slot_ns, expert_ns
+
+
+def _learn_latency(
+    latency: LinearCost, kind: tuple[int, int], times: Times, compute_ns: int
+) -> None:
     """What is left of the time of a forward that waited for its worker; see `forward_ns`."""
     messages = times.messages
     until_arrived_ns = times.elapsed_ns - times.unpack_ns / messages
-    worker_bound_ns = times.pack_ns / messages + times.compute_ns
-    engine_bound_ns = times.pack_ns + times.compute_ns / messages
+    worker_bound_ns = times.pack_ns / messages + compute_ns
+    engine_bound_ns = times.pack_ns + compute_ns / messages
     n_in_sequence = messages if worker_bound_ns >= engine_bound_ns else 1
     rest_ns = until_arrived_ns - max(worker_bound_ns, engine_bound_ns)
     latency.observe(kind, (1, n_in_sequence), rest_ns, scale=times.elapsed_ns)

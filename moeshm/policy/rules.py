@@ -24,6 +24,11 @@ STREAM_SLICE_TOKENS = 4
 #: Slices that mode "auto" considers beside the whole capacity. Powers of 4, like the buckets: all
 #: work of a bucket has the same candidates.
 SLICES = (STREAM_SLICE_TOKENS, 16, 64, 256)
+#: Ways through a slab, for rows on the engine's GPU, which travel as they are: through pinned
+#: memory of the host, and through that of the worker's GPU.
+SLABS = ("pinned", "device")
+#: By setting, the ways that it allows; `auto` allows all.
+_ALLOWED = {"shared": ("shared", "pinned"), "stream": ("stream",), "device": ("device",)}
 #: Largest relative error of rounding to the nearest bfloat16, which has 8 significant bits.
 BF16_ROUNDING = 2.0**-8
 
@@ -64,6 +69,7 @@ class Shape(NamedTuple):
 class Path(NamedTuple):
     """One way to a worker."""
 
+    #: "shared", "stream", or one of SLABS.
     transport: str
     #: Most tokens in one message.
     max_tokens: int
@@ -85,6 +91,8 @@ class Work(NamedTuple):
     dtype: DType
     #: Expected time of what the engine does meanwhile.
     local_ns: float
+    #: Whether the activations are on the engine's GPU, from where other ways than SLABS bring them.
+    on_gpu: bool = False
 
 
 class Choice(NamedTuple):
@@ -105,8 +113,8 @@ class Times(NamedTuple):
     pack_ns: int
     wait_ns: int
     unpack_ns: int
-    #: The worker's own time in its backend, over all messages.
-    compute_ns: int
+    #: The worker's own time in its backend, over all messages; None where it does not tell.
+    compute_ns: int | None
     #: From the start of sending until the result was there.
     elapsed_ns: int
 
@@ -135,7 +143,7 @@ class Verdict(NamedTuple):
 
 def usable_paths(policy: Policy, paths: Mapping[str, Path]) -> list[Path]:
     """Those that the policy allows; SettingError: there is none."""
-    found = [path for path in paths.values() if policy.transport in ("auto", path.transport)]
+    found = [path for path in paths.values() if may_take(policy.transport, path.transport)]
     if not found:
         offered = ", ".join(sorted(paths)) or "none"
         raise SettingError(
@@ -145,14 +153,33 @@ def usable_paths(policy: Policy, paths: Mapping[str, Path]) -> list[Path]:
     return found
 
 
-def candidates(policy: Policy, paths: Sequence[Path], dtype: DType, n_tokens: int) -> list[Choice]:
-    """Every way that the settings leave open for activations of this dtype."""
-    return [
+def may_take(setting: str, transport: str) -> bool:
+    """Whether a transport's setting leaves this way open."""
+    return setting == "auto" or transport in _ALLOWED[setting]
+
+
+def candidates(
+    policy: Policy, paths: Sequence[Path], dtype: DType, n_tokens: int, on_gpu: bool = False
+) -> list[Choice]:
+    """Every way that the settings leave open for activations of this dtype; SettingError: none."""
+    found = [
         Choice(path.transport, wire_dtype, slice_tokens)
-        for path in paths
-        for wire_dtype in wire_dtypes(policy, dtype)
+        for path in paths_for(paths, on_gpu)
+        for wire_dtype in wire_dtypes(policy, path, dtype)
         for slice_tokens in slices(policy, path, n_tokens)
     ]
+    if not found:
+        where = "on the engine's GPU" if on_gpu else "in the host's memory"
+        raise SettingError(
+            f"transport={policy.transport!r}, wire_dtype={policy.wire_dtype!r} and rows of {dtype} "
+            f"{where}: no way carries them so; choose auto"
+        )
+    return found
+
+
+def paths_for(paths: Sequence[Path], on_gpu: bool) -> list[Path]:
+    """Those that rows can take which are there."""
+    return [path for path in paths if on_gpu or path.transport not in SLABS]
 
 
 def slices(policy: Policy, path: Path, n_tokens: int) -> list[int]:
@@ -162,11 +189,16 @@ def slices(policy: Policy, path: Path, n_tokens: int) -> list[int]:
         return [min(STREAM_SLICE_TOKENS, capacity)]
     if policy.mode == "batched":
         return [capacity]
+    if path.transport in SLABS:
+        # Parts of a call follow each other on its stream: none is sent while another is computed.
+        return [capacity]
     return [*(each for each in SLICES if each < min(n_tokens, capacity)), capacity]
 
 
-def wire_dtypes(policy: Policy, dtype: DType) -> list[DType]:
-    """The formats to consider for activations of this one."""
+def wire_dtypes(policy: Policy, path: Path, dtype: DType) -> list[DType]:
+    """The formats to consider for activations of this one; a slab takes no other."""
+    if path.transport in SLABS:
+        return [dtype] if policy.wire_dtype in ("auto", str(dtype)) else []
     if policy.wire_dtype != "auto":
         return [DType.parse(policy.wire_dtype)]
     # Never f16 for f32: it rounds less than bf16, but beyond 65504 it makes infinities, which no

@@ -128,4 +128,5 @@ def test_no_slice_exceeds_what_the_worker_takes(mode: str, max_tokens: int, capa
 def test_auto_rounds_only_as_far_as_tolerated(
     dtype: DType, tolerance: float, expected: list[DType]
 ) -> None:
-    assert wire_dtypes(Policy(tolerance=tolerance), dtype) == expected
+    path = Path("shared", 64, 1 << 20)
+    assert wire_dtypes(Policy(tolerance=tolerance), path, dtype) == expected
