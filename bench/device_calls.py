@@ -44,6 +44,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     n_tokens: list[int]
     engine_device: str
     worker_device: str
+    #: The worker has a resident kernel for calls of few tokens.
+    is_resident: bool = False
 
 
 class Run(NamedTuple):
@@ -89,6 +91,7 @@ def measure(asked: Asked, plan: Plan, on_step: Callable[[str], None]) -> DeviceC
         worker_device=found.worker_device,
         engine_gpu=found.engine_gpu,
         worker_gpu=found.worker_gpu,
+        is_resident=asked.is_resident,
         floors=floors,
         results=[_row(asked, n, way, runs, floors) for n in asked.n_tokens for way in WAYS],
     )
@@ -110,6 +113,7 @@ def _run(asked: Asked, plan: Plan, repeat: int) -> Run:
         n_tokens=asked.n_tokens,
         engine_device=asked.engine_device,
         worker_device=asked.worker_device,
+        is_resident=asked.is_resident,
         seconds=plan.seconds,
         seed=plan.seed,
         repeat=repeat,

@@ -55,6 +55,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     #: How long a cell is measured.
     seconds: float
     seed: int
+    #: The worker is to have a resident kernel.
+    is_resident: bool = False
     #: Decides, with the seed, in which order the ways take turns.
     repeat: int = 0
 
@@ -150,6 +152,7 @@ def run(setup: Setup, engine: Engine, say: Say) -> None:
         device=engine.worker_device(setup.worker_device),
         n_tokens=setup.n_tokens,
         seed=setup.seed,
+        is_resident=setup.is_resident,
     )
     with gpu_worker.ready_worker(worker) as (address, ready):
         device = ready.device

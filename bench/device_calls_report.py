@@ -19,6 +19,8 @@ def print_device_calls(report: DeviceCallReport, console: Console) -> None:
         device, gpu = getattr(report, f"{side}_device"), getattr(report, f"{side}_gpu")
         versions = ", ".join(f"{name} {text}" for name, text in gpu.versions.items() if text)
         console.print(f"{side} on {device}: {gpu.name} ({gpu.arch}); {versions}", highlight=False)
+    if report.is_resident:
+        console.print("the worker has a resident kernel for calls of few tokens")
     console.print(_floor_table(report.floors))
     for shape, dtype in dict.fromkeys((row.shape, row.dtype) for row in report.results):
         console.print(_table(f"client.compute, {shape}, {dtype}", report.results))

@@ -52,6 +52,7 @@ class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
     #: Of the calls whose kernels are timed.
     n_tokens: list[int]
     seed: int
+    is_resident: bool = False
 
     def work(self) -> Work:
         """The layer, and the calls that are made."""
@@ -88,7 +89,7 @@ def main(words: Sequence[str]) -> None:
         kernels_us = time_kernels(gpu, work, setup.n_tokens)
         # The experts are about to be uploaded once more.
         gc.collect()
-        backend = _make_backend(device, work)
+        backend = _make_backend(device, work, setup.is_resident)
     except MoeshmError as error:
         _say(Refused(str(error)))
         return
@@ -104,10 +105,10 @@ def _say(word: Word) -> None:
     print(msgspec.json.encode(word).decode(), flush=True)
 
 
-def _make_backend(device: Device, work: Work) -> GpuBackend:
+def _make_backend(device: Device, work: Work, is_resident: bool = False) -> GpuBackend:
     """As `moeshm worker` does."""
     kernels = settings.parse_kernels(settings.current().kernels)
-    backend = GpuBackend({LAYER: work.layer}, device, kernels)
+    backend = GpuBackend({LAYER: work.layer}, device, kernels, is_resident=is_resident)
     backend.warm_up()
     return backend
 

@@ -339,3 +339,5 @@ class DeviceCallReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     worker_gpu: GpuInfo
     floors: list[Floor]
     results: list[DeviceCallRow]
+    #: The worker had a resident kernel for calls of few tokens.
+    is_resident: bool = False

@@ -26,8 +26,6 @@ DEVICE void copy_bulk(void* shared, const void* global, u32 n_bytes, Phase* phas
     simt_copy_bulk(shared, global, n_bytes, phase);
 }
 
-DEVICE void sync_team(int number, int n_threads) { simt_sync_team(number, n_threads); }
-
 #else
 
 DEVICE u32 shared_address(const void* shared) { return (u32)__cvta_generic_to_shared(shared); }
@@ -79,11 +77,6 @@ DEVICE void copy_bulk(void* shared, const void* global, u32 n_bytes, Phase* phas
                  "[%0], [%1], %2, [%3];" ::"r"(shared_address(shared)),
                  "l"(global), "r"(n_bytes), "r"(shared_address(phase))
                  : "memory");
-}
-
-// A barrier of some warps of the block, from wherever they call it; numbers are 1 to 15.
-DEVICE void sync_team(int number, int n_threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(n_threads) : "memory");
 }
 
 #endif

@@ -13,6 +13,12 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define DEVICE static __device__ __forceinline__
+// A function that is called: its loops have all registers, whatever its caller needs.
+#if defined(MOESHM_SIMT)
+#define APART static __attribute__((noinline))
+#else
+#define APART static __device__ __noinline__
+#endif
 #define DEVICE_MEMBER __device__ __forceinline__
 
 // A bit for each lane of a warp, as BALLOT gives.
@@ -178,6 +184,80 @@ DEVICE void fence_system() {
     __threadfence_system();
 #endif
 }
+
+// --- blocks that wait for each other, or for the host -------------------------------------
+// CUDA alone: only kernels of which all blocks run at once may do so.
+
+#if defined(MOESHM_SIMT)
+
+DEVICE u32 load_acquire(const u32* address) { return simt_load_acquire(address); }
+
+DEVICE vec16 load_now(const vec16* address) {
+    const volatile u64* halves = (const volatile u64*)address;
+    const u64 low = halves[0], high = halves[1];
+    return vec16{{(u32)low, (u32)(low >> 32), (u32)high, (u32)(high >> 32)}};
+}
+
+DEVICE void store_now(vec16* address, const vec16& value) { *address = value; }
+
+DEVICE void wait_for_host() { simt_wait_for_host(); }
+
+DEVICE void wait_for_block() { simt_wait_for_block(); }
+
+DEVICE void fence_device() {}
+
+DEVICE u64 now_ns() { return simt_now_ns(); }
+
+DEVICE void sync_team(int number, int n_threads) { simt_sync_team(number, n_threads); }
+
+#elif !defined(__HIP__)
+
+// What other blocks wrote before they set the word can be read by this thread after this, and by its
+// block after a barrier.
+DEVICE u32 load_acquire(const u32* address) {
+    u32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
+// As they are now; each 8 of the 16 bytes at once.
+DEVICE vec16 load_now(const vec16* address) {
+    vec16 v;
+    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                 : "l"(address)
+                 : "memory");
+    return v;
+}
+
+DEVICE void store_now(vec16* address, const vec16& value) {
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address),
+                 "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
+                 : "memory");
+}
+
+// In loops that wait for a word of the host's, or of another block's.
+DEVICE void wait_for_host() {}
+
+DEVICE void wait_for_block() {}
+
+// What this thread wrote, and what it has seen, is seen by other blocks before what it writes from
+// here on.
+DEVICE void fence_device() { __threadfence(); }
+
+// The card's clock, which goes on in steps of up to 1 us.
+DEVICE u64 now_ns() {
+    u64 value;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value));
+    return value;
+}
+
+// A barrier of some warps of the block, from wherever they call it; numbers are 1 to 15.
+DEVICE void sync_team(int number, int n_threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(n_threads) : "memory");
+}
+
+#endif
 
 // --- kernels that overlap -----------------------------------------------------------------
 

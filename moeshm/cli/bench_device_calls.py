@@ -48,6 +48,12 @@ from .bench_run import json_option, seed_option, show, watched
     help="The GPU that has the experts; auto is another one than the engine's, if there is one.",
 )
 @click.option(
+    "--resident",
+    "is_resident",
+    is_flag=True,
+    help="As of moeshm worker: a kernel that stays computes calls of few tokens.",
+)
+@click.option(
     "--repeats",
     type=click.IntRange(1),
     default=5,
@@ -62,6 +68,7 @@ def device_calls(
     n_tokens: list[int],
     engine_device: str,
     worker_device: str,
+    is_resident: bool,
     repeats: int,
     seed: int,
     as_json: bool,
@@ -82,6 +89,7 @@ def device_calls(
         n_tokens=n_tokens,
         engine_device=engine_device,
         worker_device=worker_device,
+        is_resident=is_resident,
     )
     with watched(question.count_steps(plan), None) as on_step:
         report = question.measure(asked, plan, on_step)

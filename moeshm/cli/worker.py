@@ -51,6 +51,12 @@ def _ranges(
     metavar="cpu|cuda:N|hip:N|auto",
     help="Computes here; auto is the first GPU, else the CPU.",
 )
+@click.option(
+    "--resident",
+    "is_resident",
+    is_flag=True,
+    help="For a GPU that nobody else uses: a kernel that stays computes calls of few tokens.",
+)
 @click.option("--layers", callback=_ranges, metavar="0-23", help="MoE layers to hold; all.")
 @click.option(
     "--experts",
@@ -67,6 +73,7 @@ def worker(
     model: str,
     listen: str,
     device: str,
+    is_resident: bool,
     layers: tuple[int, ...] | None,
     experts: str | None,
     placement: str | None,
@@ -95,9 +102,19 @@ def worker(
     chosen = _choose_experts(experts, placement, name, layers)
     directory = ModelDirectory(model)
     gpu = _open_gpu(device)
+    if is_resident and gpu is None:
+        raise click.UsageError("--resident is for a GPU; name it by --device, like cuda:0")
     load = functools.partial(load_more, directory, touches=gpu is None)
     try:
-        backend = load_backend(directory, gpu, layers, chosen, threads, show_progress=not quiet)
+        backend = load_backend(
+            directory,
+            gpu,
+            layers,
+            chosen,
+            threads,
+            show_progress=not quiet,
+            is_resident=is_resident,
+        )
         Daemon(backend, listen, lifeline, load).run()
     except DeviceLost as error:
         _log.critical("%s", error)
@@ -164,6 +181,7 @@ def load_backend(
     experts: Mapping[int, tuple[int, ...]] | None,
     threads: int,
     show_progress: bool,
+    is_resident: bool = False,
 ) -> Backend:
     """The experts where they are computed, read layer by layer: a bar on a terminal, plain lines
     elsewhere. `gpu`: None for the CPU."""
@@ -180,6 +198,7 @@ def load_backend(
                 loaded,
                 gpu,
                 threads,
+                is_resident,
                 lambda n: progress.update(task, advance=1, description=f"layer {n}"),
             )
     else:
@@ -189,6 +208,7 @@ def load_backend(
             loaded,
             gpu,
             threads,
+            is_resident,
             lambda n: _log.log(level, "layer %d loaded (%d of %d)", n, next(done), len(loaded)),
         )
     _log.info(
@@ -207,6 +227,7 @@ def _build(
     loaded: Mapping[int, ExpertLayer],
     gpu: CupyDevice | None,
     threads: int,
+    is_resident: bool,
     on_layer: Callable[[int], None],
 ) -> Backend:
     """The backend; `on_layer` is told each layer's number once its weights are there."""
@@ -219,7 +240,7 @@ def _build(
     from ..backends.gpu.backend import GpuBackend
     from ..settings import current, parse_kernels
 
-    backend = GpuBackend(loaded, gpu, parse_kernels(current().kernels), on_layer)
+    backend = GpuBackend(loaded, gpu, parse_kernels(current().kernels), on_layer, is_resident)
     backend.warm_up()
     return backend
 

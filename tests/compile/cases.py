@@ -10,7 +10,15 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from moeshm.backends.gpu.choice import Shape, Size, Step, check_wanted, convert, plan
+from moeshm.backends.gpu.choice import (
+    Shape,
+    Size,
+    Step,
+    check_wanted,
+    convert,
+    plan,
+    resident,
+)
 from moeshm.backends.gpu.device import Features
 from moeshm.dtypes import DType
 from moeshm.errors import SettingError
@@ -134,6 +142,8 @@ def _steps(sample: Sample, features: Features) -> Iterator[Step]:
     """Every launch that the card has for the sample's calls, with whatever kernels it can."""
     shape = sample.shape
     yield convert(shape, sample.many, features)
+    if features.has_mma and shape.weight_dtype is not DType.F32:
+        yield resident(shape, features)
     for kind, choices in KERNELS.items():
         n_tokens = sample.few if kind == "decode" else sample.many
         size = Size(n_tokens, sample.top_k, sample.num_experts)

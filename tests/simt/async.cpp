@@ -1,5 +1,6 @@
 // Asynchronous copies, phases, teams and other blocks; async.h says when copies happen.
 #include <algorithm>
+#include <ctime>
 
 #include "scheduler.h"
 
@@ -162,4 +163,17 @@ void simt_sync_team(int number, int n_threads, int line) {
 uint32_t simt_load_acquire(const uint32_t* address, int line) {
     simt_wait(Thread::SPINNING, "load_acquire", line);
     return *address;
+}
+
+void simt_wait_for_block(int line) { simt_wait(Thread::SPINNING, "wait_for_block", line); }
+
+void simt_wait_for_host(int line) {
+    simt_looks_at_host();
+    simt_wait(Thread::SPINNING, "wait_for_host", line);
+}
+
+uint64_t simt_now_ns() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000ull + now.tv_nsec;
 }

@@ -30,5 +30,9 @@ void simt_copy_bulk(void* shared, const void* global, unsigned n_bytes, unsigned
 // bar.sync: waits for `n_threads` of the block, from wherever they call it.
 void simt_sync_team(int number, int n_threads, int line = __builtin_LINE());
 
-// For loops that wait for another block: lets all others run first.
+// For loops that wait for another block: these let all others run first.
 uint32_t simt_load_acquire(const uint32_t* address, int line = __builtin_LINE());
+void simt_wait_for_block(int line = __builtin_LINE());
+// The same for the host, for as long as it takes.
+void simt_wait_for_host(int line = __builtin_LINE());
+uint64_t simt_now_ns();

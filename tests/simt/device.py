@@ -347,6 +347,9 @@ class SimtDevice:
     def wait(self) -> None:
         """As `Device.wait`."""
 
+    def check(self) -> None:
+        """As `Device.check`."""
+
     def wait_for_stream(self, stream: int) -> None:
         """As `Device.wait_for_stream`."""
         self.waited_for.append(stream)

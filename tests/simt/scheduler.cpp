@@ -12,6 +12,8 @@
 #include <memory>
 #include <numeric>
 
+#include <sched.h>
+
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 void* simt_dynamic_shared;
 simt_request* request;
@@ -278,6 +280,9 @@ class Block {
 };
 
 static Block* current;
+static bool looks_at_host;  // since the round began
+
+void simt_looks_at_host() { looks_at_host = true; }
 
 // --- the grid -----------------------------------------------------------------------------
 
@@ -305,7 +310,12 @@ static void run_grid() {
         current = nullptr;
     }
     // Far more than blocks have to say to each other.
-    for (int round = 0; round < 10000 && !waiting.empty(); ++round)
+    for (int round = 0; round < 10000 && !waiting.empty(); ++round) {
+        if (looks_at_host) {
+            round = 0;
+            sched_yield();
+        }
+        looks_at_host = false;
         for (size_t i = 0; i < waiting.size();) {
             current = waiting[i];
             current->resume();
@@ -316,6 +326,7 @@ static void run_grid() {
                 ++i;
             }
         }
+    }
     if (!waiting.empty()) current->report_standstill();
 }
 

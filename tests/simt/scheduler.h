@@ -56,6 +56,9 @@ bool simt_happens_now();
 std::vector<Copy>& simt_bulk_copies();  // of the block, in order
 std::vector<Thread>& simt_threads();     // of the block
 
+// A thread looks for something from the host, which takes as long as it takes.
+void simt_looks_at_host();
+
 // Ends the launch with this error, after where it happened.
 [[noreturn]] void simt_end(const std::string& message);
 std::string simt_where();

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import random
-import threading
 from collections.abc import Sequence
 
 import msgspec
@@ -17,6 +16,7 @@ from moeshm.backends.gpu.choice import Shape
 from moeshm.backends.gpu.device import Memory
 from moeshm.backends.gpu.experts import BlockPool, DeviceExperts, has_bias
 from moeshm.backends.gpu.packing import pack
+from moeshm.backends.gpu.turn import Turn
 from moeshm.checkpoint import ExpertLayer, ExpertWeights
 from moeshm.dtypes import Array, DType, widen
 from moeshm.errors import CheckpointError, OutOfDeviceMemory
@@ -68,7 +68,7 @@ def expected_block(shape: Shape, weights: ExpertWeights) -> bytes:
 
 
 def build(device: SimtDevice, layers: dict[int, ExpertLayer]) -> DeviceExperts:
-    held = DeviceExperts(device, threading.Lock())
+    held = DeviceExperts(device, Turn())
     for number, layer in layers.items():
         held.add_layer(number, layer.info, has_bias(layer))
         held.add(number, layer)
@@ -243,7 +243,7 @@ def test_biases_that_come_late() -> None:
 def test_what_does_not_fit_is_refused_with_sizes() -> None:
     shape = Shape(2048, 768, DType.BF16, random_layer(1).info.activation, False)
     device = SimtDevice(FEATURES._replace(total_bytes=2 << 30))
-    held = DeviceExperts(device, threading.Lock())
+    held = DeviceExperts(device, Turn())
     # 9 MiB each, and 128 MiB stay free.
     held.check_room([(shape, 200)], other_bytes=0)
     with pytest.raises(OutOfDeviceMemory) as refused:
@@ -286,7 +286,7 @@ def test_room_counts_what_is_rounded_of_every_layer_and_of_the_rest() -> None:
     small = [Shape(hidden, 64, DType.BF16, activation, False) for hidden in (64, 128)]
     layers = [(small[i % 2], 1) for i in range(50)]
     device = SimtDevice(FEATURES._replace(total_bytes=(128 + 2 * 51) << 20))
-    held = DeviceExperts(device, threading.Lock())
+    held = DeviceExperts(device, Turn())
     held.check_room(layers, other_bytes=1)
     with pytest.raises(OutOfDeviceMemory, match="51 experts need"):
         held.check_room([*layers, layers[0]], other_bytes=1)

@@ -1,4 +1,5 @@
-"""What kernels are called with: the structs of kernels/ffn.cuh and admit.cu, field by field."""
+"""What kernels are called with: the structs of kernels/ffn.cuh, admit.cuh and resident.cu, field by
+field."""
 
 from __future__ import annotations
 
@@ -63,3 +64,42 @@ class Admitted(ctypes.Structure):
         ("n_values", ctypes.c_int64),
         ("x_dtype", ctypes.c_int32),
     )
+
+
+#: Of `Command`: pairs of a single token that it has room for.
+COMMAND_PAIRS = 16
+
+
+class Command(ctypes.Structure):
+    """What a resident kernel is asked for."""
+
+    _fields_ = (
+        ("call", Call),
+        ("asked", Asked),
+        ("admitted", Admitted),
+        ("done", ctypes.c_uint64),
+        ("done_value", ctypes.c_uint32),
+        ("what", ctypes.c_uint32),
+        ("launch", ctypes.c_uint32),
+        ("number", ctypes.c_uint32),
+        ("expert", ctypes.c_uint64 * COMMAND_PAIRS),
+        ("weight", ctypes.c_float * COMMAND_PAIRS),
+        ("slot", ctypes.c_int16 * COMMAND_PAIRS),
+        ("padding", ctypes.c_uint32 * 20),
+    )
+
+
+class Resident(ctypes.Structure):
+    """What a resident kernel is launched with."""
+
+    _fields_ = (
+        ("mailbox", ctypes.c_uint64),
+        ("rooms", ctypes.c_uint64),
+        ("idle_ns", ctypes.c_uint64),
+        ("launch", ctypes.c_uint32),
+    )
+
+
+#: Of `Rooms` of resident.cu. It begins with the numbers of the next command and of the next round,
+#: both 1 at first; all else is 0.
+ROOMS_BYTES = 5 * 32 + 1024

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,20 +36,27 @@ from .operands import (
     rows_of,
 )
 from .registered import MemoryStats, Registered, RegisteredMemory
+from .resident import Resident
+from .resident_job import ResidentJob
 from .slab import GpuSlab, open_slab
 from .slab_calls import SlabCalls
+from .turn import Turn
 from .workspace import Workspace
 
 _log = logging.getLogger(__name__)
 
-#: Kinds of calls that stay made ready.
+#: Kinds of calls that stay made ready, and what is known of layers' calls by them.
 _MAX_JOBS = 512
+_MAX_KNOWN = 4096
 #: Calls of up to so many tokens are made ready before the first of them comes: a decode's.
 PREPARED_TOKENS = 32
 #: Activations of so many bytes are copied by the device from where they lie in registered memory;
 #: fewer by the host, to beside the ids and weights, so that one copy brings all to the device. Not
 #: tuned: no other size was measured.
 DIRECT_BYTES = 16 << 10
+
+
+_Job = Job | ResidentJob
 
 
 class GpuBackend:
@@ -62,8 +68,9 @@ class GpuBackend:
     `out` is written. Any thread may call; calls are computed one after the other.
 
     `kernels`: as MOESHM_KERNELS, by "decode" and "prefill". `on_layer` is told each layer's number
-    once its experts are uploaded. OutOfDeviceMemory: they do not all fit; SettingError: `kernels`;
-    DeviceError.
+    once its experts are uploaded. `is_resident`: calls of few tokens are for a kernel that stays on
+    the device. OutOfDeviceMemory: they do not all fit; SettingError: `kernels`; DeviceError, also
+    where a kernel cannot stay.
     """
 
     name = "gpu"
@@ -74,19 +81,26 @@ class GpuBackend:
         device: Device,
         kernels: Mapping[str, str] | None = None,
         on_layer: Callable[[int], object] = lambda _number: None,
+        is_resident: bool = False,
     ) -> None:
         self._device = device
         self._kernels = Kernels(device, kernels or {})
         #: Held by whoever uses the device's stream.
-        self._turn = threading.Lock()
-        self._jobs: dict[Kind, Job] = {}
+        self._turn = Turn()
+        self._jobs: dict[Kind, _Job] = {}
+        #: Of them, by what is soon found.
+        self._known: dict[tuple[object, ...], _Job] = {}
         device.use()
+        self._resident = Resident(device, self._kernels) if is_resident else None
+        self._turn.resident = self._resident
         self._workspace = Workspace(device)
         self._registered = RegisteredMemory(device)
         self._experts = DeviceExperts(device, self._turn)
         self._slab_calls = SlabCalls(
-            device, self._kernels, self._workspace, self._experts, self._turn
+            device, self._kernels, self._workspace, self._experts, self._turn, self._resident
         )
+        if self._resident is not None:
+            self._resident.on_change = self._forget_jobs
         #: As `SlabUser`.
         self.vendor = device.name.partition(":")[0]
         self.bus_id = device.features.bus_id
@@ -113,10 +127,19 @@ class GpuBackend:
             locate("topk_weights", topk_weights, WEIGHTS),
             self._locate_rows(held, "out", out, is_written=True),
         )
+        signs = _signs(layer, held, *operands)
+        if self._resident is not None and self._ask_resident(held, operands, signs):
+            return
         with self._turn:
             self._device.use()
             self._wait_for_arrays(held, operands)
-            self._compute(held, *operands)
+            job = self._known.get(signs)
+            if job is None:
+                job = self._compute(held, *operands)
+                if job is not None:
+                    self._know(signs, job)
+            else:
+                job.run(held, *operands)
 
     def add(self, layer: int, experts: ExpertLayer) -> list[int]:
         """As `GrowingBackend.add`. OutOfDeviceMemory, or CheckpointError: biases come late."""
@@ -136,10 +159,12 @@ class GpuBackend:
 
     def use_memory(self, memory: memoryview) -> Registered:
         """As `MemoryUser.use_memory`: the device copies from and to it by itself."""
+        self._look_for_others()
         return self._registered.use(memory)
 
     def open_slab(self, memory: memoryview, device_bytes: int) -> GpuSlab:
         """As `SlabUser.open_slab`. Arrays must be as those in device memory that `ffn` takes."""
+        self._look_for_others()
         return open_slab(self._device, self._slab_calls, memory, device_bytes)
 
     @property
@@ -197,6 +222,8 @@ class GpuBackend:
         """All that calls to such layers may need; how many tokens these have at most."""
         most_tokens = self._workspace.most_tokens(shape, info.top_k, info.num_experts)
         self._kernels.load_all(shape, info.top_k, info.num_experts, most_tokens)
+        if self._resident is not None:
+            self._resident.load(shape)
         return most_tokens
 
     def _make_room(self, layers: Mapping[int, ExpertLayer]) -> None:
@@ -215,44 +242,74 @@ class GpuBackend:
             if missing:
                 # Calls from slabs that were begun use what is freed.
                 self._device.wait()
-                self._jobs.clear()
-                self._slab_calls.forget_jobs()
+                self._forget_jobs()
                 self._workspace.resize(host_bytes, device_bytes)
 
     def _compute(
         self, layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: Operand
-    ) -> None:
-        """The call, in parts if it is longer than there is memory for."""
+    ) -> _Job | None:
+        """The call, in parts if it is longer than there is memory for; the job that computed it
+        whole."""
         n_tokens, top_k = ids.shape
-        kind = Kind(
-            layer.shape,
-            Size(n_tokens, top_k, layer.n_slots),
-            format_of(x),
-            format_of(out),
-            Places(place_of(ids), place_of(weights), place_of(x), place_of(out)),
-        )
-        job = self._jobs.get(kind)
-        if job is not None:
-            job.run(layer, x, ids, weights, out)
-            return
+        kind = _kind(layer, x, ids, weights, out)
         most = self._workspace.most_tokens(layer.shape, top_k, layer.n_slots)
         if 0 < n_tokens <= most:
-            self._make_job(kind).run(layer, x, ids, weights, out)
-            return
+            job = self._jobs.get(kind) or self._make_job(kind)
+            job.run(layer, x, ids, weights, out)
+            return job
         for first in range(0, n_tokens, most):
             end = min(first + most, n_tokens)
             self._compute(layer, *(rows_of(each, first, end) for each in (x, ids, weights, out)))
+        return None
 
-    def _make_job(self, kind: Kind) -> Job:
+    def _know(self, signs: tuple[object, ...], job: _Job) -> None:
+        if len(self._known) >= _MAX_KNOWN:
+            self._known.clear()
+        self._known[signs] = job
+
+    def _ask_resident(
+        self,
+        layer: DeviceLayer,
+        operands: tuple[Operand, Operand, Operand, Operand],
+        signs: tuple[object, ...],
+    ) -> bool:
+        """Have the kernel that stays compute the call; False where that is not made ready, for
+        which it has to yield, or the call is not for it."""
+        with self._turn.kept:
+            job = self._known.get(signs)
+            if not isinstance(job, ResidentJob):
+                return False
+            self._device.use()
+            self._wait_for_arrays(layer, operands)
+            job.run(layer, *operands)
+            return True
+
+    def _look_for_others(self) -> None:
+        """Processes come with sessions, as an engine that uses this GPU."""
+        if self._resident is not None:
+            with self._turn.kept:
+                self._resident.look_for_others()
+
+    def _forget_jobs(self) -> None:
+        """For whoever has the turn."""
+        self._jobs.clear()
+        self._known.clear()
+        self._slab_calls.forget_jobs()
+
+    def _make_job(self, kind: Kind) -> _Job:
         shape, size = kind.shape, kind.size
         plan = self._kernels.plan(shape, size, kind.x_dtype)
+        if len(self._jobs) >= _MAX_JOBS:
+            # The oldest; sizes that come often are soon there again.
+            del self._jobs[next(iter(self._jobs))]
+            self._known.clear()
+        if self._resident is not None and self._resident.takes(plan, size):
+            self._jobs[kind] = made = ResidentJob(self._resident, kind, plan, self._workspace)
+            return made
         launches = [self._launch(shape, step) for step in plan.steps]
         convert = None
         if kind.places.x is not Place.HOST and kind.x_dtype is not plan.x_dtype:
             convert = self._launch(shape, self._kernels.convert(shape, size.n_tokens))
-        if len(self._jobs) >= _MAX_JOBS:
-            # The oldest; sizes that come often are soon there again.
-            del self._jobs[next(iter(self._jobs))]
         job = Job(self._device, kind, plan, launches, convert, self._workspace)
         self._jobs[kind] = job
         return job
@@ -286,3 +343,23 @@ class GpuBackend:
                 )
             if operand.stream is not None:
                 self._device.wait_for_stream(operand.stream)
+
+
+def _kind(layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: Operand) -> Kind:
+    """Of such a call; InvalidCall as `format_of`."""
+    n_tokens, top_k = ids.shape
+    return Kind(
+        layer.shape,
+        Size(n_tokens, top_k, layer.n_slots),
+        format_of(x),
+        format_of(out),
+        Places(place_of(ids), place_of(weights), place_of(x), place_of(out)),
+    )
+
+
+def _signs(
+    number: int, layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: Operand
+) -> tuple[object, ...]:
+    """What tells the kinds of such calls apart, made in less time than a `Kind`."""
+    places = type(x), type(ids), type(weights), type(out)
+    return number, layer.n_slots, ids.shape, format_of(x), format_of(out), places

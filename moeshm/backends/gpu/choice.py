@@ -27,6 +27,8 @@ FEW: Mapping[str, Few] = {"mma": Few(128, 1024), "fma": Few(32, 512)}
 MOST_FEW_TOKENS = max(few.n_tokens for few in FEW.values())
 #: Most slots of a layer for the kernels of few tokens.
 MAX_DECODE_SLOTS = 1024
+#: Most pairs of a call for the kernel that stays on its device.
+RESIDENT_PAIRS = 128
 #: Most pairs for `route`.
 MAX_PAIRS = 65536
 
@@ -202,23 +204,40 @@ def check_wanted(wanted: Mapping[str, str], features: Features) -> None:
 
 
 def _decode_mma(shape: Shape, size: Size, features: Features) -> tuple[Step, ...]:
-    # Warps of a block of decode_down, and rows of down_proj that it owns.
-    warps, rows = 16, 16
-    # So many warps share a row that each has several loads of it on their way, and memory for what
-    # each of them finds allows.
-    split = 1
-    while split < min(warps, shape.inner // 512):
+    macros, shared = _few_by_mma(shape, size.n_pairs, features)
+    tasks = size.most_experts * shape.inner // 8
+    block, blocks = 32 * _TEAM_WARPS, _BLOCK_WARPS // _TEAM_WARPS
+    rows = _ceil(shape.hidden, _DOWN_ROWS)
+    return (
+        _step("decode_mma.cu", "decode_gate_up", macros, tasks, blocks, block, features),
+        _step("decode_mma.cu", "decode_down", macros, rows, 1, 32 * _BLOCK_WARPS, features, shared),
+    )
+
+
+#: Of a multiprocessor; of those that share a row of gate_proj; and rows of down_proj that a block
+#: owns. On an H200, one token of Qwen3-30B-A3B took 21.0 us with teams of 8 and two warps a row of
+#: down_proj, 22.5 with one, 23.7 with teams of 4 and one; other sizes differed by 2 % at most.
+_BLOCK_WARPS, _TEAM_WARPS, _DOWN_ROWS = 16, 8, 16
+
+
+def _few_by_mma(shape: Shape, n_pairs: int, features: Features) -> tuple[Definitions, int]:
+    """What decode_mma.cuh is compiled with for calls of so many pairs, and the shared memory of a
+    block for what its warps find of down_proj."""
+    # So many warps share a row that each has several loads of it on their way, that all have some
+    # if there are only 8 experts, and that memory allows.
+    split = 2
+    while split < min(_BLOCK_WARPS, shape.inner // 512):
         split *= 2
     room = features.shared_bytes - _GROUPS_BYTES
-    while split > 1 and split * size.n_pairs * rows * 4 > room:
+    while split > 1 and split * n_pairs * _DOWN_ROWS * 4 > room:
         split //= 2
-    macros = (("DOWN_WARPS", warps), ("DOWN_ROWS", rows), ("DOWN_SPLIT", split))
-    gate_up, down = size.most_experts * shape.inner // 8, _ceil(shape.hidden, rows)
-    shared = split * size.n_pairs * rows * 4
-    return (
-        _step("decode_mma.cu", "decode_gate_up", macros, gate_up, 4, 128, features),
-        _step("decode_mma.cu", "decode_down", macros, down, 1, 32 * warps, features, shared),
+    macros = (
+        ("GATE_UP_WARPS", _TEAM_WARPS),
+        ("DOWN_WARPS", _BLOCK_WARPS),
+        ("DOWN_ROWS", _DOWN_ROWS),
+        ("DOWN_SPLIT", split),
     )
+    return macros, split * n_pairs * _DOWN_ROWS * 4
 
 
 def _decode_fma(shape: Shape, size: Size, features: Features) -> tuple[Step, ...]:
@@ -325,6 +344,20 @@ def admit(n_pairs: int, n_values: int, features: Features) -> Step:
     # Of each block only ids and weights, or only activations, as far as grids go.
     blocks = _ceil(n_pairs, 256) + _ceil(n_values // 4, 256)
     return _step("admit.cu", "admit", (), blocks, 8, 256, features)
+
+
+def resident(shape: Shape, features: Features) -> Step:
+    """The launch of the kernel that stays, for calls of up to RESIDENT_PAIRS pairs."""
+    macros, shared = _few_by_mma(shape, RESIDENT_PAIRS, features)
+    # `GateUpSums` of each team.
+    sums = _BLOCK_WARPS * 4 * 4 * 32 * 4
+    grid, block = features.multiprocessors, 32 * _BLOCK_WARPS
+    return Step("resident.cu", "resident", macros, grid, block, max(sums, shared))
+
+
+def is_resident(plan: Plan, size: Size) -> bool:
+    """Whether the kernel that stays can take such calls."""
+    return plan.steps[0].file == "decode_mma.cu" and 0 < size.n_pairs <= RESIDENT_PAIRS
 
 
 _KERNELS: Mapping[tuple[str, str], Callable[[Shape, Size, Features], tuple[Step, ...]]] = {

@@ -205,6 +205,12 @@ class CupyDevice:
         except RuntimeError as error:
             raise self.explain(error) from error
 
+    def check(self) -> None:
+        """As `Device.check`."""
+        status = self._runtime.streamQuery(self._stream)
+        if status not in (0, _NOT_READY):
+            raise self.explain(RuntimeError(f"status {status}"))
+
     def wait_for_stream(self, stream: int) -> None:
         """As `Device.wait_for_stream`."""
         # The array interface's numbers for the two default streams, which are CUDA's and not HIP's.

@@ -218,6 +218,10 @@ class Device(Protocol):
         """Return when everything that was enqueued is done."""
         ...
 
+    def check(self) -> None:
+        """DeviceLost: what was enqueued has failed. Waits for nothing."""
+        ...
+
     def wait_for_stream(self, stream: int) -> None:
         """Return when another stream's work is done: its handle, or 1 or 2 for the default ones."""
         ...

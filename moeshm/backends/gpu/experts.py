@@ -15,6 +15,7 @@ from ...layers import LayerInfo
 from .choice import Shape
 from .device import Device, Memory
 from .packing import pack
+from .turn import Turn
 
 #: Pinned memory through which weights go to the device, a part at a time: as long as one takes may
 #: a call have to wait.
@@ -92,6 +93,8 @@ class DeviceLayer:
         self.table = device.allocate(8 * info.num_experts)
         #: Addresses by slot; 0 for one that is taken and not there yet.
         self.blocks: dict[int, int] = {}
+        #: The same as an array, uint64 by slot, replaced when it changes.
+        self.addresses = np.zeros(0, np.uint64)
         #: What the ids of calls are below.
         self.n_slots = 1
 
@@ -99,6 +102,14 @@ class DeviceLayer:
     def capacity(self) -> int:
         """Slots of the table."""
         return self.table.nbytes // 8
+
+    def note_blocks(self) -> None:
+        """Have everything follow `blocks`."""
+        self.n_slots = max(self.blocks, default=0) + 1
+        addresses = np.zeros(self.n_slots, np.uint64)
+        for slot, address in self.blocks.items():
+            addresses[slot] = address
+        self.addresses = addresses
 
     def take_slots(self, n_slots: int) -> list[int]:
         """The lowest slots that are free."""
@@ -114,7 +125,7 @@ class DeviceExperts:
     `turn`: held by whoever uses the device's stream.
     """
 
-    def __init__(self, device: Device, turn: threading.Lock) -> None:
+    def __init__(self, device: Device, turn: Turn) -> None:
         self._device = device
         self._turn = turn
         #: For everything but the content of memory.
@@ -182,7 +193,7 @@ class DeviceExperts:
         layer = self.layers[number]
         with self._changing:
             unused = self._forget(layer, slots, [layer.blocks[slot] for slot in slots])
-            layer.n_slots = max(layer.blocks, default=0) + 1
+            layer.note_blocks()
         self._free(unused)
 
     def _forget(
@@ -222,7 +233,7 @@ class DeviceExperts:
                 self._copy(layer.table.address + 8 * slot, 8)
             with self._changing:
                 layer.blocks.update(blocks)
-                layer.n_slots = max(layer.blocks, default=0) + 1
+                layer.note_blocks()
 
     def _enlarge(self, layer: DeviceLayer, n_slots: int) -> None:
         """Have a table for more slots than the model has experts: what one engine gave up may still

@@ -63,7 +63,7 @@ class Launch(NamedTuple):
         commands.launch(self.kernel, *how, overlaps=overlaps)
 
 
-class _Staging(NamedTuple):
+class Staging(NamedTuple):
     """A call's arrays in pinned memory."""
 
     ids: Array
@@ -74,7 +74,7 @@ class _Staging(NamedTuple):
     out: Array
 
     @classmethod
-    def of(cls, kind: Kind, x_dtype: DType, at: Layout, host: Bytes) -> _Staging:
+    def of(cls, kind: Kind, x_dtype: DType, at: Layout, host: Bytes) -> Staging:
         """Where the layout says."""
         shape, size = kind.shape, kind.size
         pairs, rows = (size.n_tokens, size.top_k), (size.n_tokens, shape.hidden)
@@ -86,6 +86,15 @@ class _Staging(NamedTuple):
             x_padding=x[:, shape.hidden_size :] if shape.hidden > shape.hidden_size else None,
             out=_view(host, at.out, kind.out_dtype.numpy, rows)[:, : shape.hidden_size],
         )
+
+    def put_rows(self, x: Array, narrow_to: DType | None) -> None:
+        """Activations, in another format if one is named."""
+        if narrow_to is None:
+            self.x[...] = x
+        else:
+            narrow(x, narrow_to, out=self.x)
+        if self.x_padding is not None:
+            self.x_padding[...] = 0
 
 
 class Job:
@@ -109,7 +118,7 @@ class Job:
         out_bytes = kind.out_dtype.itemsize * kind.size.n_tokens * kind.shape.hidden
         is_in_place = out_bytes <= IN_PLACE_BYTES
         self._device = device
-        self._staging = _Staging.of(kind, plan.x_dtype, at, host.array)
+        self._staging = Staging.of(kind, plan.x_dtype, at, host.array)
         #: The format that activations are staged in, if it is another one than theirs.
         self._narrow_to = None if kind.x_dtype is plan.x_dtype else plan.x_dtype
         self._call, route = structs(kind.size, plan.x_dtype, kind.out_dtype, at, base)
@@ -177,7 +186,7 @@ class Job:
         if isinstance(x, DeviceArray):
             self._taker.x = x.address
         elif not isinstance(x, RegisteredArray):
-            self._stage_rows(x)
+            staging.put_rows(x, self._narrow_to)
         elif self._copy_of_x is None:
             self._taker.x = x.device_address
         else:
@@ -190,15 +199,6 @@ class Job:
             call.out = out.device_address
         else:
             self._commands.set_host_address(self._copy_of_out, out.address)
-
-    def _stage_rows(self, x: Array) -> None:
-        staging = self._staging
-        if self._narrow_to is None:
-            staging.x[...] = x
-        else:
-            narrow(x, self._narrow_to, out=staging.x)
-        if staging.x_padding is not None:
-            staging.x_padding[...] = 0
 
 
 def structs(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 
 import msgspec
 import numpy as np
@@ -17,8 +16,11 @@ from .compiled import Kernels
 from .device import CommandList, Device, Memory
 from .experts import DeviceExperts, DeviceLayer
 from .job import Launch
+from .resident import Resident
+from .resident_job import ResidentSlabJob
 from .slab_job import SlabJob, SlabKind, SlabMemory, n_values_admitted
 from .tables import SlotTables
+from .turn import Turn
 from .workspace import Workspace
 
 #: Kinds of calls that stay made ready.
@@ -26,8 +28,9 @@ _MAX_JOBS = 512
 #: Of layers and sizes of calls, and of tables, what is found at once.
 _MAX_KNOWN = 4096
 
+_Job = SlabJob | ResidentSlabJob
 #: Jobs of one kind that nobody uses.
-_Free = list[SlabJob]
+_Free = list[_Job]
 
 
 class Ready(msgspec.Struct, frozen=True):
@@ -41,7 +44,7 @@ class Ready(msgspec.Struct, frozen=True):
     #: As `SlabCalls` had it.
     stamp: object
     #: In order, each with where it belongs afterwards.
-    jobs: list[tuple[SlabJob, _Free]]
+    jobs: list[tuple[_Job, _Free]]
 
 
 class SlabCalls:
@@ -59,8 +62,10 @@ class SlabCalls:
         kernels: Kernels,
         workspace: Workspace,
         experts: DeviceExperts,
-        turn: threading.Lock,
+        turn: Turn,
+        resident: Resident | None = None,
     ) -> None:
+        self._resident = resident
         self._device = device
         self._kernels = kernels
         self._workspace = workspace
@@ -88,21 +93,31 @@ class SlabCalls:
     def begin(self, ready: Ready) -> None:
         """Enqueue the call. InvalidCall: nothing was begun. DeviceError: what was begun is over."""
         try:
-            with self._turn:
+            # The resident kernel stays for what it computes itself.
+            is_resident = all(job.is_resident for job, _ in ready.jobs)
+            with self._turn.kept if is_resident else self._turn:
+                is_ready = ready.stamp is self._stamp and ready.table is ready.layer.table
+                if is_ready:
+                    self._enqueue(ready)
+            if not is_ready:
                 # What was filled in may be gone.
-                if ready.stamp is not self._stamp or ready.table is not ready.layer.table:
-                    self.give_back(ready)
+                self.give_back(ready)
+                with self._turn:
                     ready = self._make_ready(ready.call, ready.memory)
-                try:
-                    for job, _ in ready.jobs:
-                        job.commands.enqueue()
-                except BaseException:
-                    # The slab is the client's again once it is told of the error.
-                    with contextlib.suppress(DeviceError):
-                        self._device.wait()
-                    raise
+                    self._enqueue(ready)
         finally:
             self.give_back(ready)
+
+    def _enqueue(self, ready: Ready) -> None:
+        """For whoever has the turn."""
+        try:
+            for job, _ in ready.jobs:
+                job.commands.enqueue()
+        except BaseException:
+            # The slab is the client's again once it is told of the error.
+            with contextlib.suppress(DeviceError):
+                self._device.wait()
+            raise
 
     def give_back(self, ready: Ready) -> None:
         """Its jobs may begin other calls; those for a workspace that is gone are forgotten."""
@@ -119,6 +134,10 @@ class SlabCalls:
 
     def wait(self) -> None:
         """Until everything that was begun is done."""
+        if self._resident is not None:
+            with self._turn.kept:
+                if self._resident.wait_for_all():
+                    return
         with self._turn:
             self._device.use()
             self._device.wait()
@@ -127,7 +146,7 @@ class SlabCalls:
         """Make jobs for such calls in both kinds of slabs, as long as there is room for more. For
         whoever has the turn."""
         for is_pinned in (False, True):
-            kind = SlabKind(shape, size, dtype, is_pinned, is_last=True)
+            kind = SlabKind(shape, size, dtype, is_pinned, is_last=True, is_whole=True)
             if kind not in self._jobs and len(self._jobs) < _MAX_JOBS // 2:
                 self._free(kind).append(self._make_job(kind))
 
@@ -188,6 +207,7 @@ class SlabCalls:
                 call.dtype,
                 is_pinned,
                 is_last=first + most >= n_tokens,
+                is_whole=n_tokens <= most,
             )
             # One part, too, of a call without tokens.
             for first in range(0, max(n_tokens, 1), most)
@@ -218,9 +238,12 @@ class SlabCalls:
             free = self._jobs[kind] = []
         return free
 
-    def _make_job(self, kind: SlabKind) -> SlabJob:
+    def _make_job(self, kind: SlabKind) -> _Job:
         shape, size = kind.shape, kind.size
         plan = self._kernels.plan(shape, size, kind.dtype)
+        resident = self._resident
+        if resident is not None and kind.is_whole and resident.takes(plan, size):
+            return ResidentSlabJob(resident, kind, plan, self._workspace)
         n_values = n_values_admitted(kind, plan)
         admit = self._launch(None, self._kernels.admit(size.n_pairs, n_values))
         experts = [self._launch(shape, step) for step in plan.steps]
@@ -230,7 +253,7 @@ class SlabCalls:
         return Launch(step, self._kernels.load(shape, step))
 
 
-def _take(free: _Free) -> SlabJob | None:
+def _take(free: _Free) -> _Job | None:
     """One, of which others take too, with the turn or without; None if there is none."""
     try:
         return free.pop()

@@ -27,6 +27,8 @@ class SlabKind(NamedTuple):
     is_pinned: bool
     #: The call is done after this.
     is_last: bool
+    #: It is all of the call.
+    is_whole: bool
 
 
 class SlabMemory(NamedTuple):
@@ -45,6 +47,8 @@ class SlabJob:
     read once, as kernels would read activations again and again; large results are copied there.
     One thread at a time may use it, and none once the workspace has been resized.
     """
+
+    is_resident = False
 
     def __init__(
         self,

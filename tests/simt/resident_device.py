@@ -1,0 +1,56 @@
+"""A device of the shim on which a resident kernel runs beside the host."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from moeshm.backends.gpu.device import Features
+from moeshm.errors import DeviceError
+
+from .device import FEATURES, SimtDevice
+
+
+class ResidentDevice(SimtDevice):
+    """Everything is done in order: what comes behind a resident kernel waits for its end."""
+
+    def __init__(self, features: Features = FEATURES) -> None:
+        super().__init__(features)
+        self._kernel: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def do(self, command: Callable[..., None], *arguments: Any) -> None:
+        """At once, but for resident kernels."""
+        self._join()
+        if command == self.launch and arguments[0].name == "resident":
+            kept = [
+                type(each).from_buffer_copy(each) if isinstance(each, ctypes.Structure) else each
+                for each in arguments
+            ]
+            self._kernel = threading.Thread(target=self._run, args=(command, *kept))
+            self._kernel.start()
+        else:
+            command(*arguments)
+
+    def wait(self) -> None:
+        """As `Device.wait`."""
+        self._join()
+        self.check()
+
+    def check(self) -> None:
+        """As `Device.check`."""
+        if self._error is not None:
+            raise DeviceError(str(self._error)) from self._error
+
+    def _run(self, command: Callable[..., None], *arguments: Any) -> None:
+        try:
+            command(*arguments)
+        except BaseException as error:
+            self._error = error
+
+    def _join(self) -> None:
+        if self._kernel is not None:
+            self._kernel.join()
+            self._kernel = None
