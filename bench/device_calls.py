@@ -20,6 +20,7 @@ from .device_calls_client import (
     activation_bytes,
     cell_name,
     cell_names,
+    whats_of,
 )
 from .gpu_worker import Refused
 from .harness import CellSamples, Job, Plan
@@ -170,6 +171,10 @@ def _row(
     submits = harness.summarise(_samples(runs, cell_name("submit", n_tokens, way)))
     row.submit_us = submits.get("p50_us")
     row.error = row.error or submits.get("error")
+    if "stream" in whats_of(way):
+        on_stream = harness.summarise(_samples(runs, cell_name("stream", n_tokens, way)))
+        row.stream_us = on_stream.get("p50_us")
+        row.error = row.error or on_stream.get("error")
     if row.p50_us is not None and row.kernels_us is not None:
         row.overhead_us = row.p50_us - row.kernels_us
     copy_us = floors[asked.n_tokens.index(n_tokens)].p50_us

@@ -33,7 +33,7 @@ from .schema import GpuInfo
 
 #: How a call's arrays get to the worker, and which `transport` says so.
 WAYS = {"rings": "shared", "pinned": "shared", "device": "device"}
-WHATS = ("compute", "submit")
+WHATS = ("compute", "submit", "stream")
 #: By format, how far outputs may be from float64: kernels round differently, garbage is farther.
 _TOLERANCES = {DType.F32: 1e-4, DType.F16: 1e-2, DType.BF16: 3e-2}
 #: How many times as long as a cell each way is called before anything is measured.
@@ -107,6 +107,11 @@ class Engine(Protocol):
         """The name of the worker's GPU, also for "auto"."""
         ...
 
+    def stream_ns(self, begin: Callable[[], Any]) -> tuple[int, Any]:
+        """How long, by the GPU's clock, what that enqueues on the stream takes, from before it
+        begins to enqueue, in ns; and what it returned."""
+        ...
+
     def peer_copy(self, worker_device: str, n_bytes: int) -> Callable[[], None]:
         """What copies so many bytes to that GPU's memory and back, and waits for both at once."""
         ...
@@ -117,9 +122,14 @@ def cell_name(what: str, n_tokens: int, way: str = "") -> str:
     return f"{what}:{n_tokens}:{way}"
 
 
+def whats_of(way: str) -> tuple[str, ...]:
+    """Of WHATS, those that it has: arrays of the host's are on no stream."""
+    return WHATS[:2] if way == "rings" else WHATS
+
+
 def cell_names(n_tokens: Sequence[int]) -> list[str]:
     """Of all cells that a process measures."""
-    calls = [cell_name(what, n, way) for n in n_tokens for way in WAYS for what in WHATS]
+    calls = [cell_name(what, n, way) for n in n_tokens for way in WAYS for what in whats_of(way)]
     return calls + [cell_name("peer_copy", n) for n in n_tokens]
 
 
@@ -216,11 +226,11 @@ def _measure_calls(setup: Setup, engine: Engine, address: str, work: Work, say: 
                 way = list(clients)[index]
                 calls = _calls(way, clients[way], engine, cell)
                 try:
-                    found = list(_measure_cell(calls, cell, work, outputs, setup.seconds))
+                    found = list(_measure_cell(calls, cell, work, outputs, engine, setup.seconds))
                 except (MoeshmError, ValueError) as error:
                     _fail(way, n_tokens, f"{type(error).__name__}: {error}", say)
                     continue
-                for what, durations_ns in zip(WHATS, found, strict=True):
+                for what, durations_ns in zip(whats_of(way), found, strict=True):
                     name = cell_name(what, n_tokens, way)
                     say(Sampled(CellSamples(name, durations_ns=durations_ns)))
 
@@ -231,7 +241,7 @@ def _connect(way: str, address: str, engine_device: str) -> ExpertClient:
 
 
 def _fail(way: str, n_tokens: int, error: str, say: Say) -> None:
-    for what in WHATS:
+    for what in whats_of(way):
         say(Sampled(CellSamples(cell_name(what, n_tokens, way), error=error)))
 
 
@@ -249,9 +259,9 @@ def _calls(way: str, client: ExpertClient, engine: Engine, cell: Cell) -> _Calls
 
 
 def _measure_cell(
-    calls: _Calls, cell: Cell, work: Work, outputs: list[Array], seconds: float
+    calls: _Calls, cell: Cell, work: Work, outputs: list[Array], engine: Engine, seconds: float
 ) -> Iterator[list[int]]:
-    """Durations of each of `WHATS`, ns. ValueError: what was computed is wrong.
+    """Durations of each of the way's `WHATS`, ns. ValueError: what was computed is wrong.
 
     `outputs`: of the last call, by the ways before this one, which adds its own.
     """
@@ -264,8 +274,14 @@ def _measure_cell(
     outputs.append(right)
     if right.tobytes() != outputs[0].tobytes():
         raise ValueError("the output has other bits than that of another way")
-    for begin, finish in ((calls.compute, _nothing), (calls.submit, _wait)):
-        yield time_calls(begin, finish, seconds)
+    measures = [
+        lambda: time_calls(calls.compute, _nothing, seconds),
+        lambda: time_calls(calls.submit, _wait, seconds),
+    ]
+    if calls.stream is not None:
+        measures.append(lambda: time_on_stream(calls.submit, engine, seconds))
+    for measure in measures:
+        yield measure()
         # Laps end with the same call.
         if calls.output().tobytes() != right.tobytes():
             raise ValueError("the output has other bits after it was timed than before")
@@ -301,6 +317,20 @@ def time_calls(
             durations_ns.append(clock() - start_ns)
             finish(begun)
     return durations_ns
+
+
+def time_on_stream(submit: Callable[[int], Any], engine: Engine, seconds: float) -> list[int]:
+    """As `time_calls`, by the clock of the engine's GPU: until the output is there."""
+    durations_ns: list[int] = []
+
+    def timed(number: int) -> Any:
+        duration_ns, future = engine.stream_ns(lambda: submit(number))
+        durations_ns.append(duration_ns)
+        return future
+
+    time_calls(timed, _wait, seconds)
+    # The first lap is not counted.
+    return durations_ns[CALLS:]
 
 
 # --- the floor ----------------------------------------------------------------------------

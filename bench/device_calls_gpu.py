@@ -47,6 +47,16 @@ class CupyEngine:
         """As `Engine.worker_device`."""
         return choose_worker_device(wanted, self.name, self._runtime.getDeviceCount())
 
+    def stream_ns(self, begin: Callable[[], Any]) -> tuple[int, Any]:
+        """As `Engine.stream_ns`."""
+        event = self._cupy.cuda.Event
+        start, end = event(), event()
+        start.record(self.stream)
+        begun = begin()
+        end.record(self.stream)
+        end.synchronize()
+        return round(self._cupy.cuda.get_elapsed_time(start, end) * 1e6), begun
+
     def peer_copy(self, worker_device: str, n_bytes: int) -> Callable[[], None]:
         """As `Engine.peer_copy`."""
         near = self._device.allocate(n_bytes)

@@ -40,13 +40,21 @@ def _floor_table(rows: Sequence[Floor]) -> Table:
 
 
 def _table(title: str, rows: Sequence[DeviceCallRow]) -> Table:
-    columns = ("p50 µs", "p99 µs", "spread µs", "kernels µs", "beyond them µs", "submit µs")
+    columns = (
+        "p50 µs",
+        "p99 µs",
+        "spread µs",
+        "kernels µs",
+        "beyond them µs",
+        "submit µs",
+        "stream µs",
+    )
     table = make_table(title, "tokens", "way", *columns, "copies / beyond")
     table.columns[1].justify = "left"
     for row, is_last in with_ends(rows, lambda row: row.n_tokens):
         table.add_row(
             *(str(row.n_tokens), row.way, number(row.p50_us), number(row.p99_us), _spread(row)),
-            *map(number, (row.kernels_us, row.overhead_us, row.submit_us)),
+            *map(number, (row.kernels_us, row.overhead_us, row.submit_us, row.stream_us)),
             "" if row.copy_ratio is None else f"{row.copy_ratio:.0%}",
             end_section=is_last,
         )

@@ -322,6 +322,9 @@ class DeviceCallRow(Timing, kw_only=True):
     n_tokens: int
     #: The host's time of `client.submit`, without waiting for the result.
     submit_us: float | None = None
+    #: The time of a `client.submit` on the engine's stream, until the output is there, by the GPU's
+    #: clock; null for arrays of the host's.
+    stream_us: float | None = None
     #: What the worker's kernels take by themselves, and what a call takes beside that.
     kernels_us: float | None = None
     overhead_us: float | None = None

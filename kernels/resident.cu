@@ -210,12 +210,15 @@ DEVICE bool bring_x(const Command& command, Rooms* rooms, u32 round) {
     const int n_blocks = n < (int)gridDim.x ? (int)n : (int)gridDim.x;
     if ((int)blockIdx.x >= n_blocks) return n_blocks > 0;
     admit_rows(command.asked, command.admitted, blockIdx.x * BLOCK + threadIdx.x, n_blocks * BLOCK);
-    const u32 n_brought = count_block(&rooms->n_x);
-    if (threadIdx.x == 0 && n_brought == (u32)n_blocks) {
+    __syncthreads();
+    if (threadIdx.x != 0) return true;
+    fence_device();
+    if (n_blocks > 1) {
+        if (atomicAdd(&rooms->n_x, 1u) + 1 != (u32)n_blocks) return true;
         rooms->n_x = 0;
         fence_device();
-        *(volatile u32*)&rooms->x = round;
     }
+    *(volatile u32*)&rooms->x = round;
     return true;
 }
 

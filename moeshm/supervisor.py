@@ -44,6 +44,7 @@ def spawn_worker(
     model: str | os.PathLike[str],
     *,
     device: str = "cpu",
+    resident: bool = False,
     layers: Collection[int] | None = None,
     experts: Mapping[int, Sequence[int]] | None = None,
     threads: int | None = None,
@@ -55,15 +56,15 @@ def spawn_worker(
 ) -> ExpertClient:
     """A client of a worker process that it starts, and ends when it is closed.
 
-    `model`, `device`, `layers`, `experts` (layer to global ids, in local order) and `threads` are
-    those of `moeshm worker`; the rest as for `connect`. A worker that dies is started anew by the
+    `model`, `device`, `resident`, `layers`, `experts` (layer to global ids, in local order) and
+    `threads` are those of `moeshm worker`; the rest as for `connect`. A worker that dies is started anew by the
     next call. It ends by itself should this process be killed.
 
     ConnectError: the worker ended before it was ready; its words are on standard error.
     """
     engine, transport = engines.parse(engine_device, transport)
     chosen = choose(transport, wire_dtype, timeout_s)
-    process = WorkerProcess(model, device, layers, experts, threads)
+    process = WorkerProcess(model, device, resident, layers, experts, threads)
 
     def open_session(wish: SlabWish) -> Opened:
         def connect(timeout_s: float) -> Session:
@@ -92,6 +93,7 @@ class WorkerProcess:
         self,
         model: str | os.PathLike[str],
         device: str,
+        is_resident: bool,
         layers: Collection[int] | None,
         experts: Mapping[int, Sequence[int]] | None,
         threads: int | None,
@@ -114,6 +116,8 @@ class WorkerProcess:
             *("-m", "moeshm", "worker", "--until-exit-of", str(os.getpid()), "--quiet"),
             *("--model", os.fspath(model), "--device", device, "--listen", self.address),
         ]
+        if is_resident:
+            self._command.append("--resident")
         if layers is not None:
             self._command += ["--layers", ",".join(map(str, layers))]
         if experts is not None:

@@ -71,6 +71,7 @@ def test_a_worker_that_holds_other_experts_refuses_by_name(tmp_path: Path) -> No
         (["--name", "a"], "--placement and --name go together"),
         (["--placement", "FILE"], "--placement and --name go together"),
         (["--placement", "FILE", "--name", "a", "--layers", "0"], "leave the others out"),
+        (["--resident"], "--resident is for a GPU; name it by --device"),
     ],
 )
 def test_options_that_contradict_each_other(

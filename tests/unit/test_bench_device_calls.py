@@ -34,6 +34,7 @@ from moeshm.bench.device_calls_client import (
     Setup,
     cell_name,
     cell_names,
+    whats_of,
 )
 from moeshm.bench.device_calls_gpu import choose_worker_device
 from moeshm.bench.gpu_worker import Ready, Refused, WorkerSetup
@@ -77,6 +78,10 @@ class DescribedGpu(ShimGpu):
         return GPU
 
 
+#: What HostEngine's clock says.
+STREAM_NS = 12_345
+
+
 class HostEngine:
     """An `Engine` whose GPU is the host; `spoil` may change what is read from it."""
 
@@ -103,6 +108,10 @@ class HostEngine:
     def worker_device(self, wanted: str) -> str:
         """As `Engine.worker_device`, of two."""
         return choose_worker_device(wanted, self.name, 2)
+
+    def stream_ns(self, begin: Callable[[], Any]) -> tuple[int, Any]:
+        """As `Engine.stream_ns`."""
+        return STREAM_NS, begin()
 
     def peer_copy(self, worker_device: str, n_bytes: int) -> Callable[[], None]:
         """As `Engine.peer_copy`."""
@@ -182,6 +191,7 @@ def test_every_way_is_measured_against_a_worker_that_computes(engine: HostEngine
             assert each.error is None
             assert len(each.durations_ns) == device_calls_client._LEAST_LAPS * CALLS
             assert min(each.durations_ns) > 0
+            assert (set(each.durations_ns) == {STREAM_NS}) == cell.startswith("stream")
 
 
 def set_zero(output: Array) -> None:
@@ -218,10 +228,11 @@ def test_a_wrong_output_is_an_error_and_no_figure(
 
     engine.spoil = spoil_later
     _, samples = measured(engine, setup_of(4))
-    for what in ("compute", "submit"):
+    for what in whats_of("pinned"):
         wrong = samples[cell_name(what, 4, "pinned")]
         assert (wrong.error or "").startswith(error)
         assert not wrong.durations_ns
+    for what in whats_of("rings"):
         assert samples[cell_name(what, 4, "rings")].error is None
 
 
@@ -338,6 +349,7 @@ GOOD = {
     **{cell_name("compute", 1, way): 50.0 for way in WAYS},
     **{cell_name("compute", 512, way): 500.0 for way in WAYS},
     **{cell_name("submit", n, way): 9.0 for n in (1, 512) for way in WAYS},
+    **{cell_name("stream", n, way): 40.0 for n in (1, 512) for way in ("pinned", "device")},
     cell_name("peer_copy", 1): 10.0,
     cell_name("peer_copy", 512): 80.0,
 }
@@ -360,6 +372,7 @@ def test_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     few, many = rows[1, "pinned"], rows[512, "device"]
     assert (few.p50_us, few.p50_min_us, few.p50_max_us) == (75.0, 50.0, 100.0)
     assert (few.submit_us, few.kernels_us, few.overhead_us) == (13.5, 32.0, 43.0)
+    assert (few.stream_us, rows[1, "rings"].stream_us) == (60.0, None)
     assert few.copy_ratio is None
     assert (many.overhead_us, many.copy_ratio) == (350.0, 120 / 350)
     copy, _, ring = report.floors
@@ -430,21 +443,29 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
     us = {cell: each for cell, each in GOOD.items() if "device" not in cell}
     refused = [
         Sampled(CellSamples(cell_name(what, n, "device"), error="no peer access"))
-        for what in ("compute", "submit")
+        for what in whats_of("device")
         for n in (1, 512)
     ]
     setups = scripted(monkeypatch, ([*lines_of(us), *refused], 0))
-    words = ["device-calls", "--tokens=1,512", "--repeats=1", "--worker-device=cuda:1"]
+    words = [
+        "device-calls",
+        "--tokens=1,512",
+        "--repeats=1",
+        "--worker-device=cuda:1",
+        "--resident",
+    ]
     done = CliRunner().invoke(bench, words + ["--json"] * as_json, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     (setup,) = setups
     assert (setup.shape, setup.dtype, setup.n_tokens) == ("qwen3-30b-a3b", "bf16", [1, 512])
     assert (setup.engine_device, setup.worker_device) == ("cuda:0", "cuda:1")
+    assert setup.is_resident
     assert setup.seconds == device_calls.CELL_SECONDS
     if as_json:
         report = msgspec.json.decode(done.stdout, type=DeviceCallReport)
         assert report.meta.benchmark == "device-calls"
         assert {row.way for row in report.results} == set(WAYS)
+        assert report.is_resident
     else:
         for text in ("worker on cuda:1", "peer_copy", "client.compute, qwen3-30b-a3b, bf16", "80%"):
             assert text in done.stdout

@@ -142,7 +142,7 @@ class Resident:
         more to wait for."""
         if self._shape is None:
             return False
-        self.wait(self._mailbox.n_posted)
+        self.wait(self._last)
         return True
 
     def yield_device(self) -> None:
