@@ -274,14 +274,13 @@ def _measure_cell(
     outputs.append(right)
     if right.tobytes() != outputs[0].tobytes():
         raise ValueError("the output has other bits than that of another way")
-    measures = [
-        lambda: time_calls(calls.compute, _nothing, seconds),
-        lambda: time_calls(calls.submit, _wait, seconds),
-    ]
-    if calls.stream is not None:
-        measures.append(lambda: time_on_stream(calls.submit, engine, seconds))
-    for measure in measures:
-        yield measure()
+    for what in WHATS:
+        if what == "compute":
+            yield time_calls(calls.compute, _nothing, seconds)
+        elif what == "submit":
+            yield time_calls(calls.submit, _wait, seconds)
+        elif calls.stream is not None:
+            yield time_on_stream(calls.submit, engine, seconds)
         # Laps end with the same call.
         if calls.output().tobytes() != right.tobytes():
             raise ValueError("the output has other bits after it was timed than before")

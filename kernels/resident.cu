@@ -173,6 +173,8 @@ DEVICE void lead(const Resident& resident, Progress& progress, Command& command)
         // What was to stop another kernel, and came too late for it.
         while (is_there && command.what == STOP && (int)(resident.launch - command.launch) > 0)
             is_there = receive(resident, ++next, command);
+        // Arrays were written before the command.
+        fence_system();
         if (threadIdx.x == 0) {
             if (!is_there) command.what = STOP;
             progress.next = next + is_there;
@@ -197,8 +199,8 @@ DEVICE void follow(Rooms* rooms, const Progress& progress, Command& command) {
     if (threadIdx.x < 32) {
         do wait_for_block();
         while (!look_for(&rooms->letter, progress.round, command));
-        // Pairs were written before.
-        if (command.asked.ids) fence_device();
+        // Pairs were written before, and activations that are read where they are.
+        if (command.asked.ids || command.admitted.n_values == 0) fence_device();
     }
     __syncthreads();
 }

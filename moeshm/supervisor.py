@@ -57,8 +57,8 @@ def spawn_worker(
     """A client of a worker process that it starts, and ends when it is closed.
 
     `model`, `device`, `resident`, `layers`, `experts` (layer to global ids, in local order) and
-    `threads` are those of `moeshm worker`; the rest as for `connect`. A worker that dies is started anew by the
-    next call. It ends by itself should this process be killed.
+    `threads` are those of `moeshm worker`; the rest as for `connect`. A worker that dies is started
+    anew by the next call. It ends by itself should this process be killed.
 
     ConnectError: the worker ended before it was ready; its words are on standard error.
     """

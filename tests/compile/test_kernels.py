@@ -30,8 +30,8 @@ from .usage import Usage
 KNOWN_SPILLS: dict[tuple[str, Activation | None, str], int] = {
     ("prefill_wgmma.cu", Activation.GEGLU, "sm_90 by CUDA 13"): 8
 }
-#: Of any `resident`: it has the registers of decode_gate_up and decode_down, which need all there are,
-#: and some more to keep.
+#: Of any `resident`: decode_gate_up and decode_down need all registers that there are, and it has
+#: some more to keep.
 RESIDENT_SPILLS = 24
 #: The first test waits for all.
 pytestmark = pytest.mark.timeout(900)

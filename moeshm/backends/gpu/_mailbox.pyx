@@ -49,7 +49,8 @@ def set_pairs(uint64_t address, ids, weights, addresses):
         raise IndexError(f"{n} ids and {floats.shape[0]} weights; a command has room for 16 each")
     for index in range(n):
         if not -1 <= slots[index] < experts.shape[0]:
-            raise IndexError(f"slot {slots[index]}; {experts.shape[0]} are known, -1 is an empty one")
+            raise IndexError(f"slot {slots[index]}; {experts.shape[0]} are known, -1 is an empty "
+                             "one")
     for index in range(n):
         slot = slots[index]
         (<uint64_t *>(command + EXPERTS_AT))[index] = experts[slot] if slot >= 0 else 0
@@ -68,7 +69,9 @@ cdef class Mailbox:
     cdef bint is_open
     cdef uint32_t n_posted
 
-    def __cinit__(self, memory):
+    def __init__(self, memory):
+        if self.is_open:
+            raise ValueError("a mailbox is made once")
         PyObject_GetBuffer(memory, &self.view, PyBUF_WRITABLE)
         self.is_open = True
         if self.view.len < NBYTES:

@@ -263,6 +263,7 @@ class GpuBackend:
         return None
 
     def _know(self, signs: tuple[object, ...], job: _Job) -> None:
+        """For whoever has the turn."""
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
         self._known[signs] = job
@@ -277,8 +278,11 @@ class GpuBackend:
         which it has to yield, or the call is not for it."""
         with self._turn.kept:
             job = self._known.get(signs)
+            if job is None:
+                job = self._jobs.get(_kind(layer, *operands))
             if not isinstance(job, ResidentJob):
                 return False
+            self._know(signs, job)
             self._device.use()
             self._wait_for_arrays(layer, operands)
             job.run(layer, *operands)

@@ -124,6 +124,9 @@ class Resident:
         memory = self._memory.array
         while not wait_for_word(memory, FINISHED, number, _SLICE_NS, self._spin_ns):
             self._device.check()
+            if self._shape is not None and self._mailbox.n_ended == self.n_launched:
+                # Not that one is known that ends and leaves a command.
+                self._launch(self._shape)
 
     def start_over(self) -> None:
         """Return when no kernel runs any more; what none of them has found is forgotten.
