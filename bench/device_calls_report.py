@@ -20,7 +20,7 @@ def print_device_calls(report: DeviceCallReport, console: Console) -> None:
         versions = ", ".join(f"{name} {text}" for name, text in gpu.versions.items() if text)
         console.print(f"{side} on {device}: {gpu.name} ({gpu.arch}); {versions}", highlight=False)
     if report.is_resident:
-        console.print("the worker has a resident kernel for calls of few tokens")
+        console.print("the worker was asked for a resident kernel")
     console.print(_floor_table(report.floors))
     for shape, dtype in dict.fromkeys((row.shape, row.dtype) for row in report.results):
         console.print(_table(f"client.compute, {shape}, {dtype}", report.results))

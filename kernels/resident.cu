@@ -82,6 +82,7 @@ struct Progress {
     u32 next;
     u32 round;
     u32 n_computed;
+    u32 stopped;  // as of Rooms; written there once every block has begun
 };
 
 DEVICE bool has_reached(u32 count, u32 value) { return (int)(count - value) >= 0; }
@@ -178,7 +179,7 @@ DEVICE void lead(const Resident& resident, Progress& progress, Command& command)
         if (threadIdx.x == 0) {
             if (!is_there) command.what = STOP;
             progress.next = next + is_there;
-            if (is_there && command.what == STOP) rooms->stopped = command.launch;
+            if (is_there && command.what == STOP) progress.stopped = command.launch;
         }
     }
     __syncthreads();
@@ -298,6 +299,7 @@ DEVICE void say_ended(const Resident& resident, const Progress& progress) {
     rooms->next = progress.next;
     rooms->round = progress.round;
     rooms->n_computed = progress.n_computed;
+    rooms->stopped = progress.stopped;
     fence_system();
     *(volatile u32*)&resident.mailbox->ended = resident.launch;
 }
@@ -315,7 +317,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) resident(Resident residen
             *(volatile u32*)&resident.mailbox->ended = resident.launch;
         return;
     }
-    if (threadIdx.x == 0) progress = Progress{rooms->next, rooms->round, rooms->n_computed};
+    if (threadIdx.x == 0)
+        progress = Progress{rooms->next, rooms->round, rooms->n_computed, rooms->stopped};
     __syncthreads();
     do {
         if (blockIdx.x == 0)

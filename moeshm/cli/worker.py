@@ -116,6 +116,7 @@ def worker(
             is_resident=is_resident,
         )
         Daemon(backend, listen, lifeline, load).run()
+        _log_resident(backend)
     except DeviceLost as error:
         _log.critical("%s", error)
         sys.exit(os.EX_SOFTWARE)
@@ -137,6 +138,18 @@ def _open_gpu(device: str) -> CupyDevice | None:
     features = gpu.features
     _log.info("device %s is %s: %s, %s", device, gpu.name, features.name, features.arch)
     return gpu
+
+
+def _log_resident(backend: Backend) -> None:
+    """What its kernel did that was to stay, if there was one."""
+    stats = getattr(backend, "resident_stats", None)
+    if stats is not None:
+        _log.info(
+            "the resident kernel computed %d calls in %d launches%s",
+            stats.n_calls,
+            stats.n_launched,
+            f"; it has stepped aside: {stats.why_not}" if stats.why_not else "",
+        )
 
 
 def _open_parent(pid: int) -> int:

@@ -175,7 +175,7 @@ def test_a_gpu_that_another_process_uses_is_refused(free_gpu: int, tmp_path: Pat
             check=False,
         )
     assert done.returncode == 1
-    assert f"1 other processes compute on cuda:{free_gpu}; use another GPU" in done.stderr
+    assert f"1 other processes use cuda:{free_gpu}; use another GPU" in done.stderr
 
 
 @contextlib.contextmanager

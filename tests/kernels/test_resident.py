@@ -404,3 +404,16 @@ def test_more_commands_than_the_mailbox_has_room_for() -> None:
     for each in asking:
         each.assert_done()
     assert room.mailbox.n_finished == len(asking)
+
+
+def test_a_block_that_begins_late_is_waited_for() -> None:
+    """When it begins, the leader has been told to stop already."""
+    text, at = source("resident.cu"), "    if (has_reached(rooms->stopped, resident.launch)) {"
+    assert text.count(at) == 1
+    late = "    if (blockIdx.x == 2) for (int i = 0; i < 300; ++i) wait_for_host();\n"
+    one, room = ask(1), Room()
+    module = compile_text(
+        text.replace(at, late + at), {**one.problem.shape.macros(), **MACROS}, name="resident.cu"
+    )
+    room.stop()
+    room.run(one.problem, module=module)

@@ -104,7 +104,8 @@ def test_arrays_in_device_memory(dtype: DType, n_tokens: int) -> None:
             given: list[Any] = [*(OnDevice(aligned(each)) for each in inputs), out]
             served.backend.ffn(0, *given)
             assert_close(out.array, reference_ffn(LAYER, *inputs), TOLERANCE[BF16])
-        assert served.counts == (2, 1)
+        # Whoever made them finds no room on this GPU while the kernel stays.
+        assert served.counts == (0, 0)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
@@ -279,7 +280,7 @@ def test_it_steps_aside_for_others_and_comes_back(
         assert record.levelno == logging.WARNING
         assert record.getMessage() == (
             "the resident kernel on simt steps aside, calls are launched: "
-            "2 other processes compute on simt"
+            "2 other processes use simt"
         )
         others.n = 0
         served.call(4)
@@ -350,7 +351,7 @@ def test_devices_that_cannot_have_it(features: Features, message: str) -> None:
 
 def test_a_device_that_others_use(others: Others) -> None:
     others.n = 3
-    message = "no resident kernel: 3 other processes compute on simt; use another GPU"
+    message = "no resident kernel: 3 other processes use simt; use another GPU"
     with pytest.raises(DeviceError, match=message):
         GpuBackend({0: LAYER}, ResidentDevice(), is_resident=True)
     others.error = "who else uses the GPU cannot be told: no library"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +16,16 @@ from moeshm._words import load_word, store_word, wait_for_word
 from moeshm.backends.gpu import resident
 from moeshm.backends.gpu._mailbox import ENDED, FINISHED, Mailbox
 from moeshm.backends.gpu.abi import Command
+from moeshm.backends.gpu.backend import GpuBackend
 from moeshm.backends.gpu.choice import Shape
 from moeshm.backends.gpu.compiled import Kernels
 from moeshm.backends.gpu.resident import Resident
+from moeshm.backends.reference import reference_ffn
+from moeshm.dtypes import DType
 from moeshm.errors import DeviceError, DeviceLost
 from moeshm.transport.slab import DONE, REFUSED
+from tests.checkpoints import random_layer
+from tests.conformance.test_backends import assert_close, compute, draw_call
 from tests.simt.device import IdleDevice
 from tests.simt.resident_device import ResidentDevice
 from tests.wire import meanwhile
@@ -245,12 +251,13 @@ def test_a_stop_is_for_all_that_were_launched() -> None:
     assert played.launches == [1, 2, 3]
 
 
-def test_a_kernel_that_has_ended_is_not_told_to() -> None:
+def test_a_kernel_that_has_ended_is_told_to_all_the_same() -> None:
+    """It looks once more after it has said so."""
     played = Played()
     played.begin()
     played.say(finished=1, ended=1)
     played.resident.yield_device()
-    assert played.commands == ["call"]
+    assert played.commands == ["call", "stop 1"]
     played.begin()
     assert played.launches == [1, 2]
 
@@ -323,3 +330,39 @@ def test_starting_over_forgets_what_is_in_the_mailbox() -> None:
     assert played.begin() == 1
     # Numbers of kernels go on: those that end late must not be taken for this one.
     assert played.launches == [1, 2]
+
+
+# --- what is not for it -----------------------------------------------------------------------
+
+
+def test_a_call_that_finds_others_is_the_last_of_its_kind(others: Others) -> None:
+    """Also where it is the first of its kind, which is noted for those that follow."""
+    with serving({0: LAYER}) as served:
+        others.n = 1
+        served.call(1)
+        assert served.resident.why_not
+        counts = served.counts
+        for seed in range(2, 7):
+            served.call(seed)
+        assert served.counts == counts
+        assert served.backend.resident_stats == (*counts, "1 other processes use simt")
+
+
+@pytest.mark.parametrize("cause", ["float32 weights", "MOESHM_KERNELS"])
+def test_layers_that_it_cannot_take(caplog: pytest.LogCaptureFixture, cause: str) -> None:
+    """Nothing is compiled for them, and their calls are launched."""
+    is_f32 = cause == "float32 weights"
+    weight_dtype = DType.F32 if is_f32 else DType.BF16
+    layer = random_layer(1, hidden_size=64, weight_dtype=weight_dtype)
+    device = ResidentDevice()
+    kernels = {} if is_f32 else {"decode": "fma"}
+    backend = GpuBackend({0: layer}, device, kernels, is_resident=True)
+    with caplog.at_level(logging.WARNING):
+        backend.warm_up()
+    assert "takes no calls of layers of 64 x" in caplog.text
+    assert "decode_fma.cu" in caplog.text
+    assert "resident.cu" not in device.compiled
+    call = draw_call(1, layer, 1, 2)
+    assert_close(compute(backend, *call, DType.F32), reference_ffn(layer, *call), 1e-5)
+    assert backend._resident is not None
+    assert backend._resident.n_calls == 0

@@ -33,7 +33,9 @@ class Library:
     """libnvidia-ml, with one GPU: which pids compute there, and what each function returns."""
 
     def __init__(self) -> None:
-        self.pids: Sequence[int] = ()
+        self.pids: Sequence[int] = (os.getpid(),)
+        #: Of these, that draw there.
+        self.drawing: Sequence[int] = ()
         self.statuses: dict[str, int] = {}
         self.asked: list[str] = []
         pointer = ctypes.c_void_p
@@ -44,7 +46,12 @@ class Library:
         # As C has them, so that arguments are converted.
         self.nvmlInit_v2 = init(self._init)
         self.nvmlDeviceGetHandleByPciBusId_v2 = by_bus_id(self._by_bus_id)
-        self.nvmlDeviceGetComputeRunningProcesses_v3 = find(self._find)
+        self.nvmlDeviceGetComputeRunningProcesses_v3 = find(
+            lambda *words: self._find(self.pids, *words)
+        )
+        self.nvmlDeviceGetGraphicsRunningProcesses_v3 = find(
+            lambda *words: self._find(self.drawing, *words)
+        )
 
     def _init(self) -> int:
         self.asked.append("init")
@@ -55,14 +62,14 @@ class Library:
         handle[0] = 0x7F00_1234_5678
         return self.statuses.get("handle", _SUCCESS)
 
-    def _find(self, handle: int, count: Any, processes: int) -> int:
+    def _find(self, pids: Sequence[int], handle: int, count: Any, processes: int) -> int:
         assert handle == 0x7F00_1234_5678, "the handle that was found"
         room = count[0]
-        count[0] = len(self.pids)
-        if len(self.pids) > room:
+        count[0] = len(pids)
+        if len(pids) > room:
             return _INSUFFICIENT_SIZE
         infos = ctypes.cast(processes, ctypes.POINTER(_ProcessInfo))
-        for index, pid in enumerate(self.pids):
+        for index, pid in enumerate(pids):
             infos[index] = _ProcessInfo(pid, 1 << 40, 0xFFFF_FFFF, 0xFFFF_FFFF)
         return self.statuses.get("find", _SUCCESS)
 
@@ -79,7 +86,6 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
 @pytest.mark.parametrize(
     ("pids", "expected"),
     [
-        ((), 0),
         ((os.getpid(),), 0),
         ((os.getpid(), OTHER), 1),
         ((OTHER, os.getpid(), ANOTHER), 2),
@@ -95,10 +101,22 @@ def test_others_are_counted(library: Library, pids: Sequence[int], expected: int
     assert Neighbours(BUS_ID).count() == expected
 
 
+def test_who_draws_uses_it_too(library: Library) -> None:
+    library.drawing = OTHER, os.getpid()
+    assert Neighbours(BUS_ID).count() == 1
+
+
+def test_where_nobody_is_named_nobody_can_tell(library: Library) -> None:
+    """This process is there for sure."""
+    library.pids = ()
+    with pytest.raises(DeviceError, match="not even this one; in a container, give it the host's"):
+        Neighbours(BUS_ID).count()
+
+
 def test_they_come_and_go(library: Library) -> None:
     neighbours = Neighbours(BUS_ID)
     assert library.asked == ["init", BUS_ID]
-    for pids, expected in (((os.getpid(),), 0), ((os.getpid(), OTHER), 1), ((), 0)):
+    for pids, expected in (((os.getpid(),), 0), ((os.getpid(), OTHER), 1), ((os.getpid(),), 0)):
         library.pids = pids
         assert neighbours.count() == expected
     assert library.asked == ["init", BUS_ID]

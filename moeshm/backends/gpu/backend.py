@@ -36,7 +36,7 @@ from .operands import (
     rows_of,
 )
 from .registered import MemoryStats, Registered, RegisteredMemory
-from .resident import Resident
+from .resident import Resident, ResidentStats
 from .resident_job import ResidentJob
 from .slab import GpuSlab, open_slab
 from .slab_calls import SlabCalls
@@ -133,12 +133,12 @@ class GpuBackend:
         with self._turn:
             self._device.use()
             self._wait_for_arrays(held, operands)
-            job = self._known.get(signs)
+            job = self._known.get(signs) or self._find_job(held, *operands)
             if job is None:
-                job = self._compute(held, *operands)
-                if job is not None:
-                    self._know(signs, job)
+                self._compute_in_parts(held, *operands)
             else:
+                # Before it runs, as it may come to be forgotten meanwhile.
+                self._know(signs, job)
                 job.run(held, *operands)
 
     def add(self, layer: int, experts: ExpertLayer) -> list[int]:
@@ -171,6 +171,11 @@ class GpuBackend:
     def memory_stats(self) -> MemoryStats:
         """What came of `use_memory`."""
         return self._registered.stats
+
+    @property
+    def resident_stats(self) -> ResidentStats | None:
+        """What came of `is_resident`; None without."""
+        return None if self._resident is None else self._resident.stats
 
     def warm_up(self) -> None:
         """Compile and load what calls to these layers may need, and make one of each kind."""
@@ -223,7 +228,7 @@ class GpuBackend:
         most_tokens = self._workspace.most_tokens(shape, info.top_k, info.num_experts)
         self._kernels.load_all(shape, info.top_k, info.num_experts, most_tokens)
         if self._resident is not None:
-            self._resident.load(shape)
+            self._resident.load(shape, info.top_k)
         return most_tokens
 
     def _make_room(self, layers: Mapping[int, ExpertLayer]) -> None:
@@ -245,22 +250,29 @@ class GpuBackend:
                 self._forget_jobs()
                 self._workspace.resize(host_bytes, device_bytes)
 
-    def _compute(
+    def _find_job(
         self, layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: Operand
     ) -> _Job | None:
-        """The call, in parts if it is longer than there is memory for; the job that computed it
-        whole."""
+        """What computes such calls; None for one that is empty, or longer than there is memory for.
+        For whoever has the turn."""
         n_tokens, top_k = ids.shape
+        if not 0 < n_tokens <= self._workspace.most_tokens(layer.shape, top_k, layer.n_slots):
+            return None
         kind = _kind(layer, x, ids, weights, out)
+        return self._jobs.get(kind) or self._make_job(kind)
+
+    def _compute_in_parts(
+        self, layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: Operand
+    ) -> None:
+        """As many tokens at once as there is memory for. For whoever has the turn."""
+        n_tokens, top_k = ids.shape
         most = self._workspace.most_tokens(layer.shape, top_k, layer.n_slots)
-        if 0 < n_tokens <= most:
-            job = self._jobs.get(kind) or self._make_job(kind)
-            job.run(layer, x, ids, weights, out)
-            return job
         for first in range(0, n_tokens, most):
             end = min(first + most, n_tokens)
-            self._compute(layer, *(rows_of(each, first, end) for each in (x, ids, weights, out)))
-        return None
+            part = [rows_of(each, first, end) for each in (x, ids, weights, out)]
+            job = self._find_job(layer, *part)
+            assert job is not None
+            job.run(layer, *part)
 
     def _know(self, signs: tuple[object, ...], job: _Job) -> None:
         """For whoever has the turn."""
@@ -307,7 +319,9 @@ class GpuBackend:
             # The oldest; sizes that come often are soon there again.
             del self._jobs[next(iter(self._jobs))]
             self._known.clear()
-        if self._resident is not None and self._resident.takes(plan, size):
+        # What is on this GPU already is some other kernel's, which finds no room beside that one.
+        is_elsewhere = Place.DEVICE not in kind.places
+        if self._resident is not None and is_elsewhere and self._resident.takes(plan, size):
             self._jobs[kind] = made = ResidentJob(self._resident, kind, plan, self._workspace)
             return made
         launches = [self._launch(shape, step) for step in plan.steps]

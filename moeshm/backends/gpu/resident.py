@@ -6,6 +6,7 @@ import ctypes
 import logging
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,11 +36,22 @@ _LOOK_S = 1.0
 _STOP = 1
 
 
+class ResidentStats(NamedTuple):
+    """What came of a kernel that was to stay."""
+
+    #: That it has begun; all others were launched.
+    n_calls: int
+    #: Of the kernel itself.
+    n_launched: int
+    #: Why calls are not for it now; empty if they are.
+    why_not: str
+
+
 class Resident:
     """Calls to layers of one shape at a time; another shape's have the kernel launched anew.
 
-    All methods are for whoever has the device's turn, `yield_device` for whoever is about to.
-    `n_calls`: that it has begun; `n_launched`: kernels.
+    All methods are for whoever has the device's turn, `yield_device` for whoever is about to;
+    `load` is for any thread. `n_calls`: that it has begun; `n_launched`: kernels.
 
     DeviceError: the device cannot have such a kernel, or is not this process's alone;
     `count_others` says how many more use it.
@@ -76,12 +88,32 @@ class Resident:
         self.n_launched = 0
         self.n_calls = 0
 
+    @property
+    def stats(self) -> ResidentStats:
+        """The figures now."""
+        return ResidentStats(self.n_calls, self.n_launched, self.why_not)
+
     def takes(self, plan: Plan, size: Size) -> bool:
         """Whether such calls are for it."""
         return not self.why_not and choice.is_resident(plan, size)
 
-    def load(self, shape: Shape) -> None:
-        """Have its kernel compiled and on the device."""
+    def load(self, shape: Shape, top_k: int) -> None:
+        """Have its kernel compiled and on the device, if calls to such layers are for it."""
+        size = Size(1, top_k, 1)
+        plan = self._kernels.plan(shape, size, shape.weight_dtype)
+        if choice.is_resident(plan, size):
+            self._load(shape)
+            return
+        _log.warning(
+            "the resident kernel on %s takes no calls of layers of %d x %d in %s: kernels are %s",
+            self._device.name,
+            shape.hidden_size,
+            shape.inner,
+            shape.weight_dtype,
+            plan.steps[0].file,
+        )
+
+    def _load(self, shape: Shape) -> None:
         if shape in self._launches:
             return
         step = choice.resident(shape, self._device.features)
@@ -112,7 +144,7 @@ class Resident:
             self._launch(shape)
         number = self._mailbox.post(command)
         while number is None:
-            self.wait(self._mailbox.n_posted - 8)
+            self._wait_for_room()
             number = self._mailbox.post(command)
         if self._mailbox.n_ended == self.n_launched:
             # It had been idle; what is in the mailbox is for the next one.
@@ -123,6 +155,7 @@ class Resident:
         """Until that command is done. DeviceLost: it never will be."""
         memory = self._memory.array
         while not wait_for_word(memory, FINISHED, number, _SLICE_NS, self._spin_ns):
+            self._device.use()
             self._device.check()
             if self._shape is not None and self._mailbox.n_ended == self.n_launched:
                 # Not that one is known that ends and leaves a command.
@@ -153,18 +186,24 @@ class Resident:
         if self._shape is None:
             return
         self._shape = None
-        # In this order: a kernel that says it ends may find a last command all the same, and go on.
-        if self._mailbox.n_finished == self._last and self._mailbox.n_ended == self.n_launched:
-            return
+        # Also where a kernel says that it has ended: it looks once more after that, and would take
+        # what is meant for the next. A kernel that comes later leaves this alone.
         self._stop.launch = self.n_launched
-        while self._mailbox.post(ctypes.addressof(self._stop)) is None:
-            self.wait(self._mailbox.n_posted - 8)
+        try:
+            while self._mailbox.post(ctypes.addressof(self._stop)) is None:
+                self._wait_for_room()
+        except BaseException:
+            self._is_spoilt = True
+            raise
+
+    def _wait_for_room(self) -> None:
+        self.wait((self._mailbox.n_posted - 8) & 0xFFFFFFFF)
 
     def look_for_others(self) -> None:
         """See whether the device is this process's alone; else no call is for this kernel."""
         try:
             n_others = self._count_others()
-            why = f"{n_others} other processes compute on {self._device.name}" if n_others else ""
+            why = f"{n_others} other processes use {self._device.name}" if n_others else ""
         except DeviceError as error:
             why = str(error)
         self._looked_at = time.monotonic()
@@ -179,7 +218,7 @@ class Resident:
         if time.monotonic() - self._looked_at > _LOOK_S:
             # What is begun with this launch is its last call, if there are others.
             self.look_for_others()
-        self.load(shape)
+        self._load(shape)
         arguments, commands = self._launches[shape]
         arguments.launch = self.n_launched + 1
         commands.enqueue()

@@ -18,7 +18,7 @@ from .abi import COMMAND_PAIRS, Admitted, Asked, Command
 from .choice import Plan
 from .experts import DeviceLayer
 from .job import Kind, Staging, structs
-from .operands import DeviceArray, Operand, Place, RegisteredArray
+from .operands import Operand, Place, RegisteredArray
 from .resident import Resident
 from .slab_job import SlabKind, SlabMemory, n_values_admitted
 from .workspace import Workspace, lay_out
@@ -39,8 +39,6 @@ class ResidentJob:
         self._staging = Staging.of(kind, plan.x_dtype, at, host.array)
         is_staged = places.x is Place.HOST
         self._narrow_to = plan.x_dtype if is_staged and kind.x_dtype is not plan.x_dtype else None
-        #: Device memory in the plan's format is read by all blocks where it is.
-        is_in_place = places.x is Place.DEVICE and kind.x_dtype is plan.x_dtype
         call, _ = structs(size, plan.x_dtype, kind.out_dtype, at, base)
         call.out = host.address + at.out
         asked = Asked(
@@ -57,21 +55,17 @@ class ResidentJob:
             # Ids were checked: none is refused.
             refused=base + at.partial,
             x=base + at.x,
-            n_values=0 if is_in_place else size.n_tokens * shape.hidden,
+            n_values=size.n_tokens * shape.hidden,
             x_dtype=plan.x_dtype,
         )
         #: Whether the command itself has the pairs.
-        self._has_pairs = (
-            size.n_tokens == 1
-            and size.top_k <= COMMAND_PAIRS
-            and places.ids is places.weights is Place.HOST
-        )
+        self._has_pairs = size.n_tokens == 1 and size.top_k <= COMMAND_PAIRS
         if self._has_pairs:
             asked.ids = 0
         command = self._command = Command(call, asked, admitted)
         self._address = ctypes.addressof(command)
         self._of_layer = Fields(*((command.call, name) for name in ("experts", "alpha", "limit")))
-        self._x = Fields((command.call if is_in_place else command.asked, "x"))
+        self._x = Fields((command.asked, "x"))
         self._out = Fields((command.call, "out"))
 
     def run(
@@ -80,16 +74,12 @@ class ResidentJob:
         """As `Job.run`."""
         info = layer.info
         self._of_layer.set(layer.table.address, info.activation_alpha, info.activation_limit)
-        self._take_pairs(layer, ids, weights)
-        if isinstance(x, DeviceArray):
-            self._x.set(x.address)
-        elif isinstance(x, RegisteredArray):
+        self._take_pairs(layer, cast(Array, ids), cast(Array, weights))
+        if isinstance(x, RegisteredArray):
             self._x.set(x.device_address)
         else:
-            self._staging.put_rows(x, self._narrow_to)
-        if isinstance(out, DeviceArray):
-            self._out.set(out.address)
-        elif isinstance(out, RegisteredArray):
+            self._staging.put_rows(cast(Array, x), self._narrow_to)
+        if isinstance(out, RegisteredArray):
             self._out.set(out.device_address)
         try:
             self._resident.wait(self._resident.begin(self._shape, self._address))
@@ -101,20 +91,12 @@ class ResidentJob:
         if isinstance(out, np.ndarray):
             out[...] = self._staging.out
 
-    def _take_pairs(self, layer: DeviceLayer, ids: Operand, weights: Operand) -> None:
+    def _take_pairs(self, layer: DeviceLayer, ids: Array, weights: Array) -> None:
         if self._has_pairs:
-            # They are in the host's memory.
-            set_pairs(self._address, cast(Array, ids), cast(Array, weights), layer.addresses)
+            set_pairs(self._address, ids, weights, layer.addresses)
             return
-        asked = self._command.asked
-        if isinstance(ids, DeviceArray):
-            asked.ids = ids.address
-        else:
-            self._staging.ids[...] = ids
-        if isinstance(weights, DeviceArray):
-            asked.weights = weights.address
-        else:
-            self._staging.weights[...] = weights
+        self._staging.ids[...] = ids
+        self._staging.weights[...] = weights
 
 
 class _Posted:

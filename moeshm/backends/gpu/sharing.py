@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from typing import Any
 
 from ...errors import DeviceError
 
 _LIBRARY = "libnvidia-ml.so.1"
+_FUNCTIONS = (
+    "nvmlDeviceGetComputeRunningProcesses_v3",
+    "nvmlDeviceGetGraphicsRunningProcesses_v3",
+)
 #: Processes that are asked for at once.
 _MOST = 64
 
@@ -25,15 +28,17 @@ class _Process(ctypes.Structure):
 
 
 class Neighbours:
-    """Other processes that compute on one GPU. Any thread may ask.
+    """Other processes that use one GPU, to compute or to draw. Any thread may ask.
 
-    `bus_id`: as `Features.bus_id`. DeviceError: nobody can tell, as without the library.
+    In a container whose numbers of processes are not the host's, the one that nobody knows is taken
+    for this process; what the container hides cannot be counted. `bus_id`: as `Features.bus_id`.
+    DeviceError: nobody can tell, as without the library.
     """
 
     def __init__(self, bus_id: str) -> None:
         try:
             self._library: Any = ctypes.CDLL(_LIBRARY)
-            self._find = self._library.nvmlDeviceGetComputeRunningProcesses_v3
+            self._find = [getattr(self._library, name) for name in _FUNCTIONS]
         except (OSError, AttributeError) as error:
             raise DeviceError(
                 f"who else uses the GPU cannot be told: {error}; it comes with the driver"
@@ -47,12 +52,19 @@ class Neighbours:
 
     def count(self) -> int:
         """How many there are. DeviceError: nobody can tell."""
-        count = ctypes.c_uint(_MOST)
-        processes = (_Process * _MOST)()
-        self._check("running processes", self._find(self._handle, ctypes.byref(count), processes))
-        pids = [each.pid for each in processes[: count.value]]
-        # In a container numbers may be those of the host's.
-        return len(pids) - 1 if pids and os.getpid() not in pids else len(set(pids) - {os.getpid()})
+        pids: set[int] = set()
+        for find in self._find:
+            count = ctypes.c_uint(_MOST)
+            processes = (_Process * _MOST)()
+            self._check("running processes", find(self._handle, ctypes.byref(count), processes))
+            pids.update(each.pid for each in processes[: count.value])
+        if not pids:
+            # This process uses it.
+            raise DeviceError(
+                "who else uses the GPU cannot be told: the driver names no process, not even this "
+                "one; in a container, give it the host's pids"
+            )
+        return len(pids) - 1
 
     def _check(self, what: str, status: int) -> None:
         if status:
