@@ -7,14 +7,15 @@ from pathlib import Path
 
 import msgspec
 
-from moeshm.bench.schema import CopyReport, DeviceCallReport, KernelReport
+from moeshm.bench.schema import CopyReport, DeviceCallReport, KernelReport, ReplayReport
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 #: By what a file's name says after its date.
-SCHEMAS: Mapping[str, type[KernelReport | CopyReport | DeviceCallReport]] = {
+SCHEMAS: Mapping[str, type[KernelReport | CopyReport | DeviceCallReport | ReplayReport]] = {
     "kernels": KernelReport,
     "copies": CopyReport,
     "device-calls": DeviceCallReport,
+    "replay": ReplayReport,
 }
 
 
