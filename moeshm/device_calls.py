@@ -10,7 +10,6 @@ import threading
 import time
 import weakref
 
-from ._claims import Claim
 from .device_arrays import DeviceInputs
 from .device_future import DeviceCall, DeviceFuture, Part
 from .device_watch import Mover, Watch
@@ -86,13 +85,8 @@ class DeviceCalls:
         take_turn(self._submitting, call.deadline)
         part: Part | None = None
         try:
-            link = call.link
             with watch.lock:
-                claim = self._claim(call, inputs)
-                part = Part(
-                    future, link, watch, claim, inputs, call.fallback, link.new_id(), call.deadline
-                )
-                watch.add(part)
+                part = self._begin(call, future, inputs)
             future.add(part)
             self._send(call, part, out)
         finally:
@@ -102,18 +96,32 @@ class DeviceCalls:
                 part.is_begun = True
             self._submitting.release()
 
-    def _claim(self, call: DeviceCall, inputs: DeviceInputs) -> Claim:
-        """Room in the slab; holds the lock, but for while there is none. RingFull, WorkerDied."""
-        watch = self._watch
-        while True:
-            if watch.is_over:
-                raise another(call.link.loss or WorkerDied("the session is over"))
-            claim = watch.allocator.claim(
-                inputs.n_tokens, inputs.hidden_size, inputs.top_k, inputs.dtype
-            )
-            if claim is not None:
-                return claim
+    def _begin(self, call: DeviceCall, future: DeviceFuture, inputs: DeviceInputs) -> Part:
+        """A part with room in the slab, which is looked after from now on; holds the lock, but for
+        while there is no room. RingFull, WorkerDied."""
+        watch, link = self._watch, call.link
+        while not watch.is_over:
+            part: Part | None = None
+            try:
+                claim = watch.allocator.claim(
+                    inputs.n_tokens, inputs.hidden_size, inputs.top_k, inputs.dtype
+                )
+                if claim is not None:
+                    part = Part(
+                        future, link, watch, claim, inputs, call.fallback, link.new_id(),
+                        call.deadline,
+                    )  # fmt: skip
+                    watch.add(part)
+                    return part
+            except BaseException:
+                # An interrupt. Room is given back in the order of parts, and a claim may have none.
+                if part is not None:
+                    part.release()
+                    part.is_begun = True
+                link.lose(WorkerDied("it was interrupted"))
+                raise
             self._wait_for_room(call.deadline)
+        raise another(link.loss or WorkerDied("the session is over"))
 
     def _send(self, call: DeviceCall, part: Part, out: int) -> None:
         """Tell the worker, and enqueue what gives the arrays, waits, and takes the output."""

@@ -39,6 +39,7 @@ _KINDS = {"auto": "auto", "shared": "pinned", "device": "device"}
 class EngineDevice(NamedTuple):
     """The GPU whose arrays calls may hold."""
 
+    #: With its number, whoever left that out.
     name: str
     vendor: str
     number: int
@@ -86,7 +87,8 @@ def parse_name(
     found = _NAME.fullmatch(name)
     if found is None:
         raise SettingError(f"engine_device={name!r}; write cuda:N or hip:N")
-    return EngineDevice(name, found["vendor"], int(found["index"] or 0), "auto")
+    vendor, number = found["vendor"], int(found["index"] or 0)
+    return EngineDevice(f"{vendor}:{number}", vendor, number, "auto")
 
 
 class Engine:
@@ -108,7 +110,7 @@ class Engine:
     @property
     def name(self) -> str | None:
         """Like "cuda:0"; None for none."""
-        return None if self._device is None else f"{self._device.vendor}:{self._device.number}"
+        return None if self._device is None else self._device.name
 
     def open_slab(self, link: Link) -> bool:
         """Use the session's slab; False if another session, which is asked for less, is to be

@@ -235,14 +235,15 @@ class ExpertOffload:
 
     def succeeded(self, remote: Remote, work: Work, times: CallTimes) -> None:
         """A worker computed its part."""
-        remote.health.recover()
         self._counter.succeeded(remote.name, int(work.rows), int(work.slots), times)
 
-    def failed(self, remote: Remote, error: Loss) -> None:
+    def failed(self, remote: Remote, way: str, error: Loss, pause_s: float) -> None:
         """A worker was lost with slots on their way."""
-        pause_s = remote.health.fail()
         if self._counter.lost(remote.name):
-            _log.warning("worker %r is left alone for %g s: %s", remote.name, pause_s, error)
+            _log.warning(
+                "worker %r is left alone for %g s by way of %s: %s",
+                remote.name, pause_s, way, str(error),
+            )  # fmt: skip
 
     def fell_back(self, cause: str, n_slots: int) -> None:
         """The fallback computed so many slots."""

@@ -11,9 +11,14 @@ from ..arrays import Inputs
 from ..backends import Backend, Ids
 from ..client import ExpertClient
 from ..dtypes import DType, FloatArray
+from ..errors import WorkerDied
 from ..held import HeldView
 from ..policy import Choice
 from ..stats import CallTimes
+
+
+class WayLost(WorkerDied):
+    """One way to a worker cannot be taken; others may do."""
 
 
 class Pending(Protocol):
@@ -45,7 +50,7 @@ class Activations(Protocol):
         view: HeldView,
         timeout_s: float | None,
     ) -> Pending:
-        """Send the rows that have an id; as `ExpertClient.submit`."""
+        """Send the rows that have an id; as `ExpertClient.submit`, and WayLost."""
         ...
 
     def take(self, pending: Pending) -> None:

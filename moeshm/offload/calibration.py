@@ -31,21 +31,19 @@ def calibrate(remotes: Iterable[Remote], gpu: EngineGpu | None) -> None:
     engine's GPU, if it has one.
 
     Nothing is begun once the budget is spent, nor what is expected to exceed it. Rows have the
-    dtype of the layer's weights, as an engine's usually have. A worker that is lost meanwhile, or
+    dtype of the layer's weights, as an engine's usually have. A way that is lost meanwhile, or
     fails, is left to the first real calls.
     """
     for remote in remotes:
         layers = {shape_of(info): (number, info) for number, info in remote.layers.items()}
         end_ns = time.perf_counter_ns() + BUDGET_NS
-        try:
-            for n_left, (shape, (number, info)) in zip(
-                range(len(layers), 0, -1), layers.items(), strict=True
-            ):
-                share_ns = (end_ns - time.perf_counter_ns()) // n_left
-                if share_ns > 0:
-                    _calibrate(remote, shape, number, info, share_ns, gpu)
-        except (CallError, DeviceError) as error:
-            _log.warning("worker %r could not be calibrated: %s", remote.name, str(error))
+        failed: set[str] = set()
+        for n_left, (shape, (number, info)) in zip(
+            range(len(layers), 0, -1), layers.items(), strict=True
+        ):
+            share_ns = (end_ns - time.perf_counter_ns()) // n_left
+            if share_ns > 0:
+                _calibrate(remote, shape, number, info, share_ns, gpu, failed)
 
 
 def _calibrate(
@@ -55,17 +53,29 @@ def _calibrate(
     info: LayerInfo,
     budget_ns: int,
     gpu: EngineGpu | None,
+    failed: set[str],
 ) -> None:
+    """One shape, by all ways but those that failed."""
     end_ns = time.perf_counter_ns() + budget_ns
     held = len(info.experts)
     probes = remote.chooser.probes(
         shape, held, min(info.top_k, held), info.weight_dtype, budget_ns / TURNS, gpu is not None
     )
     for choice, work in probes:
-        turns = [_probe(remote, number, info, work, choice, gpu)]
-        while len(turns) < TURNS and time.perf_counter_ns() < end_ns:
-            turns.append(_probe(remote, number, info, work, choice, gpu))
-        remote.chooser.seed(shape, work, choice, min(turns, key=lambda times: times.elapsed_ns))
+        way = choice.transport
+        if way in failed:
+            continue
+        try:
+            turns = [_probe(remote, number, info, work, choice, gpu)]
+            while len(turns) < TURNS and time.perf_counter_ns() < end_ns:
+                turns.append(_probe(remote, number, info, work, choice, gpu))
+        except (CallError, DeviceError) as error:
+            failed.add(way)
+            words = "worker %r could not be calibrated by way of %s: %s"
+            _log.warning(words, remote.name, way, str(error))
+        else:
+            least = min(turns, key=lambda times: times.elapsed_ns)
+            remote.chooser.seed(shape, work, choice, least)
         if time.perf_counter_ns() >= end_ns:
             return
 

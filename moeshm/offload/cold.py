@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -26,7 +26,7 @@ class Reports(Protocol):
     """Who keeps the counts."""
 
     def succeeded(self, remote: Remote, work: Work, times: CallTimes) -> None: ...
-    def failed(self, remote: Remote, error: Loss) -> None: ...
+    def failed(self, remote: Remote, way: str, error: Loss, pause_s: float) -> None: ...
     def fell_back(self, cause: str, n_slots: int) -> None: ...
 
 
@@ -51,9 +51,10 @@ class ColdPart:
     """Sends slots to workers, and what is lost to others, until every slot was computed once.
 
     A slot is sent again only after the call that carried it ended with an error, and the result of
-    such a call is never added: so each counts once. Workers that were lost a moment ago are not
-    asked if anybody else can compute their slots. `local_ns`: what the engine is expected to do
-    meanwhile.
+    such a call is never added: so each counts once. Ways that were lost a moment ago are not
+    taken, and workers that no other way leads to not asked, if anybody else can compute their
+    slots. What a worker loses goes to others, then to it by another way, and then to the fallback.
+    `local_ns`: what the engine is expected to do meanwhile.
     """
 
     def __init__(
@@ -72,7 +73,11 @@ class ColdPart:
         self._given = given
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._local_ns = local_ns
-        self._down = frozenset(n for n, remote in remotes.items() if remote.health.is_down())
+        #: By worker, the ways that were left alone before, and those that were lost since.
+        self._paused = {n: remote.down_ways() for n, remote in remotes.items()}
+        self._tried: dict[str, Set[str]] = {}
+        #: Workers that are not asked at present.
+        self._left_out = frozenset(n for n in remotes if not self._has_way(n))
         self._reports = reports
         self._losses: dict[str, Loss] = {}
         self._sent: list[_Sent] = []
@@ -83,16 +88,12 @@ class ColdPart:
         """Send these global ids to the workers that have them; hot ones stay here."""
         # Whoever is asked when no time is left could not answer, and would be blamed for it.
         is_late = self._losses and self._left_s() == 0
-        left_out = self._down | frozenset(self._losses)
-        if is_late:
-            left_out = frozenset(self._remotes)
+        left_out = frozenset(self._remotes) if is_late else self._left_out
         routes = self._layer.dispatch.routes(left_out)
         if routes.has_orphans:
             orphans, _, n_orphans, _ = route(ids, routes.orphans)
             if n_orphans:
-                if self._layer.fallback is None and self._down and not is_late:
-                    # Better a worker that may be gone than none.
-                    self._down = frozenset()
+                if not is_late and self._readmits():
                     self.send(ids)
                     return
                 self._orphans = orphans
@@ -119,6 +120,24 @@ class ColdPart:
                 shape = self._layer.shapes[each.remote.name]
                 each.remote.chooser.lost(shape, each.work, each.choice, now_ns - each.start_ns)
 
+    def _readmits(self) -> bool:
+        """Ask workers again that another way leads to; False if none does."""
+        if self._layer.fallback is None and not any(map(self._has_way, self._left_out)):
+            # Better a way that may be gone than none.
+            self._paused = {}
+        admitted = frozenset(filter(self._has_way, self._left_out))
+        self._left_out -= admitted
+        return bool(admitted)
+
+    def _has_way(self, name: str) -> bool:
+        given = self._given
+        return self._remotes[name].has_way(given.dtype, given.on_gpu, self._shut(name))
+
+    def _shut(self, name: str) -> frozenset[str]:
+        """The ways to a worker that are not taken."""
+        paused = self._paused.get(name, frozenset())
+        return paused.union(self._tried[name]) if name in self._tried else paused
+
     def _send_to(self, remote: Remote, ids: Ids, table: Table) -> None:
         local_ids, rows, slots, experts = route(ids, table)
         if not slots:
@@ -127,7 +146,7 @@ class ColdPart:
         work = Work(
             len(ids), rows, slots, experts, ids.shape[1], given.dtype, self._local_ns, given.on_gpu
         )
-        choice = remote.chooser.choose(layer.shapes[remote.name], work)
+        choice = remote.chooser.choose(layer.shapes[remote.name], work, self._shut(remote.name))
         start_ns = time.perf_counter_ns()
         left_s = self._left_s()
         is_asked = left_s is None or left_s > 0
@@ -158,17 +177,26 @@ class ColdPart:
                 raise sent.outcome
             self._given.take(sent.outcome)
         except (WorkerDied, DeadlineExceeded) as error:
-            self._losses[remote.name] = error.with_traceback(None)
-            if sent.is_asked:
-                self._reports.failed(remote, error)
+            self._lost_it(sent, error.with_traceback(None))
             return False
         shape = self._layer.shapes[remote.name]
         taken = sent.outcome.times
         assert taken is not None
         remote.saw(shape, sent.work)
         remote.chooser.observe(shape, sent.work, sent.choice, times_of(taken, sent.choice))
+        remote.answered(sent.choice.transport)
         self._reports.succeeded(remote, sent.work, taken)
         return True
+
+    def _lost_it(self, sent: _Sent, error: Loss) -> None:
+        remote, way = sent.remote, sent.choice.transport
+        if sent.is_asked:
+            ways, pause_s = remote.failed(way, error)
+            self._tried[remote.name] = self._tried.get(remote.name, frozenset()) | ways
+            if remote.name not in self._losses:
+                self._reports.failed(remote, way, error, pause_s)
+        self._losses[remote.name] = error
+        self._left_out |= {remote.name}
 
     def _left_s(self) -> float | None:
         """Seconds to the deadline of the forward, 0 once it is past; None without one."""

@@ -28,7 +28,7 @@ class OffloadStats(msgspec.Struct, frozen=True, kw_only=True):
     hot_slots: int
     #: By worker, the slots that it computed.
     cold_slots: dict[str, int]
-    #: By worker, how often it was lost with slots on their way.
+    #: By worker, in how many forwards it was lost with slots on their way, by one way or several.
     losses: dict[str, int]
     #: Slots that the fallback computed, by the cause: "worker_died", "deadline", "worker_down".
     fallback_slots: dict[str, int]

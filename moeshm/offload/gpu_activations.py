@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -23,14 +23,24 @@ from ..client import ExpertClient
 from ..device_future import DeviceFuture
 from ..dtypes import DType, FloatArray, widen
 from ..engine_device import EngineDevice
-from ..errors import DeadlineExceeded, InvalidCall, RingFull
+from ..errors import DeadlineExceeded, DeviceError, DeviceLost, InvalidCall, NotReady, RingFull
 from ..held import HeldView
 from ..layers import LayerInfo
 from ..policy import SLABS, Choice
 from ..stats import CallTimes
 from . import gpu_lanes
-from .activations import Pending, compute
+from .activations import Pending, WayLost, compute
 from .gpu_lanes import Lane, Term
+
+
+class _Unfinished(NamedTuple):
+    """A call whose forward is over, and whose stream has not passed it."""
+
+    future: DeviceFuture
+    #: What it reads and writes.
+    arrays: tuple[Any, ...]
+    #: That it is on, if that was lent.
+    lane: Lane | None
 
 
 class EngineGpu:
@@ -44,6 +54,7 @@ class EngineGpu:
         #: For what no caller asks for.
         self._own, self._bus_id = gpu_lanes.open_gpu(engine)
         self._idle: list[Lane] = []
+        self._unfinished: list[_Unfinished] = []
         self._lock = threading.Lock()
 
     def check(
@@ -69,6 +80,12 @@ class EngineGpu:
                 "the stream is being captured into a graph, and rows are chosen by the host; leave "
                 "the forward out of the graph"
             )
+        for name, array in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+            if not lane.holds(array):
+                raise InvalidCall(
+                    f"{name} is {_kind_of(array)}, and hidden_states {_kind_of(hidden_states)}; "
+                    "pass all arrays as one library's"
+                )
         ids = lane.fetch(topk_ids)
         weights = widen(lane.fetch(topk_weights))
         # Where the rows are brought to, if they are; until then no page of it is touched.
@@ -95,6 +112,7 @@ class EngineGpu:
     def lend(self, beside: Lane) -> Lane:
         """A lane of the same library, on a stream that nobody uses."""
         with self._lock:
+            self._forget_finished()
             for lane in self._idle:
                 if type(lane) is type(beside):
                     self._idle.remove(lane)
@@ -105,6 +123,18 @@ class EngineGpu:
         """They are for others again."""
         with self._lock:
             self._idle += lanes
+
+    def keep(self, call: _Unfinished) -> None:
+        """Its arrays and its lane, until its stream has passed it."""
+        with self._lock:
+            self._forget_finished()
+            self._unfinished.append(call)
+
+    def _forget_finished(self) -> None:
+        for call in [each for each in self._unfinished if each.future.done()]:
+            self._unfinished.remove(call)
+            if call.lane is not None:
+                self._idle.append(call.lane)
 
 
 class GpuActivations:
@@ -133,15 +163,19 @@ class GpuActivations:
         self._is_brought = False
         self._on_brought = on_brought
         self._has_call = False
-        self._terms: list[Term] = []
+        self._calls: list[_Unfinished] = []
+        #: Of those that are on the host still, what `add` was given.
+        self._terms: list[Term | FloatArray] = []
 
     def inputs(self) -> Inputs:
         """As `Activations.inputs`."""
         if not self._is_brought:
             # The caller's stream may be waiting for a worker.
             lane = self._gpu.lend(self._lane)
-            lane.fetch(self._hidden_states, self._inputs.hidden_states)
-            self._gpu.give_back([lane])
+            try:
+                lane.fetch(self._hidden_states, self._inputs.hidden_states)
+            finally:
+                self._gpu.give_back([lane])
             self._is_brought = True
             self._on_brought()
         return self._inputs
@@ -183,28 +217,48 @@ class GpuActivations:
             self.add(compute(backend, layer, self.inputs(), local_ids))
             return
         shape = self._shape
-        out = self._lane.empty(shape, DType.F32)
-        # Both are there, and what the caller's stream still does is none of it.
-        address_of = self._lane.address_of
+        # Not of the caller's stream: its other threads' work may still use what it gets there.
+        lane = self._lend()
+        out = lane.empty(shape, DType.F32)
+        # The backend's stream waits for none.
+        lane.wait()
+        address_of = lane.address_of
         rows: Any = _Ready(address_of(self._hidden_states), shape, self.dtype)
         written: Any = _Ready(address_of(out), shape, DType.F32)
         backend.ffn(layer, rows, local_ids, self._inputs.topk_weights, written)
-        self._terms.append(Term(None, out))
+        self._terms.append(Term(None, out, True))
 
     def add(self, part: FloatArray) -> None:
         """As `Activations.add`."""
-        self._terms.append(Term(None, self._lane.put(part)))
+        # Put there by `result`: now the caller's stream may be waiting for a worker.
+        self._terms.append(part)
 
     def result(self) -> Any:
         """As `Activations.result`; what is enqueued on the caller's stream finds it there."""
-        return self._lane.add_up(self._shape, self.dtype, self._terms)
+        terms = [
+            each if isinstance(each, Term) else Term(None, self._lane.put(each))
+            for each in self._terms
+        ]
+        return self._lane.add_up(self._shape, self.dtype, terms)
 
     def close(self) -> None:
-        """Give other streams back, whose memory is used again after what is enqueued by now."""
+        """As `Activations.close`; lanes are for others after what is enqueued by now, or once a
+        call that nobody waits for has left them."""
         for lane in self._lent:
             lane.follow(self._lane)
+        for call in self._calls:
+            if not call.future.done():
+                self._gpu.keep(call)
+                if call.lane is not None:
+                    self._lent.remove(call.lane)
         self._gpu.give_back(self._lent)
-        self._lent = []
+        self._lent, self._calls = [], []
+
+    def _lend(self) -> Lane:
+        """A lane, until `close`."""
+        lane = self._gpu.lend(self._lane)
+        self._lent.append(lane)
+        return lane
 
     def _submit_in_slab(
         self,
@@ -217,11 +271,8 @@ class GpuActivations:
         start_ns: int,
     ) -> Pending:
         # Of several workers each has a stream: what comes behind a call waits for its result.
-        lane = self._lane
-        if self._has_call:
-            lane = self._gpu.lend(lane)
-            self._lent.append(lane)
-        self._has_call = True
+        is_lent, self._has_call = self._has_call, True
+        lane = self._lend() if is_lent else self._lane
         hidden_states, weights = self._hidden_states, self._inputs.topk_weights
         used, rows = used_rows(local_ids), None
         if len(used) < len(local_ids):
@@ -230,24 +281,51 @@ class GpuActivations:
             local_ids, weights = local_ids[used], weights[used]
         shape = len(used), self._shape[1]
         out = lane.empty(shape, self.dtype)
+        ids_there, weights_there = lane.put(local_ids), lane.put(weights)
         try:
             future = client.submit(
                 layer,
                 hidden_states,
-                lane.put(local_ids),
-                lane.put(weights),
+                ids_there,
+                weights_there,
                 out=out,
                 timeout_s=timeout_s,
                 slice_tokens=choice.slice_tokens,
                 view=view,
                 stream=lane.stream,
             )
-        except RingFull as error:
-            # Its frames hold on to the session.
-            why = str(error)
+        except (RingFull, DeviceError, InvalidCall) as error:
+            # Its words alone: its frames hold on to the session.
+            loss = _loss_of(error, client, choice.transport)
+            if loss is None:
+                raise
         else:
-            return _InSlab(future, rows, shape[0] * shape[1] * self.dtype.itemsize, start_ns)
-        raise DeadlineExceeded(why)
+            arrays_there = hidden_states, ids_there, weights_there, out, rows
+            self._calls.append(_Unfinished(future, arrays_there, lane if is_lent else None))
+            if client.slab == choice.transport:
+                out_bytes = shape[0] * shape[1] * self.dtype.itemsize
+                return _InSlab(future, Term(rows, out, is_lent), out_bytes, start_ns)
+            loss = _other_slab(client)
+        raise loss
+
+
+def _loss_of(error: Exception, client: ExpertClient, way: str) -> WayLost | DeadlineExceeded | None:
+    """What it means for that way to the worker; None where it is no loss of a way."""
+    if isinstance(error, RingFull):
+        return DeadlineExceeded(str(error))
+    if isinstance(error, InvalidCall):
+        return None if client.slab == way else _other_slab(client)
+    return None if isinstance(error, DeviceLost) else WayLost(str(error))
+
+
+def _other_slab(client: ExpertClient) -> WayLost:
+    """It was lost, and found again with less."""
+    why = "; ".join(client.stats().stepped_down)
+    return WayLost(f"the client's slab is {client.slab or 'none'} now" + (why and f": {why}"))
+
+
+def _kind_of(array: Any) -> str:
+    return f"{type(array).__module__}.{type(array).__qualname__}"
 
 
 class _Ready:
@@ -268,29 +346,39 @@ class _InSlab:
 
     times: CallTimes | None = None
 
-    def __init__(self, future: DeviceFuture, rows: Any, out_bytes: int, start_ns: int) -> None:
+    def __init__(self, future: DeviceFuture, term: Term, out_bytes: int, start_ns: int) -> None:
         self._future = future
-        self._rows = rows
+        self._term = term
         self._out_bytes = out_bytes
         self._start_ns = start_ns
         self._pack_ns = time.perf_counter_ns() - start_ns
 
     def take(self) -> Term:
-        """Once its stream has passed it, of which other streams then need not know."""
+        """Once its stream has passed it, of which other streams then need not know.
+
+        DeadlineExceeded: it has not by the call's deadline, as other calls hold it up.
+        """
         future, begun_ns = self._future, time.perf_counter_ns()
-        out = future.wait()
-        now_ns = time.perf_counter_ns()
-        self.times = CallTimes(
-            future.n_parts,
-            future.bytes_out,
-            self._out_bytes,
-            self._pack_ns,
-            now_ns - begun_ns,
-            0,
-            0,
-            now_ns - self._start_ns,
-        )
-        return Term(self._rows, out)
+        # To see that takes longer than the shortest wait that teaches anything of the worker.
+        was_done = future.done()
+        try:
+            future.wait(max(0.0, future.deadline - time.monotonic()))
+        except NotReady:
+            late = f"no output in the slab after {future.timeout_s:g} s; allow more (timeout_s)"
+        else:
+            now_ns = time.perf_counter_ns()
+            self.times = CallTimes(
+                future.n_parts,
+                future.bytes_out,
+                self._out_bytes,
+                self._pack_ns,
+                0 if was_done else now_ns - begun_ns,
+                0,
+                0,
+                now_ns - self._start_ns,
+            )
+            return self._term
+        raise DeadlineExceeded(late)
 
 
 class _Brought:

@@ -29,6 +29,8 @@ class Term(NamedTuple):
     rows: Any
     #: [n_rows, hidden_size], in any of the formats.
     values: Any
+    #: They are in memory of another lane's, which has it back in the end.
+    is_lent: bool = False
 
 
 class Lane(Protocol):
@@ -62,7 +64,8 @@ class Lane(Protocol):
         ...
 
     def add_up(self, shape: tuple[int, int], dtype: DType, terms: Sequence[Term]) -> Any:
-        """The terms' sum, added in float32 in their order, in `dtype`."""
+        """The terms' sum, added in float32 in their order, in `dtype`; in no memory of a lane's
+        that lent it."""
         ...
 
     def beside(self) -> Lane:
@@ -71,6 +74,14 @@ class Lane(Protocol):
 
     def follow(self, other: Lane) -> None:
         """What is enqueued here from now on comes after what is enqueued there by now."""
+        ...
+
+    def wait(self) -> None:
+        """Until all that is enqueued here is done."""
+        ...
+
+    def holds(self, array: Any) -> bool:
+        """Whether it is of this library."""
         ...
 
 
@@ -160,9 +171,11 @@ class CupyLane:
         cupy = self._cupy
         with self._current():
             if len(terms) == 1 and terms[0].rows is None:
-                return self._as(terms[0].values, dtype)
+                values = terms[0].values
+                made = self._as(values, dtype)
+                return made.copy() if made is values and terms[0].is_lent else made
             total = cupy.zeros(shape, cupy.float32)
-            for rows, values in terms:
+            for rows, values, _ in terms:
                 total[slice(None) if rows is None else rows] += self._widened(values)
             return self._as(total, dtype)
 
@@ -175,6 +188,14 @@ class CupyLane:
         assert isinstance(other, CupyLane)
         with self._current():
             self._stream.wait_event(other._stream.record())
+
+    def wait(self) -> None:
+        """As `Lane.wait`."""
+        self._stream.synchronize()
+
+    def holds(self, array: Any) -> bool:
+        """As `Lane.holds`."""
+        return isinstance(array, self._cupy.ndarray)
 
     def _widened(self, values: Any) -> Any:
         cupy = self._cupy
@@ -264,9 +285,11 @@ class TorchLane:
         torch = self._torch
         with self._current():
             if len(terms) == 1 and terms[0].rows is None:
-                return terms[0].values.to(self._formats[dtype])
+                values = terms[0].values
+                made = values.to(self._formats[dtype])
+                return made.clone() if made is values and terms[0].is_lent else made
             total = torch.zeros(shape, dtype=torch.float32, device=self._device)
-            for rows, values in terms:
+            for rows, values, _ in terms:
                 if rows is None:
                     total += values
                 else:
@@ -282,6 +305,14 @@ class TorchLane:
         """As `Lane.follow`."""
         assert isinstance(other, TorchLane)
         self._stream.wait_stream(other._stream)
+
+    def wait(self) -> None:
+        """As `Lane.wait`."""
+        self._stream.synchronize()
+
+    def holds(self, array: Any) -> bool:
+        """As `Lane.holds`."""
+        return isinstance(array, self._torch.Tensor)
 
 
 def _new_cupy_lane(cupy: Any, index: int) -> CupyLane:

@@ -7,27 +7,40 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
 
 import msgspec
 
 from ..client import ExpertClient
 from ..connecting import connect
+from ..dtypes import DType
 from ..engine_device import EngineDevice
-from ..errors import CallError, DeviceError, HandshakeRefused, SegmentError, SettingError
+from ..errors import (
+    CallError,
+    ConnectError,
+    DeadlineExceeded,
+    DeviceError,
+    HandshakeRefused,
+    SegmentError,
+    SettingError,
+    WorkerDied,
+)
 from ..held import HeldView
 from ..layers import LayerInfo
 from ..placement import Placement, PlacementError
 from ..policy import SLABS, Choice, Chooser, Path, Policy, Shape, Times, Work, may_take
 from ..stats import CallTimes
+from .activations import WayLost
 from .explanation import Explanation
 
 _log = logging.getLogger(__name__)
 
-#: A lost worker is left alone for so long, then twice as long after each further failure.
+#: A way that was lost is left alone for so long, then twice as long after each further failure.
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
+#: What keeps one way from being opened, and no other.
+_REFUSALS = DeviceError, SegmentError, HandshakeRefused
 #: What `connect` calls a slab of each kind.
 _SLAB_TRANSPORTS = {"pinned": "shared", "device": "device"}
 
@@ -36,7 +49,7 @@ class Remote:
     """A worker. SettingError: the policy allows none of the ways to it.
 
     `clients`: by way, one of which may serve several. `left_out`: by way, why there is none though
-    the policy allows it.
+    the policy allows it. A way that is lost is left alone for a while; the others are not.
     """
 
     def __init__(
@@ -48,7 +61,8 @@ class Remote:
         left_out: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.name = name
-        self.left_out = left_out
+        #: With those that were there, and could not be opened again.
+        self.left_out = dict(left_out)
         #: True when the offload opened the clients.
         self.is_ours = is_ours
         self.clients = clients
@@ -66,7 +80,10 @@ class Remote:
             for transport, client in self.clients.items()
         }
         self.chooser = Chooser(policy, paths)
-        self.health = Health()
+        self._health = {way: Health() for way in clients}
+        #: The ways that failed last, and of these, those that did as the worker was gone or late.
+        self._failing: frozenset[str] = frozenset()
+        self._with_worker: frozenset[str] = frozenset()
         #: By shape, number of tokens, and where they are, the last work of the kind.
         self._seen: dict[tuple[Shape, int, bool], Work] = {}
 
@@ -84,6 +101,50 @@ class Remote:
     def layers(self) -> Mapping[int, LayerInfo]:
         """What the worker held when it was connected."""
         return next(iter(self.clients.values())).layers
+
+    def down_ways(self) -> frozenset[str]:
+        """Those that are left alone."""
+        if not self._failing:
+            return self._failing
+        return frozenset(way for way in self._failing if self._health[way].is_down())
+
+    def has_way(self, dtype: DType, on_gpu: bool, left_out: Set[str]) -> bool:
+        """Whether rows can take another than these; True where the settings leave none at all."""
+        if not left_out:
+            return True
+        ways = self.chooser.ways(dtype, on_gpu)
+        return not ways or not ways <= left_out
+
+    def answered(self, way: str) -> None:
+        """By that way; the worker is there, for others that failed with it."""
+        if way in self._failing:
+            recovered = self._with_worker | {way}
+            for each in recovered:
+                self._health[each].recover()
+            self._failing -= recovered
+            self._with_worker = frozenset()
+            self.left_out = {name: why for name, why in self.left_out.items() if name != way}
+
+    def failed(self, way: str, error: WorkerDied | DeadlineExceeded) -> tuple[Set[str], float]:
+        """It was lost with slots on their way: the ways that are left alone now, and how long."""
+        cause = error.__cause__
+        # In a slab, calls also wait for other streams of the engine.
+        is_late = isinstance(error, DeadlineExceeded) and way not in SLABS
+        ways: Set[str] = {way}
+        self._with_worker -= ways
+        if isinstance(error, WayLost) or isinstance(cause, _REFUSALS):
+            if way not in self.left_out:
+                # Its words alone: its cause's frames hold on to a slab.
+                why = str(error)
+                _log.warning("worker %r is not reached by way of %s: %s", self.name, way, why)
+            self.left_out = {**self.left_out, way: str(error)}
+        elif is_late or isinstance(cause, ConnectError):
+            # Whichever way.
+            ways = self.clients.keys()
+            self._with_worker |= ways
+        self._failing |= ways
+        pauses = {each: self._health[each].fail() for each in ways}
+        return ways, pauses[way]
 
     def release(self, transport: str, view: HeldView) -> None:
         """Let the worker drop a view's experts; what a lent client was opened with stays, as others
@@ -133,7 +194,7 @@ def times_of(taken: CallTimes, choice: Choice) -> Times:
 
 
 class Health:
-    """Whether a worker is worth asking."""
+    """Whether a way to a worker is worth taking."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -188,20 +249,35 @@ def reach(
                 remotes[name] = Remote(name, ours, policy, True, left_out)
             else:
                 lent = given if isinstance(given, list | tuple) else [given]
-                remotes[name] = Remote(name, _ways_of(lent, engine), policy, False)
+                lent_ways, left_out = _ways_of(lent, engine, policy)
+                remotes[name] = Remote(name, lent_ways, policy, False, left_out)
     return remotes, opened
 
 
 def _ways_of(
-    clients: Sequence[ExpertClient], engine: EngineDevice | None
-) -> dict[str, ExpertClient]:
-    """What they offer, the first of several that offer the same."""
+    clients: Sequence[ExpertClient], engine: EngineDevice | None, policy: Policy
+) -> tuple[dict[str, ExpertClient], dict[str, str]]:
+    """What they offer, the first of several that offer the same; and by way why a slab that one
+    of them asked for is not there."""
     ways = {client.transport: client for client in reversed(clients)}
-    if engine is not None:
-        for client in reversed(clients):
-            if client.slab is not None and client.engine_device == engine.name:
-                ways[client.slab] = client
-    return ways
+    if engine is None:
+        return ways, {}
+    for client in reversed(clients):
+        if client.slab is not None and client.engine_device == engine.name:
+            ways[client.slab] = client
+    allowed = [way for way in SLABS if may_take(policy.transport, way) and way not in ways]
+    left_out: dict[str, str] = {}
+    for client in clients:
+        if client.slab is None or client.engine_device == engine.name:
+            # Who has a slab in the host's memory lacks the other kind alone.
+            lacking = [way for way in allowed if client.slab is None or way == "device"]
+            why = "; ".join(client.stats().stepped_down)
+        else:
+            lacking = [way for way in allowed if way == client.slab]
+            why = f"the client that was lent is for arrays on {client.engine_device}"
+        if why:
+            left_out.update(dict.fromkeys(lacking, why))
+    return ways, left_out
 
 
 def _open(
@@ -236,7 +312,7 @@ def _open(
                 continue
             try:
                 open_one(way)
-            except (DeviceError, SegmentError, HandshakeRefused) as error:
+            except _REFUSALS as error:
                 # What is no matter of memory, the stream is refused for as well. Its words alone:
                 # the error's frames hold on to a slab.
                 left_out[way] = str(error)

@@ -146,6 +146,8 @@ class Bucket:
         self._is_settled = False
         #: Forwards of the present try that are still not learnt from.
         self._n_cold = 0
+        #: Ways that are not taken at present.
+        self._left_out: frozenset[str] = frozenset()
         if len(choices) == 1:
             self._is_settled = True
             self._incumbent = self.current
@@ -153,16 +155,24 @@ class Bucket:
 
     # --- choosing ---------------------------------------------------------------------------
 
+    def leave_out(self, ways: frozenset[str]) -> None:
+        """Take none of these, which are not all, until told otherwise."""
+        if ways != self._left_out:
+            self._left_out = ways
+            self.look_again()
+
     def review(self, work: Work) -> None:
         """Decide anew what to take."""
         self._is_settled = False
         self._n_cold = 0
-        if abs(self._run) >= SUSPICIOUS_RUN and self._incumbent is not None:
+        incumbent_is_open = self._incumbent is not None and self._is_taken(self._incumbent)
+        if abs(self._run) >= SUSPICIOUS_RUN and incumbent_is_open:
             # Perhaps a drift: what is known of the others may be as old as what fails here.
+            assert self._incumbent is not None
             self.current = self._incumbent
             self.next_review = self.n_calls + 1
             return
-        estimates = self._estimates(work)
+        estimates = [each for each in self._estimates(work) if self._is_taken(each.option)]
         incumbent = self._pick_incumbent(estimates)
         if self._incumbent is not incumbent.option:
             self.n_switches += self._incumbent is not None
@@ -254,6 +264,9 @@ class Bucket:
         share = 1 / min(option.n, most) + 1 / min(max(self._incumbent.n, 1), most)
         believed = CONFIDENCE * self._scatter * math.sqrt(share)
         return min(max(believed, LEAST_MARGIN), MOST_MARGIN)
+
+    def _is_taken(self, option: Option) -> bool:
+        return option.choice.transport not in self._left_out
 
     def _has_losses(self, estimate: Estimate) -> bool:
         return self._losses.expected_ns(estimate.option.choice.transport) > 0
@@ -403,6 +416,8 @@ class Bucket:
         words = f"{abs(change):.0%} {'slower' if change >= 0 else 'faster'}"
         if self._has_losses(estimate):
             words += ", losses counted"
+        if not self._is_taken(estimate.option):
+            return f"left alone after a loss: {words}"
         if self.n_calls and estimate.option is self.current:
             return f"being tried: {words}"
         if estimate.option.n:

@@ -60,10 +60,17 @@ class Chooser:
         self._lock = threading.Lock()
         self._seeded_ns = 0.0
 
-    def choose(self, shape: Shape, work: Work) -> Choice:
-        """How this forward's rows go to the worker. `work` has at least one row."""
+    def ways(self, dtype: DType, on_gpu: bool) -> frozenset[str]:
+        """Those that rows of this dtype can take which are there."""
+        paths = paths_for(self._paths, on_gpu)
+        return frozenset(each.transport for each in paths if wire_dtypes(self.policy, each, dtype))
+
+    def choose(self, shape: Shape, work: Work, left_out: frozenset[str] = frozenset()) -> Choice:
+        """How this forward's rows go to the worker, by none of the ways `left_out`, which are not
+        all of `ways`. `work` has at least one row."""
         with self._lock:
             bucket = self._bucket(shape, work)
+            bucket.leave_out(left_out)
             bucket.n_calls += 1
             if bucket.n_calls >= bucket.next_review:
                 bucket.review(work)

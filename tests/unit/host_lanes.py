@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +29,9 @@ class HostLanes:
         self.made: list[HostLane] = []
         #: Streams that were made for lanes, and not by a test.
         self._streams: list[Stream] = []
+        #: By stream, memory that was given back: for who asks next there, as of CuPy and torch.
+        self._free: dict[int, list[Array]] = collections.defaultdict(list)
+        self._lock = threading.Lock()
         self.has_gpu = True
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
@@ -43,6 +48,22 @@ class HostLanes:
         """When all is done."""
         while self._streams:
             self._streams.pop().close()
+
+    def allocate(self, stream: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> GpuArray:
+        """An array of that stream's memory, which has it back as soon as nobody knows it."""
+        n_bytes = int(np.prod(shape)) * dtype.itemsize
+        with self._lock:
+            free = self._free[stream]
+            fitting = [each for each in free if len(each) == n_bytes]
+            memory = fitting[-1] if fitting else np.full(n_bytes, 0xFF, np.uint8)
+            self._free[stream] = [each for each in free if each is not memory]
+        made = GpuArray(memory.view(dtype).reshape(shape))
+        weakref.finalize(made, self._give_back, stream, memory).atexit = False
+        return made
+
+    def _give_back(self, stream: int, memory: Array) -> None:
+        # Not under the lock, which this thread may hold.
+        self._free[stream].append(memory)
 
     def _lane_of(self, _hidden_states: Any, stream: Stream, _engine: EngineDevice) -> HostLane:
         return self._on(stream)
@@ -82,17 +103,19 @@ class HostLane:
     def put(self, array: Array, dtype: DType | None = None) -> GpuArray:  # noqa: ARG002
         """As `Lane.put`."""
         copy = array.copy()
-        return self._later(array.shape, array.dtype, lambda: copy)
+        return self._later(copy.shape, copy.dtype, lambda: copy)
 
     def take(self, array: GpuArray, rows: GpuArray) -> GpuArray:
         """As `Lane.take`."""
         self.calls.append("take")
         shape = len(rows.host), array.host.shape[1]
-        return self._later(shape, array.host.dtype, lambda: array.host[rows.host])
+        # Their memory, which may be another's by then unless somebody knows them.
+        values, numbers = array.host, rows.host
+        return self._later(shape, values.dtype, lambda: values[numbers])
 
     def empty(self, shape: tuple[int, int], dtype: DType) -> GpuArray:
-        """As `Lane.empty`, of what is no result."""
-        return GpuArray(np.full(shape, 0xFF, np.uint8).repeat(dtype.itemsize, 1).view(dtype.numpy))
+        """As `Lane.empty`."""
+        return self._lanes.allocate(self.stream, shape, dtype.numpy)
 
     def address_of(self, array: GpuArray) -> int:
         """As `Lane.address_of`."""
@@ -100,14 +123,20 @@ class HostLane:
 
     def add_up(self, shape: tuple[int, int], dtype: DType, terms: Sequence[Term]) -> GpuArray:
         """As `Lane.add_up`."""
+        self.calls.append("add_up")
+        first = terms[0].values if len(terms) == 1 and terms[0].rows is None else None
+        if first is not None and first.host.dtype == dtype.numpy and not terms[0].is_lent:
+            return first  # type: ignore[no-any-return]
+        parts = [
+            (slice(None) if rows is None else rows.host, values.host) for rows, values, _ in terms
+        ]
 
         def add() -> Array:
             total = np.zeros(shape, np.float32)
-            for rows, values in terms:
-                total[slice(None) if rows is None else rows.host] += widen(values.host)
+            for rows, values in parts:
+                total[rows] += widen(values)
             return narrow(total, dtype)
 
-        self.calls.append("add_up")
         return self._later(shape, dtype.numpy, add)
 
     def beside(self) -> Lane:
@@ -122,13 +151,22 @@ class HostLane:
         other._stream.do(is_there.set)
         self._stream.do(lambda: is_there.wait(PATIENCE_S))
 
+    def wait(self) -> None:
+        """As `Lane.wait`."""
+        self._stream.synchronize()
+
+    def holds(self, array: Any) -> bool:
+        """As `Lane.holds`."""
+        return isinstance(array, GpuArray)
+
     def _later(
         self, shape: tuple[int, ...], dtype: np.dtype[Any], make: Callable[[], Array]
     ) -> GpuArray:
-        made = GpuArray(np.zeros(shape, dtype))
+        made = self._lanes.allocate(self.stream, shape, dtype)
+        host = made.host
 
         def do() -> None:
-            made.host[...] = make()
+            host[...] = make()
 
         self._stream.do(do)
         return made

@@ -45,6 +45,7 @@ class Driver:
     def __init__(self) -> None:
         #: Of the block that runs.
         self.current: list[int] = []
+        #: By whom, and for whom; 0 by the host.
         self.waits: list[tuple[int, int]] = []
         self.is_capturing = False
         self.n_made = 0
@@ -62,6 +63,7 @@ class Driver:
         made.record = lambda: handle
         made.wait_event = lambda event: self.waits.append((handle, event))
         made.wait_stream = lambda other: self.waits.append((handle, other.ptr))
+        made.synchronize = lambda: self.waits.append((handle, 0))
         return made
 
     def new(self) -> Any:
@@ -95,6 +97,9 @@ class _Stream:
 
     def wait_event(self, event: Any) -> None:
         self._stream.wait_event(event)
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
 
 
 def make_cupy(driver: Driver) -> Any:
@@ -223,6 +228,16 @@ def test_sums_are_the_host_s_to_the_bit(lane: Lane, dtype: DType, part: DType) -
     np.testing.assert_array_equal(lane.fetch(lane.add_up(shape, dtype, [])), np.zeros(shape))
 
 
+@pytest.mark.parametrize("dtype", DType)
+def test_a_sum_is_in_no_memory_that_was_lent(lane: Lane, dtype: DType) -> None:
+    values = draw(6, (4, 8), dtype)
+    there = lane.put(values, dtype)
+    for is_lent in (False, True):
+        found = lane.add_up((4, 8), dtype, [Term(None, there, is_lent)])
+        assert (lane.address_of(found) != lane.address_of(there)) == is_lent
+        np.testing.assert_array_equal(lane.fetch(found), values)
+
+
 def test_bfloat16_is_rounded_to_nearest(lane: Lane) -> None:
     """Halves to even, no NaN becomes another number, and what is too large infinity."""
     bits = np.array(
@@ -246,6 +261,8 @@ def test_streams(lane: Lane, driver: Driver) -> None:
     assert other.stream == STREAM + 1
     other.follow(lane)
     assert driver.waits == [(STREAM + 1, STREAM)]
+    other.wait()
+    assert driver.waits[1:] == [(STREAM + 1, 0)]
     assert not driver.current
 
 
@@ -265,10 +282,15 @@ def test_the_library_is_that_of_the_rows(monkeypatch: pytest.MonkeyPatch, driver
     found = gpu_lanes.lane_of(rows, STREAM, ENGINE)
     assert isinstance(found, CupyLane)
     assert found.stream == STREAM
+    assert found.holds(rows)
+    assert not found.holds(GpuArray(np.asarray(rows)))
     with pytest.raises(InvalidCall, match="stream is 'main'"):
         gpu_lanes.lane_of(rows, "main", ENGINE)
     with pytest.raises(InvalidCall, match="GpuArray, whose rows moeshm cannot take; pass an array"):
         gpu_lanes.lane_of(GpuArray(np.asarray(rows)), STREAM, ENGINE)
     torch = HostTorch(driver)
     monkeypatch.setitem(sys.modules, "torch", torch)
-    assert isinstance(gpu_lanes.lane_of(torch.zeros((1, 8)), STREAM, ENGINE), TorchLane)
+    found = gpu_lanes.lane_of(torch.zeros((1, 8)), STREAM, ENGINE)
+    assert isinstance(found, TorchLane)
+    assert found.holds(torch.zeros(1))
+    assert not found.holds(rows)

@@ -211,3 +211,33 @@ def test_losses_lead_to_another_way() -> None:
     assert choice.transport == "device"
     chooser.lost(SHAPE, work, choice, 1e9)
     assert chooser.choose(SHAPE, work).transport == "pinned"
+
+
+@pytest.mark.parametrize("is_suspicious", [False, True])
+def test_ways_that_are_left_out_are_not_taken_and_come_back(is_suspicious: bool) -> None:
+    world, work = WORLDS["two GPUs"], work_of(512)
+    chooser = calibrated(Chooser(Policy(), PATHS), world)
+    slow = {**world, "device": Line(4000, 100)}
+
+    def drive(n_forwards: int, world: dict[str, Line], *left_out: str) -> list[str]:
+        taken = []
+        for _ in range(n_forwards):
+            choice = chooser.choose(SHAPE, work, frozenset(left_out))
+            chooser.observe(SHAPE, work, choice, times(world, choice, 512))
+            taken.append(choice.transport)
+        return taken
+
+    assert drive(60, world)[-1] == "device"
+    if is_suspicious:
+        # What would keep a decision from being looked at.
+        drive(3, slow)
+    assert chooser.ways(BF16, True) == set(PATHS)
+    assert chooser.ways(BF16, False) == {"shared", "stream"}
+    taken = drive(60, world, "device")
+    assert "device" not in taken
+    assert taken[-1] == "pinned"
+    (device,) = (each for each in chooser.explain(SHAPE, work) if each.transport == "device")
+    assert device.why.startswith("left alone after a loss: ")
+    assert set(drive(60, world, "device", "pinned", "stream")) == {"shared"}
+    if not is_suspicious:
+        assert drive(60, world)[-1] == "device"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import moeshm
+from moeshm.device_future import Part
 from moeshm.errors import (
     CallError,
     ClientClosed,
@@ -124,6 +125,38 @@ def test_a_session_that_ends_before_the_descriptor(
         GpuCall.of(make_inputs(FREE, 2)).submit(client, stream)
     assert enqueued(movers.opened[0], stream) == (0, 0)
     assert_let_go(movers.opened[0])
+    assert_next_call_works(client, stream)
+
+
+@pytest.mark.parametrize("is_added", [None, False, True])
+def test_an_interrupt_between_the_room_and_the_descriptor(
+    client: moeshm.ExpertClient,
+    stream: Stream,
+    movers: Movers,
+    monkeypatch: pytest.MonkeyPatch,
+    is_added: bool | None,
+) -> None:
+    """Before there is a part of the call, or before or after that is looked after: the room is
+    given back with the session, and nothing waits for it."""
+    link = client._link
+    assert link.device_calls is not None
+    watch = link.device_calls._watch
+    add = watch.add
+
+    def interrupt(*parts: Part) -> int:
+        if is_added:
+            add(*parts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        link if is_added is None else watch, "new_id" if is_added is None else "add", interrupt
+    )
+    with within(SOON_S):
+        with pytest.raises(KeyboardInterrupt):
+            GpuCall.of(make_inputs(FREE, 2)).submit(client, stream)
+        assert link.loss is not None
+        assert enqueued(movers.opened[0], stream) == (0, 0)
+        assert_let_go(movers.opened[0])
     assert_next_call_works(client, stream)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,17 @@ import numpy as np
 import pytest
 
 import moeshm
-from moeshm import engine_device, settings
+from moeshm import settings
 from moeshm.backends.cpu import CpuBackend
 from moeshm.backends.gpu.backend import GpuBackend
 from moeshm.backends.reference import reference_ffn
 from moeshm.dtypes import DType, narrow
 from moeshm.errors import DeviceError, InvalidCall, RingFull, SettingError, WorkerDied
-from moeshm.offload import ExpertOffload, calibration
+from moeshm.offload import ExpertOffload
 from moeshm.placement import LayerPlacement, Placement
 from moeshm.policy import Policy
 from tests.checkpoints import random_layer
-from tests.crash.arithmetic import FREE, GATED, NUM_EXPERTS, TOP_K, ArithmeticBackend, make_inputs
+from tests.crash.arithmetic import FREE, GATED, TOP_K, ArithmeticBackend
 from tests.crash.processes import GatedWorker, gated_worker, within
 from tests.engine_gpu import GpuArray, Movers, Stream
 from tests.integration.placed import (
@@ -34,95 +33,8 @@ from tests.integration.placed import (
 from tests.simt.device import FEATURES, SimtDevice
 from tests.wire import meanwhile
 
-from .host_lanes import BUS_ID, HostLanes
-
-#: Sooner than a stream that is made up takes a wait for one without end.
-SOON_S = 15.0
-#: Every way there is, with the setting that leaves it alone.
-WAYS = {"device": "device", "pinned": "shared", "shared": "shared", "stream": "stream"}
-
-
-def placement(*workers: str) -> Placement:
-    """Each of them has all experts of a gated worker's layers; none is hot."""
-    everything = tuple(range(NUM_EXPERTS))
-    layers = ArithmeticBackend().layers
-    return Placement(
-        list(workers),
-        {n: LayerPlacement(NUM_EXPERTS, (), dict.fromkeys(workers, everything)) for n in layers},
-    )
-
-
-@pytest.fixture
-def lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostLanes]:
-    """Of the engine's GPU."""
-    made = HostLanes()
-    made.install(monkeypatch)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def movers(monkeypatch: pytest.MonkeyPatch) -> Movers:
-    """What is opened."""
-    made = Movers()
-    monkeypatch.setattr(engine_device, "open_mover", made.open)
-    return made
-
-
-@pytest.fixture
-def stream() -> Iterator[Stream]:
-    """The caller's."""
-    made = Stream()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def worker(tmp_path: Path) -> Iterator[GatedWorker]:
-    """With a made-up GPU."""
-    with gated_worker(tmp_path, has_gpu=True) as started:
-        yield started
-
-
-@pytest.fixture
-def _uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is sent but what a test sends."""
-    monkeypatch.setattr(calibration, "BUDGET_NS", 0)
-
-
-def only(offload: ExpertOffload, way: str) -> ExpertOffload:
-    """Let its workers be reached this way alone."""
-    for remote in offload._remotes.values():
-        remote.chooser._paths = [p for p in remote.chooser._paths if p.transport == way]
-        assert remote.chooser._paths, way
-    return offload
-
-
-def on_gpu(*arrays: Any) -> list[GpuArray]:
-    return [GpuArray(each.copy()) for each in arrays]
-
-
-def forward(
-    offload: ExpertOffload, layer: int, call: tuple[Any, Any, Any], stream: Stream
-) -> np.ndarray[Any, Any]:
-    """Its result, once the stream has passed it."""
-    result = offload.forward(layer, *on_gpu(*call), timeout_s=SOON_S, stream=stream)
-    stream.synchronize()
-    assert isinstance(result, GpuArray)
-    return result.host
-
-
-def expected(layer: int, call: tuple[Any, Any, Any]) -> np.ndarray[Any, Any]:
-    out: np.ndarray[Any, Any] = np.empty_like(call[0])
-    ArithmeticBackend().ffn(layer, *call, out)
-    return out
-
-
-def draw(seed: int, n_tokens: int = 6) -> tuple[Any, Any, Any]:
-    """Some tokens have no expert."""
-    call = make_inputs(FREE, seed, n_tokens)[1:]
-    call[1][1::3] = -1
-    return call
+from ..host_lanes import BUS_ID, HostLanes
+from .offloads import SOON_S, WAYS, draw, expected, forward, on_gpu, only, placement
 
 
 @pytest.mark.parametrize("way", WAYS)
