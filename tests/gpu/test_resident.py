@@ -240,20 +240,20 @@ def test_results(device: Device, weight_dtype: DType, dtype: DType, has_bias: bo
 
 
 def test_arrays_on_the_gpu(device: Device, backend: GpuBackend) -> None:
-    """Written anew for each call, where the kernel has read others before."""
+    """They are launched: whoever made them finds no room there while the kernel stays."""
     import cupy
 
     inputs = draw(0, 4)
     out: Any = cupy.empty(inputs[0].shape, inputs[0].dtype)
     given: list[Any] = [*(cupy.asarray(each) for each in inputs), out]
     before = counts(backend)[0]
-    for seed in range(200):
+    for seed in range(20):
         inputs = draw(seed, 4)
         for array, values in zip(given, inputs, strict=False):
             array.set(values)
         backend.ffn(0, *given)
         assert_close(cupy.asnumpy(out), reference_ffn(LAYER, *inputs), TOLERANCE[BF16])
-    assert counts(backend)[0] == before + 200
+    assert counts(backend)[0] == before
     device.wait()
 
 

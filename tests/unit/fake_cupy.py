@@ -101,6 +101,8 @@ class FakeCupy:
             "getDeviceProperties": lambda _index: self.properties,
             "deviceGetPCIBusId": self._tell_bus_id,
             "setDevice": lambda _index: None,
+            "getDevice": lambda: 0,
+            "streamIsCapturing": lambda _stream: False,
             "memGetInfo": lambda: (5 << 30, 80 << 30),
             "malloc": self._allocate,
             "hostAlloc": lambda nbytes, _flags: self._allocate(nbytes),
