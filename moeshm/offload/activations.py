@@ -9,6 +9,7 @@ import numpy as np
 from .. import arrays
 from ..arrays import Inputs
 from ..backends import Backend, Ids
+from ..call import CallFuture
 from ..client import ExpertClient
 from ..dtypes import DType, FloatArray
 from ..errors import WorkerDied
@@ -99,16 +100,7 @@ class HostActivations:
         timeout_s: float | None,
     ) -> Pending:
         """As `Activations.submit`."""
-        return client.submit(
-            layer,
-            self._inputs.hidden_states,
-            local_ids,
-            self._inputs.topk_weights,
-            timeout_s=timeout_s,
-            wire_dtype=choice.wire_dtype,
-            slice_tokens=choice.slice_tokens,
-            view=view,
-        )
+        return submit_rows(client, layer, self._inputs, local_ids, choice, view, timeout_s)
 
     def take(self, pending: Any) -> None:
         """As `Activations.take`; what `submit` gave adds its rows where they lie."""
@@ -136,6 +128,28 @@ class HostActivations:
         if self._total is None:
             self._total = np.zeros(self._inputs.hidden_states.shape, np.float32)
         return self._total
+
+
+def submit_rows(
+    client: ExpertClient,
+    layer: int,
+    inputs: Inputs,
+    local_ids: Ids,
+    choice: Choice,
+    view: HeldView,
+    timeout_s: float | None,
+) -> CallFuture:
+    """Send rows that are in the host's memory, as the policy chose."""
+    return client.submit(
+        layer,
+        inputs.hidden_states,
+        local_ids,
+        inputs.topk_weights,
+        timeout_s=timeout_s,
+        wire_dtype=choice.wire_dtype,
+        slice_tokens=choice.slice_tokens,
+        view=view,
+    )
 
 
 def compute(backend: Backend, layer: int, inputs: Inputs, local_ids: Ids) -> FloatArray:

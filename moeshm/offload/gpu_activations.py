@@ -29,7 +29,7 @@ from ..layers import LayerInfo
 from ..policy import SLABS, Choice
 from ..stats import CallTimes
 from . import gpu_lanes
-from .activations import Pending, WayLost, compute
+from .activations import Pending, WayLost, compute, submit_rows
 from .gpu_lanes import Lane, Term
 
 
@@ -195,16 +195,7 @@ class GpuActivations:
             return self._submit_in_slab(client, layer, local_ids, choice, view, timeout_s, start_ns)
         inputs = self.inputs()
         brought_ns = time.perf_counter_ns() - start_ns
-        future = client.submit(
-            layer,
-            inputs.hidden_states,
-            local_ids,
-            inputs.topk_weights,
-            timeout_s=timeout_s,
-            wire_dtype=choice.wire_dtype,
-            slice_tokens=choice.slice_tokens,
-            view=view,
-        )
+        future = submit_rows(client, layer, inputs, local_ids, choice, view, timeout_s)
         return _Brought(future, self._lane, self.dtype, start_ns, brought_ns)
 
     def take(self, pending: Any) -> None:
