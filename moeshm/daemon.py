@@ -24,8 +24,9 @@ from .session import ControlSocket
 from .signals import signals_as_bytes
 from .slab_server import SlabServer
 from .transport import Transport
+from .turns import Turns
 from .views import SessionViews
-from .worker import SessionServer, Turns
+from .worker import SessionServer
 
 _log = logging.getLogger(__name__)
 

@@ -73,7 +73,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 #: Read by the build and by the tests, not at run time.
-_NOT_OURS = frozenset({"MOESHM_SANITIZE", "MOESHM_TEST_RUN"})
+_NOT_OURS = frozenset({"MOESHM_CRASHPOINTS", "MOESHM_SANITIZE", "MOESHM_TEST_RUN"})
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

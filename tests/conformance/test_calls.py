@@ -22,8 +22,9 @@ from moeshm.dtypes import DType, dtype_of, narrow, widen
 from moeshm.holdings import Holdings
 from moeshm.layers import LayerInfo
 from moeshm.session import ControlSocket
+from moeshm.turns import Turns
 from moeshm.views import SessionViews
-from moeshm.worker import SessionServer, Turns
+from moeshm.worker import SessionServer
 from tests.wire import PATIENCE_S, dense_info, meanwhile, partial_info
 
 HIDDEN_SIZE = 32

@@ -33,8 +33,9 @@ from moeshm.holdings import Holdings
 from moeshm.layers import Activation, fingerprint_of
 from moeshm.orders import MAX_VIEWS, Hold, Release
 from moeshm.session import ControlSocket, Session
+from moeshm.turns import Turns
 from moeshm.views import SessionViews
-from moeshm.worker import SessionServer, Turns
+from moeshm.worker import SessionServer
 from tests import growing
 from tests.growing import Experts, GrowingArithmetic, draw, expected, globally
 from tests.wire import PATIENCE_S, meanwhile

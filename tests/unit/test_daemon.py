@@ -17,7 +17,7 @@ from moeshm import daemon, process, protocol
 from moeshm.daemon import Daemon, notify_systemd
 from moeshm.errors import AddressInUse, SettingError
 from moeshm.layers import LayerInfo
-from moeshm.worker import Turns
+from moeshm.turns import Turns
 from tests.crash.arithmetic import ArithmeticBackend
 
 

@@ -27,7 +27,7 @@ LAYERS = {
     "L4 engine": (
         "client connecting engine_device choice call windows arrays link held fallback reconnect"
         " offload supervisor worker"
-        " views holdings slab_server device_calls device_future device_watch daemon stats logs"
+        " views holdings slab_server turns device_calls device_future device_watch daemon stats logs"
         " metrics integrations diagnosis"
     ),
     # `moeshm` itself is the public names: who imports them imports everything.

@@ -25,8 +25,9 @@ from moeshm.holdings import Holdings
 from moeshm.orders import Release
 from moeshm.slab_server import SlabServer
 from moeshm.transport.slab import DONE, GIVEN, PAGE_BYTES, REFUSED, SLOT_BYTES, TOLD
+from moeshm.turns import Turns
 from moeshm.views import SessionViews
-from moeshm.worker import SessionServer, Turns
+from moeshm.worker import SessionServer
 from tests.crash.arithmetic import FREE, HIDDEN_SIZE, ArithmeticBackend
 
 _FORM = struct.Struct("<HHIQqIIHBBIII4Q48x")
