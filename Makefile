@@ -16,7 +16,7 @@ INPUTS := pyproject.toml setup.py $(wildcard moeshm/*.pyx moeshm/*.pxd moeshm/*.
 INSTALLED := $(VENV)/.installed
 INSTALLED_EXTRAS := $(INSTALLED)-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: help demo venv test test-sanitized test-gpu kernel-page lint clean
+.PHONY: help demo venv test test-sanitized test-gpu kernel-page model-page lint clean
 .DEFAULT_GOAL := help
 
 help: ## List these commands
@@ -45,6 +45,9 @@ endif
 
 kernel-page: $(INSTALLED_EXTRAS) ## Bring docs/kernels.md up to date (EXTRAS=dev,compilers)
 	$(BIN)/python -m tests.compile.page
+
+model-page: $(INSTALLED_EXTRAS) ## Bring docs/model.md up to date
+	$(BIN)/python -m tests.models.page
 
 lint: $(INSTALLED_EXTRAS) ## ruff, mypy, stubtest and cython-lint; changes nothing
 	@failed=0; \

@@ -1,6 +1,7 @@
 """Builds every .pyx in moeshm/ and finds the packages; everything else is in pyproject.toml.
 
 MOESHM_SANITIZE=address|thread|undefined builds with that sanitizer.
+MOESHM_CRASHPOINTS=1 builds with the crash points of moeshm/_crash_points.h, for tests.
 """
 
 import os
@@ -16,6 +17,7 @@ sources = Path("moeshm")
 headers = sorted(str(path) for pattern in ("*.h", "*.pxd") for path in sources.glob(pattern))
 compile_args = ["-std=gnu11", "-O3", "-g1", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 link_args: list[str] = []
+macros = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
 
 sanitizer = os.environ.get("MOESHM_SANITIZE", "")
 if sanitizer:
@@ -26,6 +28,12 @@ if sanitizer:
         flags.append("-fno-sanitize-recover=undefined")
     compile_args += ["-O1", *flags]
     link_args += flags
+
+crash_points = os.environ.get("MOESHM_CRASHPOINTS", "")
+if crash_points:
+    if crash_points != "1":
+        raise SystemExit(f"MOESHM_CRASHPOINTS={crash_points!r}; choose 1, or leave it out")
+    macros.append(("MOESHM_CRASHPOINTS", "1"))
 
 setup(
     packages=[
@@ -41,7 +49,7 @@ setup(
                 [str(source)],
                 depends=headers,
                 include_dirs=["moeshm", np.get_include()],
-                define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+                define_macros=macros,
                 extra_compile_args=compile_args,
                 extra_link_args=link_args,
             )
@@ -56,5 +64,5 @@ setup(
         },
     ),
     # A build is judged up to date by its sources alone, and the flags are not among them.
-    options={"build_ext": {"force": bool(sanitizer)}},
+    options={"build_ext": {"force": bool(sanitizer or crash_points)}},
 )

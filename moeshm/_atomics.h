@@ -45,6 +45,10 @@ static inline int moeshm_compare_exchange(uint64_t *word, uint64_t expected, uin
                                        __ATOMIC_ACQUIRE);
 }
 
+static inline void moeshm_clear_bits(uint64_t *word, uint64_t bits) {
+    __atomic_fetch_and(word, ~bits, __ATOMIC_ACQ_REL);
+}
+
 /* Words that GPUs set and read, too. */
 static inline uint32_t moeshm_load_word(const uint32_t *word) {
     return __atomic_load_n(word, __ATOMIC_ACQUIRE);

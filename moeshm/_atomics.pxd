@@ -7,6 +7,7 @@ cdef extern from "_atomics.h" nogil:
     void moeshm_store_release(uint64_t *word, uint64_t value)
     uint64_t moeshm_exchange(uint64_t *word, uint64_t value)
     bint moeshm_compare_exchange(uint64_t *word, uint64_t expected, uint64_t desired)
+    void moeshm_clear_bits(uint64_t *word, uint64_t bits)
     uint32_t moeshm_load_word(const uint32_t *word)
     void moeshm_store_word(uint32_t *word, uint32_t value)
     void moeshm_pause()

@@ -22,10 +22,15 @@ import os
 
 from . import process, segment, settings
 from ._atomics cimport (
-    MOESHM_GIVE_WAY_NS, moeshm_compare_exchange, moeshm_exchange, moeshm_fork_generation,
-    moeshm_futex_wait, moeshm_futex_wake, moeshm_give_way, moeshm_load_acquire,
-    moeshm_load_relaxed, moeshm_now_ns, moeshm_pause, moeshm_peer_is_gone, moeshm_store_release,
-    moeshm_watch_forks,
+    MOESHM_GIVE_WAY_NS, moeshm_clear_bits, moeshm_compare_exchange, moeshm_exchange,
+    moeshm_fork_generation, moeshm_futex_wait, moeshm_futex_wake, moeshm_give_way,
+    moeshm_load_acquire, moeshm_load_relaxed, moeshm_now_ns, moeshm_pause, moeshm_peer_is_gone,
+    moeshm_store_release, moeshm_watch_forks,
+)
+from ._crash_points cimport (
+    AT_ARM, AT_ARMED, AT_CLOSE, AT_CLOSE_PUBLISHED, AT_CLOSED, AT_FINISH, AT_MARKED_DONE,
+    AT_PUBLISH, AT_PUBLISHED, AT_SLEEP, AT_SLEPT, AT_STATE_STORED, AT_WAIT, AT_WAKE, AT_WOKEN,
+    crash_point,
 )
 from ._mapping cimport (
     ALIGNMENT, ATTACHER, CONSUMER_STATE, CONSUMER_WORD, CREATOR, PAGE, PRODUCER, PRODUCER_STATE,
@@ -187,9 +192,15 @@ cdef class RingEnd:
     cdef int _end(self) except -1:
         """Tell the other end, and a thread of our own that sleeps on the other's word."""
         if self.corruption is None:
+            crash_point(AT_CLOSE, self.own)
             moeshm_store_release(self.own_state, CLOSED)
+            crash_point(AT_STATE_STORED, self.own)
             self._publish()
+            crash_point(AT_CLOSE_PUBLISHED, self.own)
+            # A thread that armed it and does not sleep yet must not find it as it left it.
+            moeshm_clear_bits(self.peer, ARMED)
             moeshm_futex_wake(self.peer)
+            crash_point(AT_CLOSED, self.own)
         if self.name is not None and self.is_creator and not self._peer_identity().pid:
             segment.unlink(self.name)
         return 0
@@ -294,6 +305,7 @@ cdef class RingEnd:
         cdef int64_t slice_until = now + SLICE_NS, give_way_at = now + MOESHM_GIVE_WAY_NS
         cdef uint64_t word
         cdef int _i
+        crash_point(AT_WAIT, self.own)
         while True:
             for _i in range(16):
                 word = moeshm_load_acquire(self.peer)
@@ -312,8 +324,10 @@ cdef class RingEnd:
             if now >= give_way_at:
                 moeshm_give_way()
                 give_way_at = now + MOESHM_GIVE_WAY_NS
+        crash_point(AT_ARM, self.own)
         if not word & ARMED and not moeshm_compare_exchange(self.peer, word, word | ARMED):
             return AGAIN
+        crash_point(AT_ARMED, self.own)
         # Once armed: an end that closes either wakes us or was seen here.
         if moeshm_load_acquire(self.peer_state) & CLOSED:
             return PEER_GONE
@@ -322,7 +336,9 @@ cdef class RingEnd:
             return AGAIN
         moeshm_store_release(&self.sleeps, self.sleeps + 1)
         slept[0] = True
+        crash_point(AT_SLEEP, self.own)
         moeshm_futex_wait(self.peer, word | ARMED, min(SLICE_NS, deadline_ns - now))
+        crash_point(AT_SLEPT, self.own)
         return CHANGED if moeshm_load_acquire(self.peer) & ~<uint64_t>ARMED != seen else AGAIN
 
     cdef void _adapt(self, int64_t waited_ns) noexcept:
@@ -367,9 +383,15 @@ cdef class RingEnd:
 
     cdef void _publish(self) noexcept nogil:
         cdef uint64_t word = self.published << 1 | self.rebased
-        if moeshm_exchange(self.own, word) & ARMED:
+        cdef bint was_armed
+        crash_point(AT_PUBLISH, self.own)
+        was_armed = moeshm_exchange(self.own, word) & ARMED
+        crash_point(AT_PUBLISHED, self.own)
+        if was_armed:
             self.wakes += 1
+            crash_point(AT_WAKE, self.own)
             moeshm_futex_wake(self.own)
+            crash_point(AT_WOKEN, self.own)
 
     cdef void _skip(self, uint64_t size) noexcept:
         """Pass over `size` bytes: they are published with the record before them, or at once."""
@@ -395,7 +417,9 @@ cdef class RingEnd:
 
     cdef void _finish(self, unsigned slot) noexcept:
         """Publish every record up to the first that is still open."""
+        crash_point(AT_FINISH, self.own)
         self.window.spans[slot].done = True
+        crash_point(AT_MARKED_DONE, self.own)
         if slot != self.window.first:
             return
         while self.window.count and self.window.spans[self.window.first].done:

@@ -20,7 +20,11 @@ import fcntl
 import os
 
 from . import segment
-from ._atomics cimport moeshm_copy, moeshm_load_relaxed, moeshm_now_ns
+from ._atomics cimport moeshm_copy, moeshm_give_way, moeshm_load_relaxed, moeshm_now_ns
+from ._crash_points cimport (
+    AT_ABORT, AT_ABORTED, AT_ACQUIRE, AT_ACQUIRED, AT_HEADER_CHECKED, AT_HEADER_WRITTEN,
+    AT_RECORD_FOUND, AT_RESERVE, AT_RESERVED, AT_ROOM_MADE, crash_point,
+)
 from ._end cimport CLOSED, REBASED, SLOTS, RingEnd, ahead, deadline_of
 from ._mapping cimport (
     ALIGNMENT, CONSUMER, PAGE, PRODUCER, Mapping, Role, attach_segment, create_segment,
@@ -38,6 +42,10 @@ cdef enum:
     HEADER = 32
     INLINE_MAX = 64     # payloads up to a cache line follow their header at once
     MAX_PARTS = 8
+
+cdef enum:
+    # Records taken back that are passed over in one go: some 10 us.
+    MOST_SKIPPED = 256
 
 # Flags from here on belong to the ring.
 cdef uint32_t ABORTED = <uint32_t>1 << 31
@@ -208,7 +216,9 @@ cdef class RingProducer(RingEnd):
         if flags & ABORTED:
             raise RingError(f"flags={flags:#x}; they must be below 2^31")
         self._check_may_take("reservations are open; commit or abort some")
+        crash_point(AT_RESERVE, self.own)
         header = <Header *>self._make_room(size, deadline_ns)
+        crash_point(AT_ROOM_MADE, self.own)
         header.length = length
         header.type = type
         header.flags = flags
@@ -216,7 +226,9 @@ cdef class RingProducer(RingEnd):
         header.sequence = self.next_sequence
         if sequence != NULL:
             sequence[0] = self.next_sequence
+        crash_point(AT_HEADER_WRITTEN, self.own)
         slot[0] = self._hold(size)
+        crash_point(AT_RESERVED, self.own)
         return <char *>header + payload_offset(length)
 
     cdef char *_make_room(self, uint64_t size, int64_t deadline_ns) except NULL:
@@ -288,18 +300,27 @@ cdef class RingConsumer(RingEnd):
         cdef uint64_t size
         cdef unsigned slot
         cdef int64_t deadline_ns = -1
+        cdef uint64_t skipped = 0
         # Allocating may start a garbage collection, and that may close the ring.
         cdef Mapping mapping = self.mapping
         self._check_may_take("records are open; release some")
+        crash_point(AT_ACQUIRE, self.own)
         while True:
             if self._has_record():
+                crash_point(AT_RECORD_FOUND, self.own)
                 at = mapping.data + self.next_offset
                 memcpy(&header, at, sizeof(Header))
                 size = self._check_header(&header)
+                crash_point(AT_HEADER_CHECKED, self.own)
                 if not header.flags & ABORTED:
                     break
                 self._skip(size)
                 if self.peer_position != self.next_position:
+                    skipped += 1
+                    if skipped % MOST_SKIPPED == 0:
+                        if deadline_ns < 0:
+                            deadline_ns = deadline_of(timeout_s)
+                        self._pause_skipping(deadline_ns)
                     continue
             if deadline_ns < 0:
                 deadline_ns = deadline_of(timeout_s)
@@ -312,6 +333,7 @@ cdef class RingConsumer(RingEnd):
             if self._wait(deadline_ns) == 0:
                 raise RingEmpty(f"no record within {timeout_s} s")
         slot = self._hold(size)
+        crash_point(AT_ACQUIRED, self.own)
         record = Record.__new__(Record)
         record.ring = self
         record.mapping = mapping
@@ -323,6 +345,17 @@ cdef class RingConsumer(RingEnd):
         record.slot = slot
         record.is_open = True
         return record
+
+    cdef int _pause_skipping(self, int64_t deadline_ns) except -1:
+        """A producer that takes back without end must not keep other threads from running, nor
+        signals from being seen, nor the deadline."""
+        PyErr_CheckSignals()
+        if moeshm_now_ns() >= deadline_ns:
+            raise RingEmpty(f"no record in time, behind {MOST_SKIPPED} that were taken back")
+        with nogil:
+            moeshm_give_way()
+        self._check_may_take("records are open; release some")
+        return 0
 
     cdef bint _has_record(self) except -1:
         cdef uint64_t before
@@ -447,6 +480,7 @@ cdef class Reservation(Held):
         self.is_open = False
         if not ring._may_touch():
             return
+        crash_point(AT_ABORT, ring.own)
         if self.slot == (ring.window.first + ring.window.count - 1) % SLOTS and not self.exports:
             # The newest: as if it had never been.
             size = ring.window.spans[self.slot].size
@@ -457,6 +491,7 @@ cdef class Reservation(Held):
         else:
             (<Header *>(self.payload - payload_offset(self.size))).flags |= ABORTED
             ring._finish(self.slot)
+        crash_point(AT_ABORTED, ring.own)
 
     def array(self, dtype, shape, offset=0):
         """A writable ndarray of `dtype` and `shape` over the bytes from `offset` on.

@@ -1,11 +1,12 @@
 #!/bin/sh
-# Installs Debian's compilers for AMD's cards, for tests/compile; or says why it does not.
+# Installs Debian's compilers for AMD's cards, for tests/compile, and the model checker SPIN, for
+# tests/models; or says why it does not.
 #
 # usage: tools/install_compilers.sh
 # Those for NVIDIA's are wheels, of pyproject.toml's extra `compilers`.
 set -eu
 
-packages="hipcc clang-19 lld-19 llvm-19"
+packages="hipcc clang-19 lld-19 llvm-19 spin"
 
 missing=
 for package in $packages; do
@@ -15,7 +16,7 @@ done
 [ -n "$missing" ] || exit 0
 
 if ! command -v apt-get >/dev/null; then
-    echo "no apt-get: install hipcc and clang 19 with its lld and llvm, or their tests skip" >&2
+    echo "no apt-get: install hipcc, clang 19 with its lld and llvm, and spin, or their tests skip" >&2
 elif [ "$(id -u)" != 0 ]; then
     echo "not root: run 'apt-get install$missing', or their tests skip" >&2
 else
