@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import logging
 import os
 import selectors
 import signal
 import socket
-import stat
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import process, protocol, session
+from . import access, process, protocol, session, settings
 from .backends import Backend, MemoryUser
-from .errors import AddressInUse, DeviceLost, MoeshmError
+from .errors import DeviceLost, HandshakeRefused, MoeshmError
 from .holdings import Holdings, Load
+from .limits import Admission, Admissions, Busy
+from .listening import Listener
+from .logs import SUMMARY_S, PeerLog
 from .session import ControlSocket
 from .signals import signals_as_bytes
 from .slab_server import SlabServer
@@ -34,7 +34,6 @@ _log = logging.getLogger(__name__)
 HANDSHAKE_TIMEOUT_S = 5.0
 #: How long sessions may take to finish what they have, once the worker drains.
 DRAIN_TIMEOUT_S = 30.0
-_BACKLOG = 128
 #: A connection that was not accepted stays in the queue, and would be tried all the time.
 _ACCEPT_PAUSE_S = 0.25
 #: A call may take this share of the memory that is free when the worker starts.
@@ -45,22 +44,32 @@ class Daemon:
     """Serves a backend at `unix:PATH` until SIGTERM or SIGINT, or until `lifeline` ends.
 
     `lifeline`: a pidfd of whoever started the worker; -1 for none. `load`: reads the experts that
-    clients ask for beyond the backend's; None for none. AddressInUse: a live worker listens there.
+    clients ask for beyond the backend's; None for none. `group`: the number of one whose members
+    are served besides this process's user and root. What clients may take, MOESHM_MAX_* say.
+    AddressInUse: a live worker listens there, or another user has power over the path.
     SettingError: `listen`.
     """
 
     def __init__(
-        self, backend: Backend, listen: str, lifeline: int = -1, load: Load | None = None
+        self,
+        backend: Backend,
+        listen: str,
+        lifeline: int = -1,
+        load: Load | None = None,
+        group: int | None = None,
     ) -> None:
+        path = Path(session.parse_address(listen))
         self._holdings = Holdings(backend, load)
-        self._path = Path(session.parse_address(listen))
+        self._group = group
+        self._admissions = Admissions(settings.current())
+        self._peers = PeerLog(_log)
         self._lifeline = lifeline
         self._turns = Turns()
         self._draining = threading.Event()
         self._threads: set[threading.Thread] = set()
         self._device_lost: DeviceLost | None = None
         self._max_tokens = _max_tokens(backend)
-        self._listener, self._inode = _listen(self._path)
+        self._listener = Listener(path, group)
 
     def run(self) -> None:
         """Serve; returns once everything that was begun is finished.
@@ -75,18 +84,19 @@ class Daemon:
                 signals_as_bytes() as signals,
                 selectors.DefaultSelector() as selector,
             ):
-                selector.register(self._listener, selectors.EVENT_READ)
+                selector.register(self._listener.socket, selectors.EVENT_READ)
                 selector.register(signals, selectors.EVENT_READ)
                 selector.register(losses, selectors.EVENT_READ)
                 if self._lifeline >= 0:
                     selector.register(self._lifeline, selectors.EVENT_READ)
                 notify_systemd("READY=1")
-                _log.info("listening at unix:%s", self._path)
+                _log.info("listening at unix:%s", self._listener.path)
                 self._accept_until_told(selector, signals, losses)
         finally:
             notify_systemd("STOPPING=1")
-            self._stop_listening()
+            self._listener.close()
             self._drain()
+            self._summarise()
         if self._device_lost is not None:
             raise self._device_lost
 
@@ -94,8 +104,10 @@ class Daemon:
         self, selector: selectors.BaseSelector, signals: socket.socket, losses: socket.socket
     ) -> None:
         while True:
-            for key, _ in selector.select():
-                if key.fileobj is self._listener:
+            ready = selector.select(SUMMARY_S)
+            self._peers.summarise()
+            for key, _ in ready:
+                if key.fileobj is self._listener.socket:
                     self._accept()
                 elif key.fileobj is signals:
                     name = signal.Signals(signals.recv(1)[0]).name
@@ -109,34 +121,43 @@ class Daemon:
 
     def _accept(self) -> None:
         try:
-            sock, _ = self._listener.accept()
+            sock, _ = self._listener.socket.accept()
         except OSError as error:
             # Out of fds, or the client is gone already.
             _log.warning("a connection could not be accepted: %s", error)
             self._draining.wait(_ACCEPT_PAUSE_S)
             return
+        peer = access.peer_of(sock)
+        try:
+            access.check_client(sock, peer, self._group)
+            admission = self._admissions.admit(sock, peer)
+        except HandshakeRefused as error:
+            session.refuse(sock, error)
+            self._peers.log(peer.pid, logging.WARNING, f"got no session: {error}")
+            return
         thread = threading.Thread(
-            target=self._serve, args=(sock,), name="moeshm-session", daemon=True
+            target=self._serve, args=(sock, admission), name="moeshm-session", daemon=True
         )
         self._threads = {each for each in self._threads if each.is_alive()}
         try:
             thread.start()
         except RuntimeError as error:  # no more threads, or no memory for one's stack
             _log.warning("a connection could not be served: %s", error)
-            sock.close()
+            admission.end()
+            session.refuse(sock, Busy(f"the worker has no thread for another session: {error}"))
             return
         self._threads.add(thread)
 
-    def _serve(self, sock: socket.socket) -> None:
-        control = ControlSocket(sock)
+    def _serve(self, sock: socket.socket, admission: Admission) -> None:
         try:
-            level, outcome = self._serve_client(control)
+            with contextlib.closing(ControlSocket(sock)) as control:
+                level, outcome = self._serve_client(control, admission)
         finally:
-            control.close()
+            admission.end()
         # Only now, so that whoever reads it can rely on its being freed.
-        _log.log(level, "process %d: %s", control.peer_pid, outcome)
+        self._peers.log(admission.peer.pid, level, outcome)
 
-    def _serve_client(self, control: ControlSocket) -> tuple[int, str]:
+    def _serve_client(self, control: ControlSocket, admission: Admission) -> tuple[int, str]:
         """Until the session ends; how serious that is, and how it ended."""
         with (
             SessionViews(self._holdings) as views,
@@ -150,32 +171,35 @@ class Daemon:
                     self._max_tokens,
                     HANDSHAKE_TIMEOUT_S,
                     slab.offer,
+                    admission,
                 )
             except (MoeshmError, OSError) as error:
-                return logging.WARNING, f"got no session: {error}"
+                why: Exception = error
+                if admission.is_evicted:
+                    why = admission.why_evicted()
+                    control.refuse(why)
+                return logging.WARNING, f"got no session: {why}"
+            admission.has_shaken_hands()
             # Until before the memory is unmapped, whatever ends the session.
             with opened, _used_memory(views.backend, opened.transport) as direct_bytes:
-                return logging.INFO, self._serve_session(control, opened, views, slab, direct_bytes)
+                self._log_session(opened, admission, slab, direct_bytes)
+                return logging.INFO, self._serve_session(opened, views, slab)
 
-    def _serve_session(
-        self,
-        control: ControlSocket,
-        opened: session.Session,
-        views: SessionViews,
-        slab: SlabServer,
-        direct_bytes: int,
-    ) -> str:
+    def _log_session(
+        self, opened: session.Session, admission: Admission, slab: SlabServer, direct_bytes: int
+    ) -> None:
         welcome = opened.welcome
-        _log.info(
-            "process %d: session over %s, up to %d tokens a call%s%s%s%s",
-            control.peer_pid,
-            welcome.transport,
-            welcome.max_tokens,
+        parts = [
+            f"session over {welcome.transport}, up to {welcome.max_tokens} tokens a call",
+            f" ({admission.cut})" if admission.cut else "",
             f" ({welcome.stepped_down})" if welcome.stepped_down else "",
             f", {direct_bytes / 2**20:.1f} MiB registered for the device" if direct_bytes else "",
             f", {slab.summary}" if slab.summary else "",
             f" ({welcome.slab_refused})" if welcome.slab_refused else "",
-        )
+        ]
+        self._peers.log(admission.peer.pid, logging.INFO, "".join(parts))
+
+    def _serve_session(self, opened: session.Session, views: SessionViews, slab: SlabServer) -> str:
         server = SessionServer(opened, views, self._turns, self._draining, slab)
         why = server.serve()
         slab.wait_until_taken(opened.peer_is_gone)
@@ -186,12 +210,10 @@ class Daemon:
                 self._loss_writer.send(b"\0")
         return f"session ended after {server.calls} calls, {server.rows} rows: {why}"
 
-    def _stop_listening(self) -> None:
-        with contextlib.suppress(OSError):
-            # Not if another worker took the path over in the meantime.
-            if os.stat(self._path).st_ino == self._inode:
-                self._path.unlink()
-        self._listener.close()
+    def _summarise(self) -> None:
+        self._peers.summarise(is_over=True)
+        for name, count in self._admissions.refused.items():
+            _log.info("MOESHM_%s was met %d times", name.upper(), count)
 
     def _drain(self) -> None:
         self._draining.set()
@@ -212,66 +234,6 @@ def _used_memory(backend: Backend, transport: Transport) -> Iterator[int]:
                 used = stack.enter_context(contextlib.closing(backend.use_memory(memory)))
                 direct_bytes += used.direct_bytes
         yield direct_bytes
-
-
-def _listen(path: Path) -> tuple[socket.socket, int]:
-    """A listening socket, readable by its owner only, in the place of a stale one; its inode."""
-    with _folder_lock(path.parent):
-        _remove_stale(path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            listener.bind(str(path))
-            # Before listen(), so that nobody connects before the mode holds.
-            path.chmod(0o600)
-            listener.listen(_BACKLOG)
-            listener.setblocking(False)
-            return listener, os.stat(path).st_ino
-        except OSError as error:
-            listener.close()
-            raise AddressInUse(
-                error.errno, f"cannot listen at {path}: {error.strerror}; choose another path"
-            ) from error
-
-
-@contextlib.contextmanager
-def _folder_lock(folder: Path) -> Iterator[None]:
-    """Between looking at a path and taking it, no other worker may take it."""
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise AddressInUse(
-            error.errno, f"cannot listen in {folder}: {error.strerror}; make the folder first"
-        ) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _remove_stale(path: Path) -> None:
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise AddressInUse(errno.EEXIST, f"{path} exists and is no socket; choose another path")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except FileNotFoundError:  # its owner was just removing it
-            return
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EPROTOTYPE):
-                raise AddressInUse(
-                    error.errno, f"{path} cannot be taken over: {error.strerror}"
-                ) from error
-    raise AddressInUse(
-        errno.EADDRINUSE, f"a live process listens at {path}; stop it, or choose another path"
-    )
 
 
 def notify_systemd(state: str) -> None:

@@ -13,6 +13,7 @@ import msgspec
 
 from .errors import ProtocolError
 from .layers import LayerInfo, fingerprint_of
+from .printable import printable
 from .protocol import MAX_TOKENS, check_layers, decode
 from .transport.slab import ALIGNMENT
 
@@ -92,6 +93,8 @@ class Refusal(msgspec.Struct, tag="refusal", frozen=True):
     """The worker's answer when there will be no session."""
 
     reason: str
+    #: The same may be asked again soon.
+    is_busy: bool = False
 
 
 class Goodbye(msgspec.Struct, tag="goodbye", frozen=True):
@@ -116,15 +119,17 @@ def check_hello(hello: ControlMessage) -> Hello:
         raise ProtocolError(f"expected hello, got {type(hello).__name__.lower()}")
     if hello.protocol != PROTOCOL_VERSION:
         raise ProtocolError(
-            f"the client speaks protocol {hello.protocol} (moeshm {hello.version!r}), this worker "
-            f"{PROTOCOL_VERSION}; install the same moeshm on both sides"
+            f"the client speaks protocol {hello.protocol} (moeshm {hello.version!r:.80}), this "
+            f"worker {PROTOCOL_VERSION}; install the same moeshm on both sides"
         )
     if hello.transport not in ("auto", "shared", "stream"):
-        raise ProtocolError(f"transport {hello.transport!r}; choose auto, shared or stream")
+        raise ProtocolError(f"transport {hello.transport!r:.80}; choose auto, shared or stream")
     if not 1 <= hello.batch_capacity <= MAX_TOKENS:
         raise ProtocolError(f"batch_capacity={hello.batch_capacity}; it must be 1..{MAX_TOKENS}")
     if hello.slab not in ("", "auto", *SLAB_KINDS):
-        raise ProtocolError(f"slab {hello.slab!r}; choose auto, {', '.join(SLAB_KINDS)}, or none")
+        raise ProtocolError(
+            f"slab {hello.slab!r:.80}; choose auto, {', '.join(SLAB_KINDS)}, or none"
+        )
     return hello
 
 
@@ -133,29 +138,36 @@ def check_placement(hello: Hello, layers: Mapping[int, LayerInfo]) -> None:
     held = fingerprint_of({number: info.experts for number, info in layers.items()})
     if hello.placement not in ("", held):
         raise ProtocolError(
-            f"the client's placement gives this worker {hello.placement!r}, and it holds {held}: "
-            "start it with --placement and the client's file, or, if its experts were moved "
-            "meanwhile, use the placement that was applied last"
+            f"the client's placement gives this worker {hello.placement!r:.80}, and it holds "
+            f"{held}: start it with --placement and the client's file, or, if its experts were "
+            "moved meanwhile, use the placement that was applied last"
         )
 
 
 def check_welcome(welcome: Welcome, n_fds: int) -> Welcome:
-    """ProtocolError unless a client of this version can work with it."""
+    """The same, its texts fit to be shown. ProtocolError unless a client of this version can work
+    with it."""
     wanted = {"shared": 2, "stream": 1}.get(welcome.transport)
     if wanted is not None and welcome.slab is not None:
         _check_slab(welcome.slab)
         wanted += 1
     if welcome.protocol != PROTOCOL_VERSION:
         raise ProtocolError(
-            f"the worker speaks protocol {welcome.protocol} (moeshm {welcome.version!r}), this "
+            f"the worker speaks protocol {welcome.protocol} (moeshm {welcome.version!r:.80}), this "
             f"client {PROTOCOL_VERSION}; install the same moeshm on both sides"
         )
     if wanted is None or n_fds != wanted:
-        raise ProtocolError(f"transport {welcome.transport!r} came with {n_fds} fds")
+        raise ProtocolError(f"transport {welcome.transport!r:.80} came with {n_fds} fds")
     if not 1 <= welcome.max_tokens <= MAX_TOKENS or not 0 <= welcome.epoch < 1 << 64:
         raise ProtocolError(f"max_tokens={welcome.max_tokens}, epoch={welcome.epoch}")
     check_layers(welcome.layers)
-    return welcome
+    # They are shown, and logged.
+    return msgspec.structs.replace(
+        welcome,
+        backend=printable(welcome.backend),
+        stepped_down=printable(welcome.stepped_down),
+        slab_refused=printable(welcome.slab_refused),
+    )
 
 
 def _check_slab(offer: SlabOffer) -> None:
@@ -163,6 +175,6 @@ def _check_slab(offer: SlabOffer) -> None:
     has_handle = 0 < len(offer.handle) <= _MAX_HANDLE_BYTES
     if offer.kind not in SLAB_KINDS or not is_sized or has_handle != (offer.kind == "device"):
         raise ProtocolError(
-            f"a slab of kind {offer.kind!r}, {offer.data_bytes} bytes, and a handle of "
+            f"a slab of kind {offer.kind!r:.80}, {offer.data_bytes} bytes, and a handle of "
             f"{len(offer.handle)}"
         )

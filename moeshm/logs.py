@@ -5,8 +5,38 @@ from __future__ import annotations
 import datetime
 import logging
 import sys
+import threading
+import time
+from typing import TypeVar
 
 import msgspec
+
+from .printable import printable
+
+_Key = TypeVar("_Key")
+#: Longer messages are cut.
+_MOST_CHARACTERS = 8000
+#: Of one peer, the same line so often at once, and so often a second in the long run; then all of
+#: its lines.
+_SAME_LINES, _SAME_LINES_PER_S = 300.0, 10.0
+_PEER_LINES, _PEER_LINES_PER_S = 5000.0, 50.0
+#: How often, at most, those that were left out are told of, and how many kinds of them.
+SUMMARY_S = 5.0
+_MAX_SUMMARY = 20
+#: Peers, and lines, that are remembered.
+_MAX_KNOWN = 512
+
+
+class _PlainFormatter(logging.Formatter):
+    """One line a record, whatever is in it; those of a traceback are indented."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = printable(record.getMessage(), _MOST_CHARACTERS)
+        lines = [f"{self.formatTime(record)} {record.levelname} {message}"]
+        if record.exc_info:
+            traceback = self.formatException(record.exc_info)
+            lines += [f"  {printable(line, _MOST_CHARACTERS)}" for line in traceback.split("\n")]
+        return "\n".join(lines)
 
 
 class _JsonFormatter(logging.Formatter):
@@ -36,8 +66,78 @@ def configure(level: str, as_json: bool) -> None:
     if as_json:
         handler.setFormatter(_JsonFormatter())
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_PlainFormatter())
     logger = logging.getLogger("moeshm")
     logger.handlers = [handler]
     logger.setLevel(level.upper())
     logger.propagate = False
+
+
+class PeerLog:
+    """Lines about peers: where one gives cause for the same line very often, or for very many
+    lines, the rest is counted.
+
+    Any thread may log. Whoever made it calls `summarise` now and then.
+    """
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._lock = threading.Lock()
+        #: By process and line, and by process; what was heard last comes last.
+        self._lines: dict[tuple[int, str], _Bucket] = {}
+        self._peers: dict[int, _Bucket] = {}
+        self._summarised_at = time.monotonic()
+
+    def log(self, pid: int, level: int, message: str) -> None:
+        """Log `process PID: MESSAGE`, or count it."""
+        line = printable(message, _MOST_CHARACTERS)
+        now = time.monotonic()
+        with self._lock:
+            same = self._lines.pop((pid, line), None) or _Bucket(_SAME_LINES, _SAME_LINES_PER_S)
+            every = self._peers.pop(pid, None) or _Bucket(_PEER_LINES, _PEER_LINES_PER_S)
+            self._lines[pid, line], self._peers[pid] = same, every
+            is_shown = same.take(now) and every.take(now)
+            same.left_out += not is_shown
+        if is_shown:
+            self._logger.log(level, "process %d: %s", pid, line)
+
+    def summarise(self, is_over: bool = False) -> None:
+        """Log how often which lines were left out, at most every 5 s; at once if it is over."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._summarised_at < SUMMARY_S and not is_over:
+                return
+            self._summarised_at = now
+            found = [(*key, each.left_out) for key, each in self._lines.items() if each.left_out]
+            for each in self._lines.values():
+                each.left_out = 0
+            _forget_old(self._lines)
+            _forget_old(self._peers)
+        for pid, line, count in found[:_MAX_SUMMARY]:
+            self._logger.warning("process %d: %d times more: %s", pid, count, line)
+        if found[_MAX_SUMMARY:]:
+            n_left_out = sum(count for _, _, count in found[_MAX_SUMMARY:])
+            self._logger.warning("%d more lines of %d kinds were left out", n_left_out, len(found))
+
+
+class _Bucket:
+    """How many lines may be written yet: `most` at once, and some more every second."""
+
+    def __init__(self, most: float, per_s: float) -> None:
+        self._most, self._per_s = most, per_s
+        self._allowed, self._at = most, time.monotonic()
+        self.left_out = 0
+
+    def take(self, now: float) -> bool:
+        """One more; False when it may not be written."""
+        self._allowed = min(self._most, self._allowed + (now - self._at) * self._per_s)
+        self._at = now
+        if self._allowed < 1:
+            return False
+        self._allowed -= 1
+        return True
+
+
+def _forget_old(buckets: dict[_Key, _Bucket]) -> None:
+    for key in list(buckets)[:-_MAX_KNOWN]:
+        del buckets[key]

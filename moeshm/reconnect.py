@@ -22,7 +22,8 @@ FALLBACK_PATIENCE_S = 2.0
 
 class _Attempt:
     def __init__(self) -> None:
-        self.thread = threading.Thread()
+        #: Not the thread's own end: an interrupted `join` takes a thread for ended.
+        self.is_over = threading.Event()
         self.link: Link | None = None
         self.error: Exception | None = None
 
@@ -64,17 +65,15 @@ class Reconnector:
                     # Not itself: an exception that is raised again keeps the frames of each call.
                     raise WorkerDied(str(link.loss))
                 attempt = _Attempt()
-                attempt.thread = threading.Thread(
+                threading.Thread(
                     target=self._run, args=(attempt, connect), name="moeshm-reconnect", daemon=True
-                )
-                attempt.thread.start()
+                ).start()
                 self._attempt = attempt
                 if has_fallback:
                     patience_s = min(patience_s, FALLBACK_PATIENCE_S)
             elif has_fallback:
                 patience_s = 0.0
-        attempt.thread.join(max(0.0, patience_s))
-        if attempt.thread.is_alive():
+        if not attempt.is_over.wait(max(0.0, patience_s)):
             raise WorkerDied(f"{link.loss}; the worker is looked for, and not there yet")
         if attempt.link is None:
             error = attempt.error
@@ -99,6 +98,7 @@ class Reconnector:
             if self._attempt is attempt:
                 self._attempt = None
                 self._note(attempt.error)
+        attempt.is_over.set()
         if is_closed:
             if attempt.link is not None:
                 attempt.link.close(ClientClosed("the client was closed"))

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import random
 import select
 import socket
-import struct
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -19,15 +19,13 @@ from types import TracebackType
 import msgspec
 import numpy as np
 
-from . import handshake, process, protocol
+from . import access, handshake, process, settings
 from ._version import VERSION
-from .dtypes import DType
 from .errors import (
     ConnectError,
     DeviceError,
     HandshakeRefused,
     InvalidCall,
-    MoeshmError,
     ProtocolError,
     SegmentError,
     SessionError,
@@ -35,10 +33,12 @@ from .errors import (
 )
 from .handshake import ControlMessage, Goodbye, Hello, Refusal, SlabOffer, SlabWish, Welcome
 from .layers import LayerInfo
-from .orders import MAX_ANSWER_BYTES, MAX_ORDER_BYTES
+from .limits import Admission, Busy
+from .printable import printable
+from .sizes import fitting_tokens, ring_sizes, session_bytes, slab_bytes
 from .transport import Transport
 from .transport.shared import SharedTransport
-from .transport.slab import PAGE_BYTES, Segment
+from .transport.slab import Segment
 from .transport.stream import StreamTransport
 
 #: A packet of a handshake message: one byte that says whether more follow, and a part of it.
@@ -47,14 +47,14 @@ _MORE, _LAST = b"\1", b"\0"
 _MAX_FDS = 4
 _LATE = "the peer's part of the handshake did not come in time"
 _FD = np.dtype(np.intc)
-_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred of unix(7)
-#: Rings are made no larger than this; longer calls are cut.
-MAX_RING_BYTES = 64 << 20
+#: That a client has to take the welcome, at least.
+_WELCOME_S = 1.0
+#: Characters of a refusal.
+_MAX_REASON = 2000
 #: Time to go through the queue of a listening worker, when it is full.
 _CONNECT_PAUSE_S = 0.005
-#: Of the largest call's arrays, how many a slab has room for: while one is computed, the next is
-#: put there.
-_SLAB_CALLS = 2
+#: At most, before a busy worker is asked again.
+_BUSY_PAUSE_S = 0.1
 _NO_WISH = SlabWish()
 
 #: `(hello, data bytes)`: makes the slab that a client wishes for; with the fd of its segment, which
@@ -80,9 +80,9 @@ class ControlSocket:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self.peer_pidfd = -1
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        #: Of the process that connected or listened, as the kernel says.
-        self.peer_pid, self.peer_uid, self.peer_gid = _CREDENTIALS.unpack(credentials)
+        #: Who connected or listened, as the kernel says.
+        self.peer = access.peer_of(sock)
+        self.peer_pid = self.peer.pid
         self.peer_pidfd = process.open_pidfd(self.peer_pid)
 
     def fileno(self) -> int:
@@ -92,14 +92,21 @@ class ControlSocket:
     def send(self, message: ControlMessage, fds: list[int], timeout_s: float) -> None:
         """Send a message; the fds go with its first packet. SessionError when it cannot be."""
         data = handshake.encode_control(message)
-        self._socket.settimeout(timeout_s)
+        deadline = time.monotonic() + timeout_s
         try:
             for start in range(0, len(data), _PACKET_BYTES):
+                # Of all packets together: a peer that takes them slowly is not waited for.
+                self._socket.settimeout(max(1e-3, deadline - time.monotonic()))
                 part = data[start : start + _PACKET_BYTES]
                 mark = _MORE if start + len(part) < len(data) else _LAST
                 socket.send_fds(self._socket, [mark, part], fds if start == 0 else [])
         except OSError as error:
             raise SessionError(f"the handshake could not be sent: {error}") from error
+
+    def refuse(self, error: Exception) -> None:
+        """Tell the client why it gets no session, if it can be told at once."""
+        with contextlib.suppress(SessionError):
+            self.send(Refusal(str(error), isinstance(error, Busy)), [], 0.0)
 
     def receive(
         self, timeout_s: float, max_bytes: int = handshake.MAX_CONTROL_BYTES
@@ -119,8 +126,9 @@ class ControlSocket:
                 is_allowed = len(data) <= max_bytes and len(fds) <= _MAX_FDS
                 if packet[:1] not in (_MORE, _LAST) or not is_allowed:
                     raise ProtocolError(
-                        f"handshake packet {packet[:16]!r}, {len(data)} bytes and {len(fds)} fds "
-                        f"so far; at most {max_bytes} bytes and {_MAX_FDS} fds may come"
+                        f"handshake packet marked {packet[:1]!r} with {len(data)} bytes and "
+                        f"{len(fds)} fds so far; the mark must be 0 or 1, and at most {max_bytes} "
+                        f"bytes and {_MAX_FDS} fds may come"
                     )
                 if packet[:1] == _LAST:
                     return handshake.decode_control(bytes(data)), fds
@@ -134,12 +142,11 @@ class ControlSocket:
     def _receive_packet(self, fds: list[int], timeout_s: float) -> bytes:
         self._socket.settimeout(max(1e-3, timeout_s))
         try:
-            # socket.recv_fds ignores its flags: children would inherit the fds.
-            packet, ancillary, flags, _ = self._socket.recvmsg(
-                _PACKET_BYTES + 1,
-                socket.CMSG_LEN(_MAX_FDS * _FD.itemsize),
-                socket.MSG_CMSG_CLOEXEC,
-            )
+            try:
+                packet, ancillary, flags = self._receive_message()
+            except ConnectionResetError:
+                # It hung up without reading all; what it had said before is there still.
+                packet, ancillary, flags = self._receive_message()
         except TimeoutError:
             raise SessionError(_LATE) from None
         except OSError as error:
@@ -152,6 +159,13 @@ class ControlSocket:
         if not packet:
             raise SessionError("the peer closed the connection during the handshake")
         return packet
+
+    def _receive_message(self) -> tuple[bytes, list[tuple[int, int, bytes]], int]:
+        # socket.recv_fds ignores its flags: children would inherit the fds.
+        packet, ancillary, flags, _ = self._socket.recvmsg(
+            _PACKET_BYTES + 1, socket.CMSG_LEN(_MAX_FDS * _FD.itemsize), socket.MSG_CMSG_CLOEXEC
+        )
+        return packet, ancillary, flags
 
     def __del__(self) -> None:
         self.close()
@@ -187,7 +201,7 @@ class Session:
         except (SessionError, OSError):
             return None
         close_fds(fds)
-        return message.reason if isinstance(message, Goodbye) else None
+        return printable(message.reason) if isinstance(message, Goodbye) else None
 
     def peer_is_gone(self) -> bool:
         """True when the other process ended or hung up, whatever it sent before."""
@@ -202,7 +216,7 @@ class Session:
         most = self.welcome.max_tokens
         capacities = self.transport.receive_capacity, self.transport.send_capacity
         for number, info in layers.items():
-            fitting = _fitting_tokens({number: info}, *capacities)
+            fitting = fitting_tokens({number: info}, *capacities)
             if fitting < most:
                 raise InvalidCall(
                     f"layer {number} is wider than those of the welcome: of {most} tokens in a "
@@ -242,18 +256,38 @@ def connect(
     """Open a session with the worker at `unix:PATH`; `auto` steps down to the stream transport
     when this process cannot map the rings. `placement`: as `Hello.placement`.
 
-    ConnectError: nobody answers there. HandshakeRefused: the worker said no, with its reason.
-    ProtocolError, SegmentError: what it sent cannot be used.
+    ConnectError: nobody answers there, or another user's process (MOESHM_WORKER_USER).
+    HandshakeRefused: the worker said no, with its reason; one that is busy is asked again until
+    the timeout. ProtocolError, SegmentError: what it sent cannot be used.
     """
     deadline = time.monotonic() + timeout_s
     try:
-        return _shake_hands(address, transport, batch_capacity, placement, slab, deadline)
+        return _ask(address, transport, batch_capacity, placement, slab, deadline)
     except SegmentError as error:
         if transport != "auto":
             raise
-        opened = _shake_hands(address, "stream", batch_capacity, placement, _NO_WISH, deadline)
+        opened = _ask(address, "stream", batch_capacity, placement, _NO_WISH, deadline)
         opened.welcome = msgspec.structs.replace(opened.welcome, stepped_down=str(error))
         return opened
+
+
+def _ask(
+    address: str,
+    transport: str,
+    batch_capacity: int,
+    placement: str,
+    slab: SlabWish,
+    deadline: float,
+) -> Session:
+    pause_s = _CONNECT_PAUSE_S
+    while True:
+        try:
+            return _shake_hands(address, transport, batch_capacity, placement, slab, deadline)
+        except Busy as error:
+            if time.monotonic() + pause_s > deadline:
+                raise HandshakeRefused(*error.args) from None
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _BUSY_PAUSE_S)
 
 
 def _shake_hands(
@@ -264,8 +298,10 @@ def _shake_hands(
     slab: SlabWish,
     deadline: float,
 ) -> Session:
-    control = ControlSocket(_connect(parse_address(address), deadline))
+    path = parse_address(address)
+    control = ControlSocket(_connect(path, deadline))
     try:
+        access.check_worker(control.peer, path, settings.current().worker_user)
         hello = Hello(
             protocol=handshake.PROTOCOL_VERSION,
             version=VERSION,
@@ -275,7 +311,9 @@ def _shake_hands(
             slab=slab.kind,
             vendor=slab.vendor,
         )
-        control.send(hello, [], max(1e-3, deadline - time.monotonic()))
+        # One that refuses a connection does not wait for the hello, and its reason is there.
+        with contextlib.suppress(SessionError):
+            control.send(hello, [], deadline - time.monotonic())
         answer, fds = control.receive(deadline - time.monotonic())
         try:
             return Session(control, *_join(control, answer, fds))
@@ -299,9 +337,9 @@ def _connect(path: str, deadline: float) -> socket.socket:
                 if time.monotonic() > deadline:
                     raise ConnectError(f"the worker at {path} is too busy to answer") from None
                 time.sleep(_CONNECT_PAUSE_S)
-    except OSError as error:
+    except BaseException as error:
         sock.close()
-        if isinstance(error, ConnectError):
+        if isinstance(error, ConnectError) or not isinstance(error, OSError):
             raise
         raise ConnectError(
             f"no worker answers at {path} ({error.strerror}); start one with "
@@ -313,7 +351,8 @@ def _join(
     control: ControlSocket, answer: ControlMessage, fds: list[int]
 ) -> tuple[Transport, Welcome, Segment | None]:
     if isinstance(answer, Refusal):
-        raise HandshakeRefused(f"the worker refused: {answer.reason}")
+        kind = Busy if answer.is_busy else HandshakeRefused
+        raise kind(f"the worker refused: {printable(answer.reason, _MAX_REASON)}")
     if not isinstance(answer, Welcome):
         raise ProtocolError(f"expected welcome, got {type(answer).__name__.lower()}")
     welcome = handshake.check_welcome(answer, len(fds))
@@ -336,6 +375,16 @@ def _offer_none(_hello: Hello, _data_bytes: int) -> tuple[SlabOffer, int, str]:
     raise DeviceError("this worker gives none")
 
 
+def refuse(sock: socket.socket, error: HandshakeRefused) -> None:
+    """Tell a client that is not let in why, without waiting for its hello, and hang up."""
+    refusal = Refusal(str(error), isinstance(error, Busy))
+    sock.setblocking(False)
+    with sock, contextlib.suppress(OSError):
+        sock.send(_LAST + handshake.encode_control(refusal))
+        # Most often it is there. Who hangs up with something unread resets the connection.
+        sock.recv(1)
+
+
 def accept(
     control: ControlSocket,
     layers: Mapping[int, LayerInfo],
@@ -343,21 +392,25 @@ def accept(
     max_tokens: int,
     timeout_s: float,
     offer_slab: OfferSlab = _offer_none,
+    admission: Admission | None = None,
 ) -> Session:
-    """Answer a client's handshake; it is told before a ProtocolError or SegmentError is raised."""
+    """Answer a client's handshake, all of which may take `timeout_s`. `admission`: what the session
+    may take; None for any.
+
+    HandshakeRefused, ProtocolError, SegmentError: there is no session, and the client was told.
+    SessionError: it did not say hello in time, or is gone.
+    """
+    deadline = time.monotonic() + timeout_s
     try:
-        # First: who closes with something unread resets the connection, and its refusal is lost.
+        # First: who closes with something unread resets the connection.
         message, fds = control.receive(timeout_s, handshake.MAX_HELLO_BYTES)
         close_fds(fds)
-        if control.peer_uid not in (os.geteuid(), 0):
-            raise ProtocolError(f"user {control.peer_uid} may not use this worker")
         hello = handshake.check_hello(message)
         handshake.check_placement(hello, layers)
         most = min(max_tokens, hello.batch_capacity)
-        return _open(control, hello, layers, backend, most, timeout_s, offer_slab)
-    except (ProtocolError, SegmentError) as error:
-        with contextlib.suppress(MoeshmError):
-            control.send(Refusal(str(error)), [], timeout_s)
+        return _open(control, hello, layers, backend, most, deadline, offer_slab, admission)
+    except (HandshakeRefused, ProtocolError, SegmentError) as error:
+        control.refuse(error)
         raise
 
 
@@ -367,12 +420,16 @@ def _open(
     layers: Mapping[int, LayerInfo],
     backend: str,
     max_tokens: int,
-    timeout_s: float,
+    deadline: float,
     offer_slab: OfferSlab,
+    admission: Admission | None,
 ) -> Session:
     epoch = random.SystemRandom().getrandbits(64)
-    sizes = _ring_sizes(layers, max_tokens)
-    max_tokens = min(max_tokens, _fitting_tokens(layers, *sizes))
+    if admission is not None:
+        wish = layers, hello.transport, bool(hello.slab)
+        max_tokens = admission.take_bytes(max_tokens, functools.partial(session_bytes, *wish))
+    sizes = ring_sizes(layers, max_tokens)
+    max_tokens = min(max_tokens, fitting_tokens(layers, *sizes))
     stepped_down = ""
     transport: Transport
     if hello.transport == "stream":
@@ -403,7 +460,8 @@ def _open(
             slab=slab,
             slab_refused=refused,
         )
-        control.send(welcome, fds + slab_fds, timeout_s)
+        # Making a slab may have taken the time that there was.
+        control.send(welcome, fds + slab_fds, max(_WELCOME_S, deadline - time.monotonic()))
     except BaseException:
         transport.close()
         raise
@@ -420,39 +478,12 @@ def _offer(
     """The slab that the client asked for, whose fd is added, or why it gets none."""
     if not hello.slab:
         return None, ""
-    n_bytes = min(_SLAB_CALLS * call_bytes, MAX_RING_BYTES)
     try:
-        offer, fd, why = offer_slab(hello, -(-n_bytes // PAGE_BYTES) * PAGE_BYTES)
+        offer, fd, why = offer_slab(hello, slab_bytes(call_bytes))
     except (SegmentError, DeviceError) as error:
         return None, str(error)
     fds.append(fd)
     return offer, why
-
-
-def _call_sizes(info: LayerInfo, max_tokens: int) -> tuple[int, int]:
-    """Bytes of a call and of its reply in the widest format."""
-    rows = protocol.reply_bytes(max_tokens, info.hidden_size, DType.F32)
-    return rows + max_tokens * info.top_k * 8 + protocol.HEADER_BYTES, rows
-
-
-def _ring_sizes(layers: Mapping[int, LayerInfo], max_tokens: int) -> tuple[int, int]:
-    """Capacities for calls and for replies: what the largest call of any layer takes, or an
-    order."""
-    sizes = [_call_sizes(info, max_tokens) for info in layers.values()]
-    calls, replies = (max(each) for each in zip(*sizes, strict=True))
-    calls, replies = max(calls, MAX_ORDER_BYTES), max(replies, MAX_ANSWER_BYTES)
-    return min(calls, MAX_RING_BYTES), min(replies, MAX_RING_BYTES)
-
-
-def _fitting_tokens(layers: Mapping[int, LayerInfo], calls: int, replies: int) -> int:
-    """Most tokens whose call and reply fit for every layer."""
-    fitting = protocol.MAX_TOKENS
-    for info in layers.values():
-        row = 4 * info.hidden_size
-        by_call = (calls - 2 * protocol.HEADER_BYTES) // (row + 8 * info.top_k)
-        by_reply = (replies - protocol.HEADER_BYTES) // row
-        fitting = min(fitting, by_call, by_reply)
-    return max(1, fitting)
 
 
 def close_fds(fds: list[int]) -> None:

@@ -44,6 +44,29 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     #: Of a worker on a GPU, for experiments: which kernels, like `decode=fma,prefill=mma`.
     kernels: str = "auto"
     log_level: str = "info"
+    #: Who else than this process's user and root may be the worker that a client talks to: a user's
+    #: name or number, or none.
+    worker_user: str = ""
+    # Of a worker, what clients may take (docs/security.md). A connection counts as a session from
+    # when it is accepted, and for its process and user until they hang up.
+    #: Sessions, of all clients.
+    max_sessions: int = 256
+    #: Of them, those of one user.
+    max_sessions_per_user: int = 128
+    #: Of them, those of one process.
+    max_sessions_per_process: int = 64
+    #: Connections whose handshake is not over.
+    max_handshakes: int = 64
+    #: Bytes of the rings, stream buffers and slabs of all sessions; 0 for half of the memory that
+    #: is free when the worker starts.
+    max_bytes: int = 0
+    #: The same, of one session: it is offered calls of fewer tokens, so that they fit.
+    max_bytes_per_session: int = 256 << 20
+    #: Calls of one session that a GPU has begun before more are taken; others are taken one at a
+    #: time, and wait in the session's own memory.
+    max_calls_per_session: int = 16
+    #: Experts that the views of one session may list, each time it is listed.
+    max_experts_per_session: int = 1 << 16
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
@@ -56,7 +79,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             if name not in cls.__struct_fields__:
                 known = ", ".join(f"MOESHM_{field.upper()}" for field in cls.__struct_fields__)
                 raise SettingError(f"{variable} is no setting; known are {known}")
-            values[name] = _parse(variable, text, getattr(_DEFAULTS, name))
+            default = getattr(_DEFAULTS, name)
+            values[name] = text.strip() if name in _AS_WRITTEN else _parse(variable, text, default)
         return cls(**values)
 
     def __post_init__(self) -> None:
@@ -70,7 +94,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         check_range("MOESHM_SPIN_US", self.spin_us, 0, 1e6)
         check_range("MOESHM_TIMEOUT_S", self.timeout_s, 1e-3, 1e6)
         check_range("MOESHM_CONNECT_TIMEOUT_S", self.connect_timeout_s, 1e-3, 3600)
+        for name, (low, high) in _LIMITS.items():
+            check_range(f"MOESHM_{name.upper()}", getattr(self, name), low, high)
 
+
+#: Of what clients may take of a worker, the least and the most that can be set.
+_LIMITS = {
+    "max_sessions": (1, 65536),
+    "max_sessions_per_user": (1, 65536),
+    "max_sessions_per_process": (1, 65536),
+    "max_handshakes": (1, 65536),
+    "max_bytes": (0, 1 << 50),
+    "max_bytes_per_session": (1, 1 << 40),
+    "max_calls_per_session": (1, 32),
+    "max_experts_per_session": (1, 1 << 24),
+}
+#: Not made lower case: names of users.
+_AS_WRITTEN = ("worker_user",)
 
 #: Read by the build and by the tests, not at run time.
 _NOT_OURS = frozenset({"MOESHM_CRASHPOINTS", "MOESHM_SANITIZE", "MOESHM_TEST_RUN"})
@@ -85,7 +125,8 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """SettingError unless it lies between the two, both allowed."""
     if not low <= value <= high:
-        raise SettingError(f"{name}={value!r}; it must lie in {low:g}..{high:g}")
+        shown = [f"{each:g}" if isinstance(each, float) else str(each) for each in (low, high)]
+        raise SettingError(f"{name}={value!r}; it must lie in {'..'.join(shown)}")
 
 
 def parse_kernels(text: str) -> dict[str, str]:

@@ -68,6 +68,11 @@ def _ranges(
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; one per usable CPU.")
 @click.option("--json-logs", is_flag=True, help="Log JSON objects, one a line.")
 @click.option("--quiet", is_flag=True, help="Log warnings and errors only.")
+@click.option(
+    "--group",
+    metavar="NAME",
+    help="Serve this group's members, too; by default this user and root only.",
+)
 @click.option("--until-exit-of", type=int, hidden=True)
 def worker(
     model: str,
@@ -81,6 +86,7 @@ def worker(
     threads: int | None,
     json_logs: bool,
     quiet: bool,
+    group: str | None,
     until_exit_of: int | None,
 ) -> None:
     """Serve a model's routed experts to engines on this machine until SIGTERM.
@@ -92,12 +98,17 @@ def worker(
     if threads > 1 and "numpy" not in sys.modules:
         for variable in _BLAS_THREADS:
             os.environ.setdefault(variable, "1")
+    from ..access import own_group
     from ..checkpoint import ModelDirectory
     from ..daemon import Daemon
+    from ..limits import allow_fds
     from ..logs import configure
     from ..settings import current
 
     configure("warning" if quiet else current().log_level, json_logs)
+    gid = None if group is None else own_group(group)
+    if short := allow_fds(current()):
+        _log.warning("%s", short)
     lifeline = -1 if until_exit_of is None else _open_parent(until_exit_of)
     chosen = _choose_experts(experts, placement, name, layers)
     directory = ModelDirectory(model)
@@ -115,7 +126,7 @@ def worker(
             show_progress=not quiet,
             is_resident=is_resident,
         )
-        Daemon(backend, listen, lifeline, load).run()
+        Daemon(backend, listen, lifeline, load, gid).run()
         _log_resident(backend)
     except DeviceLost as error:
         _log.critical("%s", error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,7 +90,8 @@ def test_a_long_message_arrives_with_its_fds(
 
 def test_the_peer_is_who_the_kernel_says(sockets: tuple[ControlSocket, socket.socket]) -> None:
     control, _ = sockets
-    assert (control.peer_pid, control.peer_uid) == (os.getpid(), os.geteuid())
+    assert control.peer == (os.getpid(), os.geteuid(), os.getegid())
+    assert control.peer_pid == os.getpid()
     assert control.peer_pidfd >= 0
 
 
@@ -106,8 +108,8 @@ def leave(sock: socket.socket) -> None:
         (packets(MORE + b"\x84"), SessionError, "did not come in time"),
         (leave, SessionError, "closed the connection"),
         (socket.socket.close, SessionError, "closed the connection"),
-        (packets(b"GET / HTTP/1.1\r\n"), ProtocolError, "handshake packet b'GET / HTTP"),
-        (packets(b"\2" + WHOLE[1:]), ProtocolError, r"handshake packet b'\\x02"),
+        (packets(b"GET / HTTP/1.1\r\n"), ProtocolError, "marked b'G' with 15 bytes"),
+        (packets(b"\2" + WHOLE[1:]), ProtocolError, r"marked b'\\x02'"),
         (packets(LAST), ProtocolError, "no handshake message"),
         (packets(LAST + b"junk"), ProtocolError, "no handshake message"),
         (packets(MORE + b"junk", WHOLE), ProtocolError, "no handshake message"),
@@ -152,6 +154,50 @@ def test_sending_to_who_is_gone_is_a_session_error(
     right.close()
     with pytest.raises(SessionError, match="could not be sent"):
         control.send(HELLO, [], 0.1)
+
+
+def test_what_was_said_before_a_reset_is_heard(
+    sockets: tuple[ControlSocket, socket.socket],
+) -> None:
+    """As by a worker that refuses a connection, and does not wait for its hello."""
+    control, right = sockets
+    control.send(HELLO, [], 0.1)
+    right.send(LAST + handshake.encode_control(Refusal("not you")))
+    right.close()
+    message, _ = control.receive(0.1)
+    assert message == Refusal("not you")
+    with pytest.raises(SessionError, match="closed the connection"):
+        control.receive(0.1)
+
+
+def test_packets_that_are_taken_slowly_do_not_hold_a_sender(
+    sockets: tuple[ControlSocket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time is that of all packets together; each of these is taken just before it is over."""
+    control, _ = sockets
+    clock = [0.0]
+    allowed: list[float] = []
+
+    class SlowlyTaken:
+        def settimeout(self, timeout_s: float) -> None:
+            allowed.append(timeout_s)
+
+        def close(self) -> None:
+            """Nothing to close."""
+
+    def take(*_: object) -> None:
+        clock[0] += 0.9 * allowed[-1]
+
+    whole = control._socket
+    monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(socket, "send_fds", take)
+    control._socket = SlowlyTaken()  # type: ignore[assignment]
+    try:
+        control.send(Refusal("x" * (1 << 20)), [], 5.0)
+    finally:
+        control._socket = whole
+    assert len(allowed) > 30
+    assert clock[0] < 5.1
 
 
 def test_sending_to_who_never_reads_ends(sockets: tuple[ControlSocket, socket.socket]) -> None:

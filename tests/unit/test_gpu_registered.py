@@ -252,9 +252,11 @@ def test_calls_of_a_client(
     served = Daemon(backend, address)
 
     def serve_one() -> None:
-        select.select([served._listener], [], [])
-        served._serve(served._listener.accept()[0])
-        served._stop_listening()
+        select.select([served._listener.socket], [], [])
+        served._accept()
+        served._listener.close()
+        for thread in served._threads:
+            thread.join()
 
     calls = [draw_call(seed, layer, n_tokens, 2) for seed, n_tokens in enumerate((1, 200, 40, 1))]
     with meanwhile(serve_one), moeshm.connect(address, transport="shared") as client:

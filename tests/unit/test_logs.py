@@ -7,10 +7,12 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
 from moeshm import logs
+from moeshm.printable import printable
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +105,130 @@ def test_any_text_is_one_valid_line(capsys: pytest.CaptureFixture[str], text: st
     logging.getLogger("moeshm").info("cannot read %s", text)
     (line,) = written(capsys)
     assert json.loads(line)["message"].startswith("cannot read ")
+
+
+# --- what others say ----------------------------------------------------------------------
+
+FORGED = "\n2026-01-01 00:00:00,000 INFO all is well\x1b[2K\r\u2028x\x00"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_record_stays_one_line(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
+    logs.configure("info", as_json)
+    logging.getLogger("moeshm").info("the peer says %s", FORGED)
+    out = capsys.readouterr().err
+    assert out.count("\n") == 1
+    assert not set(out[:-1]) & set("\n\r\x1b\x00")
+
+
+def test_no_line_of_a_traceback_looks_like_a_record(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", as_json=False)
+    try:
+        raise ValueError(FORGED)
+    except ValueError:
+        logging.getLogger("moeshm").exception("it failed")
+    first, *rest = written(capsys)
+    assert first.endswith("ERROR it failed")
+    assert "all is well" in "".join(rest)
+    assert all(line.startswith("  ") for line in rest)
+    assert "\x1b" not in "".join(rest)
+
+
+def test_what_is_too_long_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", as_json=False)
+    logging.getLogger("moeshm").info("%s", "x" * 100_000)
+    (line,) = written(capsys)
+    assert line.endswith("xxx... (100000 characters)")
+    assert len(line) < 9000
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("ümläuts", "ümläuts"),
+        ("a\nb\x1b[2J\x7f\u202e", "a\\nb\\x1b[2J\\x7f\\u202e"),
+        ("\ud800", "\\ud800"),
+        ("x" * 11, "xxxxxxxxxx... (11 characters)"),
+        ("\n" * 10, "\\n" * 10),
+    ],
+)
+def test_printable(text: str, shown: str) -> None:
+    assert printable(text, 10) == shown
+
+
+# --- lines about peers --------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes when it is told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """In place of the system's."""
+    monkeypatch.setattr(logs, "_SAME_LINES", 3.0)
+    monkeypatch.setattr(logs, "_PEER_LINES", 5.0)
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
+def peers(clock: Clock) -> logs.PeerLog:  # noqa: ARG001
+    """Lines about peers, as a daemon logs them."""
+    return logs.PeerLog(logging.getLogger("moeshm.daemon"))
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The messages."""
+    return [line.split(" ", 3)[3] for line in written(capsys)]
+
+
+def test_the_same_line_is_counted_when_it_comes_very_often(
+    capsys: pytest.CaptureFixture[str], clock: Clock, peers: logs.PeerLog
+) -> None:
+    logs.configure("info", as_json=False)
+    for _ in range(100):
+        peers.log(7, logging.WARNING, "refused")
+    peers.log(7, logging.WARNING, "refused otherwise")
+    peers.log(8, logging.INFO, "refused")
+    peers.summarise()
+    assert said(capsys) == [
+        *["process 7: refused"] * 3,
+        "process 7: refused otherwise",
+        "process 8: refused",
+    ]
+    clock.now += logs.SUMMARY_S
+    peers.summarise()
+    assert said(capsys) == ["process 7: 97 times more: refused"]
+    # It is told once, and by now a few may be written again.
+    peers.summarise(is_over=True)
+    peers.log(7, logging.WARNING, "refused")
+    assert said(capsys) == ["process 7: refused"]
+
+
+def test_at_the_end_the_rest_is_told_at_once(
+    capsys: pytest.CaptureFixture[str], peers: logs.PeerLog
+) -> None:
+    logs.configure("info", as_json=False)
+    for _ in range(4):
+        peers.log(7, logging.WARNING, "refused\nINFO all is well")
+    peers.summarise(is_over=True)
+    assert said(capsys)[3:] == ["process 7: 1 times more: refused\\nINFO all is well"]
+
+
+def test_lines_that_all_differ_are_counted_as_well(
+    capsys: pytest.CaptureFixture[str], clock: Clock, peers: logs.PeerLog
+) -> None:
+    logs.configure("info", as_json=False)
+    for number in range(1000):
+        peers.log(7, logging.WARNING, f"refused for the {number}th time")
+    assert len(said(capsys)) == 5
+    clock.now += logs.SUMMARY_S
+    peers.summarise()
+    shown = said(capsys)
+    assert len(shown) == 21
+    assert shown[-1] == "975 more lines of 995 kinds were left out"
+    assert len(peers._lines) <= 512

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moeshm
-from moeshm import protocol, session
+from moeshm import access, protocol, session, sizes
 from moeshm.dtypes import DType
 from moeshm.errors import (
     ConnectError,
@@ -27,7 +29,9 @@ from moeshm.errors import (
     SessionError,
 )
 from moeshm.handshake import Goodbye, Hello, Welcome
+from moeshm.limits import Admission, Admissions, Busy
 from moeshm.session import ControlSocket, Session
+from moeshm.settings import Settings
 from moeshm.transport.shared import SharedTransport
 from tests.wire import (
     HELLO,
@@ -138,16 +142,16 @@ def test_the_rings_hold_the_largest_call_of_every_layer(
     hidden: int, other_hidden: int, top_k: int, other_top_k: int, max_tokens: int
 ) -> None:
     layers = {0: dense_info(hidden, 64, top_k), 1: dense_info(other_hidden, 64, other_top_k)}
-    calls, replies = session._ring_sizes(layers, max_tokens)
-    assert max(calls, replies) <= session.MAX_RING_BYTES
-    n_tokens = min(max_tokens, session._fitting_tokens(layers, calls, replies))
+    calls, replies = sizes.ring_sizes(layers, max_tokens)
+    assert max(calls, replies) <= sizes.MAX_RING_BYTES
+    n_tokens = min(max_tokens, sizes.fitting_tokens(layers, calls, replies))
     assert n_tokens >= 1
     for info in layers.values():
         for dtype in DType:
             call = protocol.call_bytes(n_tokens, info.top_k, info.hidden_size, dtype)
             assert call <= calls
             assert protocol.reply_bytes(n_tokens, info.hidden_size, dtype) <= replies
-    if max(calls, replies) < session.MAX_RING_BYTES:
+    if max(calls, replies) < sizes.MAX_RING_BYTES:
         assert n_tokens == max_tokens
 
 
@@ -185,13 +189,11 @@ def test_auto_steps_down_and_says_why(
 # --- refusals -----------------------------------------------------------------------------
 
 
-def accepting(listener: socket.socket, as_uid: int | None = None) -> Callable[[], None]:
+def accepting(listener: socket.socket) -> Callable[[], None]:
     """A worker that refuses the next client: closes, as the daemon does, what it cannot open."""
 
     def accept() -> None:
         control = ControlSocket(listener.accept()[0])
-        if as_uid is not None:
-            control.peer_uid = as_uid
         try:
             session.accept(control, LAYERS, "null", 64, PATIENCE_S).close()
         except (ProtocolError, SegmentError):
@@ -243,10 +245,96 @@ def test_another_version_is_refused_with_both(
         session.connect(address(listener), "auto", 64, PATIENCE_S)
 
 
-def test_another_user_is_refused(listener: socket.socket) -> None:
+def test_a_refusal_that_does_not_wait_for_the_hello(listener: socket.socket) -> None:
+    """Whether or not it is there already."""
+    for waits_for_hello in (False, True):
+
+        def refuse(waits_for_hello: bool = waits_for_hello) -> None:
+            sock, _ = listener.accept()
+            if waits_for_hello:
+                select.select([sock], [], [], PATIENCE_S)
+            session.refuse(sock, HandshakeRefused("not you\nINFO all is well"))
+
+        with (
+            meanwhile(refuse),
+            pytest.raises(HandshakeRefused, match=r"the worker refused: not you\\nINFO all is"),
+        ):
+            session.connect(address(listener), "auto", 64, PATIENCE_S)
+
+
+def test_a_busy_worker_is_asked_again(listener: socket.socket) -> None:
+    def accept() -> None:
+        for _ in range(3):
+            session.refuse(listener.accept()[0], Busy("full"))
+        control = ControlSocket(listener.accept()[0])
+        with session.accept(control, LAYERS, "null", 64, PATIENCE_S):
+            pass
+
+    with meanwhile(accept):
+        session.connect(address(listener), "auto", 64, PATIENCE_S).close()
+
+
+def test_a_worker_that_stays_busy_has_refused(listener: socket.socket) -> None:
+    is_over = threading.Event()
+
+    def refuse() -> None:
+        while not is_over.is_set():
+            if select.select([listener], [], [], 0.01)[0]:
+                session.refuse(listener.accept()[0], Busy("full"))
+
+    with meanwhile(refuse):
+        try:
+            with pytest.raises(HandshakeRefused, match="the worker refused: full") as caught:
+                session.connect(address(listener), "auto", 64, 0.05)
+        finally:
+            is_over.set()
+    assert type(caught.value) is HandshakeRefused
+
+
+@pytest.mark.parametrize("transport", ["shared", "stream", "auto"])
+def test_a_session_keeps_within_its_bytes(listener: socket.socket, transport: str) -> None:
+    """What it really maps is what was counted, or less."""
+    most = sizes.session_bytes(LAYERS, transport, False, 500)
+    book = Admissions(Settings(max_bytes_per_session=most))
+    found: list[tuple[Admission, Session]] = []
+
+    def accept() -> None:
+        sock, _ = listener.accept()
+        admission = book.admit(sock, access.peer_of(sock))
+        control = ControlSocket(sock)
+        found.append(
+            (
+                admission,
+                session.accept(control, LAYERS, "null", 4096, PATIENCE_S, admission=admission),
+            )
+        )
+
+    with meanwhile(accept):
+        client = session.connect(address(listener), transport, 4096, PATIENCE_S)
+    ((admission, worker),) = found
+    with client, worker:
+        assert 500 <= client.welcome.max_tokens < 4096
+        assert f"MOESHM_MAX_BYTES_PER_SESSION={most}" in admission.cut
+        assert admission.n_bytes <= most
+        # Each part is mapped twice.
+        mapped = sum(each.nbytes for each in worker.transport.memory()) // 2
+        assert mapped <= admission.n_bytes
+        assert transport == "stream" or mapped > admission.n_bytes // 8
+
+
+def test_a_session_too_large_is_refused_at_the_client(listener: socket.socket) -> None:
+    book = Admissions(Settings(max_bytes_per_session=1000))
+
+    def accept() -> None:
+        sock, _ = listener.accept()
+        admission = book.admit(sock, access.peer_of(sock))
+        control = ControlSocket(sock)
+        with contextlib.closing(control), pytest.raises(HandshakeRefused):
+            session.accept(control, LAYERS, "null", 4096, PATIENCE_S, admission=admission)
+
     with (
-        meanwhile(accepting(listener, as_uid=os.geteuid() + 12345)),
-        pytest.raises(HandshakeRefused, match=rf"user {os.geteuid() + 12345} may not"),
+        meanwhile(accept),
+        pytest.raises(HandshakeRefused, match=r"at least \d+ bytes, and MOESHM_MAX_BYTES_PER_SES"),
     ):
         session.connect(address(listener), "auto", 64, PATIENCE_S)
 

@@ -39,6 +39,15 @@ def test_nothing_set_gives_the_defaults() -> None:
         ("MOESHM_CONNECT_TIMEOUT_S", "3600", "connect_timeout_s", 3600.0),
         ("MOESHM_KERNELS", "Decode=FMA, prefill=wgmma", "kernels", "decode=fma, prefill=wgmma"),
         ("MOESHM_LOG_LEVEL", "DEBUG", "log_level", "debug"),
+        ("MOESHM_WORKER_USER", " Some.One ", "worker_user", "Some.One"),
+        ("MOESHM_MAX_SESSIONS", "1", "max_sessions", 1),
+        ("MOESHM_MAX_SESSIONS_PER_USER", "65536", "max_sessions_per_user", 65536),
+        ("MOESHM_MAX_SESSIONS_PER_PROCESS", "2", "max_sessions_per_process", 2),
+        ("MOESHM_MAX_HANDSHAKES", "3", "max_handshakes", 3),
+        ("MOESHM_MAX_BYTES", "0", "max_bytes", 0),
+        ("MOESHM_MAX_BYTES_PER_SESSION", "1000000", "max_bytes_per_session", 1_000_000),
+        ("MOESHM_MAX_CALLS_PER_SESSION", "32", "max_calls_per_session", 32),
+        ("MOESHM_MAX_EXPERTS_PER_SESSION", "9", "max_experts_per_session", 9),
     ],
 )
 def test_a_variable_sets_its_field(
@@ -77,6 +86,14 @@ def test_a_variable_sets_its_field(
         ("MOESHM_TIMEOUT_S", "0", "it must lie in"),
         ("MOESHM_TIMEOUT_S", "", "is not a number"),
         ("MOESHM_CONNECT_TIMEOUT_S", "1e9", "it must lie in"),
+        ("MOESHM_MAX_SESSIONS", "0", r"it must lie in 1\.\.65536"),
+        ("MOESHM_MAX_SESSIONS_PER_USER", "65537", r"it must lie in 1\.\.65536"),
+        ("MOESHM_MAX_SESSIONS_PER_PROCESS", "all", "is not a whole number"),
+        ("MOESHM_MAX_HANDSHAKES", "-1", r"it must lie in 1\.\.65536"),
+        ("MOESHM_MAX_BYTES", "-1", r"it must lie in 0\.\.1125899906842624"),
+        ("MOESHM_MAX_BYTES_PER_SESSION", "1G", "is not a whole number"),
+        ("MOESHM_MAX_CALLS_PER_SESSION", "33", r"it must lie in 1\.\.32"),
+        ("MOESHM_MAX_EXPERTS_PER_SESSION", "0", r"it must lie in 1\.\.16777216"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(variable: str, text: str, allowed: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import pty
 import re
+import resource
 import signal
 import socket
 from collections.abc import Iterator, Sequence
@@ -216,6 +218,7 @@ def test_a_bad_model_directory_is_one_line(tmp_path: Path) -> None:
         (("--threads", "0"), 2, "0 is not in the range x>=1"),
         (("--threads", "some"), 2, "'some' is not a valid integer"),
         (("--experts", "/nowhere.json"), 1, "/nowhere.json.*write it like"),
+        (("--group", "no-such-group"), 1, "--group 'no-such-group': there is no such group here"),
         (("--bogus",), 2, "No such option.*--bogus"),
     ],
 )
@@ -235,6 +238,52 @@ def test_experts_that_the_model_lacks(tmp_path: Path) -> None:
     assert status == 1
     assert "layer 1 has no expert 16; its experts are 0-15" in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_group_owns_the_socket(tmp_path: Path, notify: NotifySocket) -> None:
+    gid = os.getegid()
+    options = ("--group", grp.getgrgid(gid).gr_name)
+    with running(command(tmp_path, *options), environment=notify.environment) as process:
+        assert notify.receive(process) == "READY=1"
+        found = (tmp_path / "w.sock").stat()
+        assert (found.st_mode & 0o777, found.st_gid) == (0o660, gid)
+        moeshm.connect(f"unix:{tmp_path / 'w.sock'}").close()
+        end(process)
+
+
+def test_a_folder_that_everybody_may_write(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    status, said = run_to_end(command(tmp_path, "--quiet"))
+    assert status == 1
+    (line,) = said.splitlines()
+    assert f"cannot listen in {tmp_path}: it may be written by every user" in line
+    assert "choose a folder of your own" in line
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_limit_that_is_none(tmp_path: Path) -> None:
+    with running(command(tmp_path), environment={"MOESHM_MAX_SESSIONS": "0"}) as process:
+        said = process.log.read_rest()
+        assert process.wait() == 1
+    assert said == "moeshm: MOESHM_MAX_SESSIONS=0; it must lie in 1..65536\n"
+
+
+def test_it_may_open_as_many_files_as_its_sessions_need(
+    tmp_path: Path, notify: NotifySocket
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 600), hard))
+    try:
+        with running(command(tmp_path), environment=notify.environment) as process:
+            assert notify.receive(process) == "READY=1"
+            allowed, _ = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+            log = end(process)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if hard == resource.RLIM_INFINITY or hard > 256 * 8:
+        assert allowed > 256 * 6
+    else:
+        assert "open files are allowed" in log
 
 
 def test_an_address_of_another_kind(tmp_path: Path) -> None:
