@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": "Generate text with a small model whose experts run in a worker process.",
     "place": "Choose which experts stay in the engine, from routing statistics and a budget.",
     "doctor": "Check this machine, and say what is missing and how to mend it.",
+    "soak": "Mix load, crashes and hostile peers on this machine, and check every result.",
     "bench": "Measure this machine: how fast bytes and calls pass between two processes.",
 }
 

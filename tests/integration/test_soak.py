@@ -1,0 +1,112 @@
+"""`moeshm soak` through the command line: a short run, one that finds something, and Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from moeshm.cli.soak import soak
+from moeshm.errors import CheckpointError, SettingError
+from moeshm.soak import leaks, pool
+from moeshm.soak.pool import Case
+
+ROOT = Path(__file__).parents[2]
+#: Where nothing hangs, also on a machine whose CPUs are busy with others' work.
+PATIENCE_S = 150.0
+
+
+def run(*arguments: str) -> tuple[int, dict[str, Any]]:
+    result = CliRunner().invoke(soak, ["--json", *arguments])
+    printed: dict[str, Any] = msgspec.json.decode(result.stdout)
+    print(printed)
+    return result.exit_code, printed
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """For temporary files, with a short name: sockets are among them."""
+    with tempfile.TemporaryDirectory(prefix="s") as path:
+        monkeypatch.setattr("tempfile.tempdir", path)
+        yield Path(path)
+
+
+def test_a_short_run_finds_nothing(folder: Path) -> None:
+    status, printed = run("--minutes", "0.2", "--seed", "5")
+    assert printed["failures"] == []
+    assert status == 0
+    assert printed["wrong_results"] == printed["leaks"] == printed["hangs"] == 0
+    assert printed["unexpected_errors"] == 0
+    assert printed["calls"] > 0
+    assert printed["checked"] > 0
+    assert printed["faults"] == sum(printed["faults_by_kind"].values()) > 0
+    assert printed["rests"] > 0
+    assert isinstance(printed["deadline_misses"], int)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_wrong_result_is_found_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(*arguments: Any, **options: Any) -> Sequence[Case]:
+        cases = real_draw(*arguments, **options)
+        for case in cases:
+            case.expected[...] = np.roll(case.expected, 1)
+        return cases
+
+    real_draw = pool.draw
+    monkeypatch.setattr(pool, "draw", draw)
+    result = CliRunner().invoke(soak, ["--minutes", "0.05", "--seed", "6", "--clients", "1"])
+    assert result.exit_code == 1
+    assert "wrong result of" in result.stdout
+    assert "rows are wrong" in result.stdout
+    assert "s before:" in result.stdout
+
+
+def test_ctrl_c_ends_it_with_what_was_found() -> None:
+    command = [sys.executable, "-m", "moeshm", "soak", "--minutes", "60", "--json"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
+        try:
+            deadline = time.monotonic() + PATIENCE_S
+            # Two workers and three callers.
+            while len(leaks.children_of(running.pid)) < 5:
+                assert running.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            running.send_signal(signal.SIGINT)
+            stdout, stderr = running.communicate(timeout=PATIENCE_S)
+        finally:
+            running.kill()
+    assert b"SIGINT: ending" in stderr
+    printed = msgspec.json.decode(stdout)
+    assert printed["failures"] == []
+    assert running.returncode == (0 if printed["calls"] else 1)
+    assert printed["elapsed_s"] < 60 * 60
+
+
+def test_options_that_are_refused() -> None:
+    for option, value in (("--minutes", "0"), ("--clients", "0"), ("--device", "tpu")):
+        assert CliRunner().invoke(soak, [option, value]).exit_code == 2
+
+
+def test_what_cannot_begin_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError):
+        CliRunner().invoke(soak, ["--model", "/nowhere"], catch_exceptions=False)
+    long = folder / ("x" * 60)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with pytest.raises(SettingError, match="longer than 107 bytes"):
+        CliRunner().invoke(soak, [], catch_exceptions=False)
+    assert list(long.iterdir()) == []
+    long.rmdir()
+    assert list(folder.iterdir()) == []
