@@ -158,7 +158,9 @@ cdef class Allocator:
         cdef uint64_t per_token = 2 * (each.rows + each.pairs)
         # Each of the four arrays is padded.
         cdef uint64_t padding = 4 * ALIGNMENT
-        return (self.data_bytes - padding) // per_token if self.data_bytes > padding else 0
+        if not per_token or self.data_bytes <= padding:
+            return 0
+        return (self.data_bytes - padding) // per_token
 
     def claim(self, uint32_t n_tokens, uint32_t hidden_size, uint16_t top_k, uint8_t dtype):
         """Room for the arrays of such a call, whose flag `refused` is 0 then; None while there is

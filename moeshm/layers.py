@@ -11,6 +11,9 @@ import msgspec
 
 from .dtypes import DType
 
+#: Of a model's layer, held or not.
+MAX_EXPERTS = 1 << 20
+
 
 class Activation(enum.IntEnum):
     """How an expert combines its gate and up projections; the value is its code on the wire.
@@ -85,7 +88,8 @@ def without_experts(info: LayerInfo) -> LayerInfo:
 
 
 def parse_ranges(text: str) -> tuple[int, ...]:
-    """`"0-3,7"` as `(0, 1, 2, 3, 7)`; ValueError names the part that does not parse."""
+    """`"0-3,7"` as `(0, 1, 2, 3, 7)`; ValueError names the part that does not parse, or that no
+    model is large enough for."""
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -96,6 +100,9 @@ def parse_ranges(text: str) -> tuple[int, ...]:
             raise ValueError(f"{part!r} in {text!r} is no number or range like 0-23") from None
         if high < low:
             raise ValueError(f"{part!r} in {text!r} counts down; write {high}-{low}")
+        if high - low >= MAX_EXPERTS or len(numbers) >= MAX_EXPERTS:
+            # Before a slip of the finger takes all memory.
+            raise ValueError(f"{part!r} in {text!r:.50}: more than {MAX_EXPERTS} numbers")
         numbers.extend(range(low, high + 1))
     return tuple(dict.fromkeys(numbers))
 

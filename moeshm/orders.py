@@ -12,12 +12,12 @@ import msgspec
 
 from . import protocol
 from .errors import InvalidCall, ProtocolError
+from .layers import MAX_EXPERTS
 from .protocol import Message
 
 #: Room for an order that lists every expert of the largest models, three bytes each.
 MAX_ORDER_BYTES = 128 << 10
-#: Room for the answer, which describes each layer.
-MAX_ANSWER_BYTES = 64 << 10
+MAX_ANSWER_BYTES = protocol.MAX_ANSWER_BYTES
 #: Views that one session may have at a time, those that are being loaded included.
 MAX_VIEWS = 8
 
@@ -76,7 +76,7 @@ def check_experts(experts: Mapping[int, Iterable[int]]) -> dict[int, tuple[int, 
     for layer, ids in experts.items():
         number = _whole(layer, "layer", 1 << 32)
         checked[number] = tuple(
-            _whole(each, f"expert of layer {number}", protocol.MAX_EXPERTS) for each in ids
+            _whole(each, f"expert of layer {number}", MAX_EXPERTS) for each in ids
         )
     return checked
 

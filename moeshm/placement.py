@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from . import files
 from .errors import SettingError
-from .layers import fingerprint_of, format_ranges, parse_ranges
+from .layers import MAX_EXPERTS, fingerprint_of, format_ranges, parse_ranges
 from .routing_stats import RoutingStats
 
 _VERSION = 1
@@ -255,6 +255,10 @@ class Placement:
             raise PlacementError(
                 f"layer {number} names the worker {unknown[0]!r}; there are "
                 f"{', '.join(map(repr, self.workers)) or 'none'}"
+            )
+        if not 1 <= layer.num_experts <= MAX_EXPERTS:
+            raise PlacementError(
+                f"layer {number}: num_experts={layer.num_experts}; it must be 1..{MAX_EXPERTS}"
             )
         held = np.zeros(layer.num_experts, np.int64)
         for where, experts in (("hot", layer.hot), *layer.cold.items()):

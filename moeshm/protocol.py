@@ -21,7 +21,7 @@ from ._ring import Record, Reservation
 from ._wire import MAX_COMPUTE_NS, fill_reply, read_plain_call, take_plain_reply
 from .dtypes import Array, DType, narrow, widen
 from .errors import CallError, DeadlineExceeded, InvalidCall, ProtocolError, WorkerFailed
-from .layers import LayerInfo
+from .layers import MAX_EXPERTS, LayerInfo
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 #: Of a call's header; a worker accepts this one and older ones.
 CALL_VERSION = 1
 MAX_TOKENS = 4096
-#: Of a model's layer, held or not.
-MAX_EXPERTS = 1 << 20
 #: Of a reply that says why there are no rows: the smallest ring holds it.
 MAX_ERROR_BYTES = 4096
+#: Of a reply that says what a view holds, and describes each layer.
+MAX_ANSWER_BYTES = 64 << 10
 
 _Decoded = TypeVar("_Decoded")
 _layers_decoder = msgspec.msgpack.Decoder(dict[int, LayerInfo])
@@ -44,8 +44,8 @@ def decode(decoder: msgspec.msgpack.Decoder[_Decoded], data: bytes, what: str) -
     try:
         return decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        # Quoted, as it may quote the peer: a log line must stay one.
-        raise ProtocolError(f"no {what} ({str(error)!r}): {data[:32]!r}") from None
+        # Quoted and cut, as it may quote the peer: a log line must stay one.
+        raise ProtocolError(f"no {what} ({str(error)!r:.200}), of {len(data)} bytes") from None
 
 
 def check_layers(layers: Mapping[int, LayerInfo]) -> None:
@@ -404,6 +404,12 @@ def parse_reply(record: Message) -> Reply:
         raise ProtocolError(f"a reply that took {compute_ns} ns to compute; no call lasts so long")
     wire = _DTYPES[dtype]
     error = layers = None
+    # Looked at before they are copied.
+    most = {_OK: len(record), _HELD: MAX_ANSWER_BYTES}.get(status, MAX_ERROR_BYTES)
+    if len(record) > most:
+        raise ProtocolError(
+            f"a reply of status {status} and {len(record)} bytes; {most} is the most of such"
+        )
     if status == _HELD:
         layers = decode(_layers_decoder, bytes(memoryview(record)[HEADER_BYTES:]), "layers")
         check_layers(layers)

@@ -9,15 +9,11 @@ set -euo pipefail
 
 python=$(realpath --no-symlinks "$1")
 shift
+tools=$(realpath "$(dirname "${BASH_SOURCE[0]}")")
 copy=$(mktemp -d --suffix=-moeshm-sanitized)
 trap 'rm -rf "$copy" "$copy"-*' EXIT
 reports=$copy/reports
 sanitizers=${SANITIZERS:-thread address undefined}
-
-# With their times: what Cython has made of the sources is not made again.
-cp -r --preserve=timestamps --parents pyproject.toml setup.py README.md LICENSE moeshm kernels bench \
-    tests "$copy"
-find "$copy/moeshm" -name '*.so' -delete
 
 # The interpreter is not instrumented, so the runtime has to be there before it starts.
 runtime_of() {
@@ -38,12 +34,9 @@ if setarch --addr-no-randomize true 2>/dev/null; then
     fixed_addresses=(setarch --addr-no-randomize)
 fi
 
-# Each in a copy of the copy, all at once.
+# Each in a copy of its own, all at once.
 build() {
-    local folder=$copy-$1
-    cp -r --preserve=timestamps "$copy" "$folder"
-    cd "$folder"
-    CC=gcc MOESHM_SANITIZE=$1 "$python" setup.py --quiet build_ext --inplace
+    MOESHM_SANITIZE=$1 "$tools/build_copy.sh" "$python" "$copy-$1"
 }
 
 run_tests() {
