@@ -34,6 +34,12 @@ MAX_RECORD_BYTES = 256 << 20
 _STALL_S = 10.0
 #: How long to leave receiving to another thread before looking whether it still does.
 _PATIENCE_S = 0.01
+#: Of poll(2), which takes an int.
+_LONGEST_POLL_MS = float((1 << 31) - 1)
+#: What a sender takes in while it waits for room: replies to calls that were sent before.
+_MAX_INBOX_BYTES = MAX_RECORD_BYTES
+#: Of a record in the inbox, beside its bytes.
+_MESSAGE_BYTES = 256
 #: Kernel buffers that a call of a few tokens fits into; the system may grant less.
 _SOCKET_BYTES = 1 << 20
 
@@ -73,6 +79,7 @@ class StreamTransport:
         #: Of time.monotonic: when the call that is being sent is of no more use; None for others.
         self._finish_by: float | None = None
         self._inbox: collections.deque[StreamMessage] = collections.deque()
+        self._inbox_bytes = 0
         self._reader = _Reader(sock, epoch, receive_capacity)
         self._reading = threading.Lock()
         self._is_closed = False
@@ -165,13 +172,26 @@ class StreamTransport:
     def acquire(self, timeout_s: float | None = None) -> StreamMessage:
         """As `Transport.acquire`."""
         deadline = _deadline(timeout_s)
-        with self._reading:
-            if self._inbox:
-                return self._inbox.popleft()
-            while (message := self._read()) is None:
-                if not self._poll(select.POLLIN, deadline):
-                    raise RingEmpty(f"no record within {timeout_s} s")
-            return message
+        n_given = self._n_given()
+        try:
+            with self._reading:
+                if self._inbox:
+                    taken = self._inbox.popleft()
+                    self._inbox_bytes -= len(taken) + _MESSAGE_BYTES
+                    return taken
+                while (message := self._read()) is None:
+                    if not self._poll(select.POLLIN, deadline):
+                        raise RingEmpty(f"no record within {timeout_s} s")
+                return message
+        except BaseException as error:
+            # Interrupted with a record in hand, which is lost.
+            if not isinstance(error, Exception) and self._n_given() != n_given:
+                self.close()
+            raise
+
+    def _n_given(self) -> int:
+        """Records that were read and do not lie here any more."""
+        return self._reader.n_read - len(self._inbox)
 
     def memory(self) -> list[memoryview]:
         """As `Transport.memory`: none."""
@@ -189,7 +209,7 @@ class StreamTransport:
 
     def _send(self, views: list[memoryview]) -> int:
         try:
-            return self._socket.sendmsg(views, [], socket.MSG_NOSIGNAL)
+            return self._socket.sendmsg(views, [], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return 0
         except OSError as error:
@@ -205,8 +225,19 @@ class StreamTransport:
             is_last = deadline is not None and deadline <= soon
             return self._poll(select.POLLOUT, deadline if is_last else soon) or not is_last
         try:
+            # A peer that never stops sending must not keep this thread, nor fill the memory.
             while (message := self._read()) is not None:
                 self._inbox.append(message)
+                self._inbox_bytes += len(message) + _MESSAGE_BYTES
+                if self._inbox_bytes > _MAX_INBOX_BYTES:
+                    self.close()
+                    raise Corrupt(
+                        f"the other end of the stream sent {len(self._inbox)} records of "
+                        f"{self._inbox_bytes} bytes instead of taking one; {_MAX_INBOX_BYTES} is "
+                        "the most"
+                    )
+                if deadline is not None and time.monotonic() > deadline:
+                    return False
         finally:
             self._reading.release()
         return self._poll(select.POLLOUT | select.POLLIN, deadline)
@@ -214,7 +245,8 @@ class StreamTransport:
     def _poll(self, events: int, deadline: float | None) -> bool:
         timeout_ms = None
         if deadline is not None:
-            timeout_ms = max(0.0, (deadline - time.monotonic()) * 1e3)
+            # No longer than poll can: deadlines may be what a peer wrote.
+            timeout_ms = min(max(0.0, (deadline - time.monotonic()) * 1e3), _LONGEST_POLL_MS)
         ready = self._ready(events, timeout_ms)
         if ready == {self._watch_pidfd}:
             # What was sent before the end comes first.
@@ -264,6 +296,11 @@ class _Reader:
         self._message: StreamMessage | None = None
         self._filled = 0
 
+    @property
+    def n_read(self) -> int:
+        """Whole records, so far."""
+        return self._sequence - (self._message is not None)
+
     def read(self) -> StreamMessage:
         """The next whole record, or BlockingIOError; EOFError at the end; Corrupt."""
         if self._message is None:
@@ -287,7 +324,8 @@ class _Reader:
     def _fill(self, buffer: bytearray) -> None:
         with memoryview(buffer) as view:
             while self._filled < len(buffer):
-                received = self._socket.recv_into(view[self._filled :])
+                # Not left to the socket: whoever gave us this end may make it block.
+                received = self._socket.recv_into(view[self._filled :], 0, socket.MSG_DONTWAIT)
                 if received == 0:
                     raise EOFError
                 self._filled += received

@@ -15,10 +15,10 @@ import msgspec
 
 #: Of a record, over either transport: length, type, flags, epoch, sequence.
 RECORD = struct.Struct("<QIIQQ")
-CALL, REPLY, ORDER = 1, 2, 3
+CALL, REPLY, ORDER, DESCRIPTOR = 1, 2, 3, 4
 #: Of a record's flags: its producer took it back.
 ABORTED = 1 << 31
-PAGE = 4096
+PAGE, CACHE_LINE = 4096, 64
 #: Where a ring's control page keeps its words; moeshm/_mapping.pxd.
 PRODUCER_WORD, PRODUCER_STATE, CONSUMER_WORD, CONSUMER_STATE = 256, 384, 512, 640
 PATIENCE_S = 20.0
@@ -36,29 +36,48 @@ class Attacker:
 
     def __init__(self, address: str) -> None:
         self.control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # Not settimeout: then it fails at once where the worker's queue is full.
+        patience = struct.pack("ll", int(PATIENCE_S), 0)
+        self.control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+        try:
+            self.control.connect(address.removeprefix("unix:"))
+        except OSError:
+            self.control.close()
+            raise
         self.control.settimeout(PATIENCE_S)
-        self.control.connect(address.removeprefix("unix:"))
+        #: What it would like its calls to travel by.
+        self.transport_wish = "auto"
         self.stream: socket.socket | None = None
         #: The control page and the data area, once, of the rings for calls and for replies.
         self.calls = self.replies = mmap.mmap(-1, PAGE)
         #: The flags and the data of a pinned slab, if one was asked for.
         self.slab = mmap.mmap(-1, PAGE)
+        self.has_slab = False
+        #: Of the last call in it.
+        self.slab_sequence = 0
         self.epoch = 0
         self.sequence = 0
+        #: Good calls that were answered.
+        self.n_served = 0
         self._position = 0
         self._read_position = 0
 
     def shake_hands(self, transport: str, slab: str = "") -> None:
         """Get a session like anyone."""
         self.control.send(hello(transport=transport, slab=slab))
+        self.take_welcome()
+
+    def take_welcome(self) -> None:
+        """Receive the answer to a hello, and what comes with it."""
         answer, fds = self.receive_control()
         assert answer["type"] == "welcome", answer
         self.epoch = answer["epoch"]
-        if slab:
+        if answer["slab"]:
             fd = fds.pop()
+            self.has_slab = True
             self.slab = mmap.mmap(fd, os.fstat(fd).st_size)
             os.close(fd)
-        if transport == "stream":
+        if answer["transport"] == "stream":
             self.stream = socket.socket(fileno=fds[0])
             self.stream.settimeout(PATIENCE_S)
             return
@@ -77,17 +96,23 @@ class Attacker:
             if packet[:1] != b"\1":
                 return (msgspec.msgpack.decode(data) if packet else {}), list(fds)
 
-    def last_word(self) -> str:
-        """What the worker says before it ends the session; empty when it just leaves."""
+    def farewell(self) -> tuple[str, str]:
+        """Type and reason of what the worker says before it ends the session; both empty when it
+        just leaves."""
         try:
             message, _ = self.receive_control()
         except ConnectionResetError:
-            return ""
+            return "", ""
         if not message:
-            return ""
+            return "", ""
         assert message["type"] in ("goodbye", "refusal"), message
-        assert self.control.recv(1) == b"", "the worker keeps the connection"
-        return str(message["reason"])
+        with contextlib.suppress(ConnectionResetError):
+            assert self.control.recv(1) == b"", "the worker keeps the connection"
+        return message["type"], str(message["reason"])
+
+    def last_word(self) -> str:
+        """The reason alone."""
+        return self.farewell()[1]
 
     def record(self, payload: bytes, **changed: int) -> bytes:
         """Header and payload as they lie in a ring, or come over a stream."""
@@ -105,10 +130,38 @@ class Attacker:
         if self.stream is not None:
             self.stream.sendall(data)
             return
+        self._put(data)
+        self.publish()
+
+    def prepare(self, payload: bytes) -> None:
+        """Write a good record into the ring, which `publish` lets the worker see."""
+        self._put(self.record(payload))
+
+    def publish(self) -> None:
+        """Say how far the ring is written."""
+        self.poke(self.calls, PRODUCER_WORD, self._position << 1)
+
+    def take_back(self) -> None:
+        """Fill the rest of the ring, but for a few calls, with records that are taken back."""
+        start = PAGE + self._position
+        count = (len(self.calls) - start) // CACHE_LINE - 64
+        header = {"length": 0, "type": CALL, "flags": ABORTED, "epoch": self.epoch}
+        data = b"".join(
+            RECORD.pack(*header.values(), self.sequence + n).ljust(CACHE_LINE, b"\0")
+            for n in range(count)
+        )
+        self.sequence += count
+        self._put(data)
+
+    def _put(self, data: bytes) -> None:
         start = PAGE + self._position
         self.calls[start : start + len(data)] = data
-        self._position += -(-len(data) // 64) * 64
-        self.poke(self.calls, PRODUCER_WORD, self._position << 1)
+        self._position += -(-len(data) // CACHE_LINE) * CACHE_LINE
+
+    @property
+    def end_of_calls(self) -> int:
+        """How far it has written, in bytes."""
+        return self._position
 
     def poke(self, ring: mmap.mmap, offset: int, value: int) -> None:
         """Write a word of a control page at once; the worker looks there every 25 ms at least."""

@@ -1,0 +1,1 @@
+"""One named attack a file; tests/hostile/attack.py says what a file has."""

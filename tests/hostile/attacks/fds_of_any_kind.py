@@ -1,0 +1,66 @@
+"""Sends file descriptors of all kinds along with a good hello.
+
+The worker wants none: one that it kept, or used for a ring, would be in the attacker's hands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+from collections.abc import Callable, Sequence
+
+from tests.hostile.attack import BOTH, Refusal, Variant
+from tests.hostile.attacker import PATIENCE_S, Attacker, hello
+
+HAS_SESSION, N_SERVED, TRANSPORTS = False, 0, BOTH
+REFUSAL = Refusal(None, "closed unused; the session is as usual", "session ended after")
+KINDS = (
+    *("pipe", "file", "folder", "/dev/zero", "memfd", "stream socket", "listening socket"),
+    *("datagram socket", "epoll", "itself"),
+)
+VARIANTS = {kind: Variant(kind) for kind in KINDS}
+
+
+_MAKERS: dict[str, Callable[[], Sequence[int]]] = {
+    "pipe": os.pipe,
+    "file": lambda: [os.open("/tmp", os.O_TMPFILE | os.O_RDWR)],
+    "folder": lambda: [os.open("/", os.O_RDONLY)],
+    "/dev/zero": lambda: [os.open("/dev/zero", os.O_RDWR)],
+    "memfd": lambda: [os.memfd_create("x", os.MFD_ALLOW_SEALING)],
+}
+
+
+def make(kind: str, attacker: Attacker, stack: contextlib.ExitStack) -> int:
+    """An fd of that kind."""
+    if kind == "itself":
+        # In flight within itself, only the kernel's garbage collector would ever free it.
+        return attacker.control.fileno()
+    if kind == "epoll":
+        return stack.enter_context(select.epoll()).fileno()
+    if kind.endswith("socket"):
+        type_of = socket.SOCK_DGRAM if kind.startswith("datagram") else socket.SOCK_STREAM
+        sock = stack.enter_context(socket.socket(socket.AF_UNIX, type_of))
+        if kind.startswith("listening"):
+            sock.bind("")
+            sock.listen()
+        return sock.fileno()
+    fds = _MAKERS[kind]()
+    for fd in fds:
+        stack.callback(os.close, fd)
+    return fds[-1]
+
+
+def attack(attacker: Attacker, kind: str) -> None:
+    """A pipe goes along; once the worker has closed it, its other end says so."""
+    told, held = os.pipe()
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, told)
+        fd = make(kind, attacker, stack)
+        name = attacker.transport_wish
+        socket.send_fds(attacker.control, [hello(transport=name)], [fd, fd, held])
+        os.close(held)
+        attacker.take_welcome()
+        assert select.select([told], [], [], PATIENCE_S)[0], "the worker keeps an fd"
+        assert os.read(told, 1) == b""
