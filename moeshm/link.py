@@ -29,6 +29,7 @@ from .errors import (
     ProtocolError,
     RingEmpty,
     RingFull,
+    SessionError,
     WorkerDied,
 )
 from .held import SessionNumbers
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 _FULL_PAUSE_S = 0.001
 #: How late it may be heard that an order is carried out. Whoever waits for that looks so often.
 _ORDER_PAUSE_S = 0.005
+#: A worker says itself when a deadline passed, and the session goes on. One that has not said so
+#: by then is given up.
+GRACE_S = 0.006
 #: Longer than copying the largest reply takes; a thread that the interpreter ended never stops.
 _COPY_LIMIT_S = 5.0
 
@@ -59,7 +63,7 @@ def another(error: CallError) -> CallError:
     return type(error)(str(error))
 
 
-def take_turn(turns: threading.Lock, deadline: float) -> None:
+def take_turn(turns: Any, deadline: float) -> None:
     """Take the lock. RingFull: others had it until the deadline, of time.monotonic."""
     # Most often nobody has it, and to ask for it with a timeout takes much longer.
     if turns.acquire(blocking=False):
@@ -123,7 +127,10 @@ class Link:
         self.new_id: Callable[[], int] = itertools.count(1).__next__
         #: The views that calls may name.
         self.views = SessionNumbers(self)
-        self._sending = threading.Lock()
+        #: Re-entrant, and given back by whoever has it: an interrupt may come at any moment.
+        self._sending: Any = threading.RLock()
+        #: A record that was received, until it is given.
+        self._received: collections.deque[Message] = collections.deque()
         #: Orders without an answer that are still to be sent, before any other record if possible.
         self._unsent: collections.deque[bytes] = collections.deque()
         self._state = threading.Lock()
@@ -175,18 +182,22 @@ class Link:
         write: Callable[[_Record, float], int],
         record: _Record,
     ) -> int:
-        take_turn(self._sending, receiver.deadline)
         try:
+            take_turn(self._sending, receiver.deadline)
             if self.loss is not None:
                 raise another(self.loss)
-            self._pending[call_id] = receiver
             try:
+                self._pending[call_id] = receiver
                 return write(record, receiver.deadline)
             except RingFull:
                 self._pending.pop(call_id, None)
                 raise
             except MoeshmError as error:
                 raise self.lose(error) from error
+            except BaseException:
+                # Interrupted: whoever sent it will not ask for it, should its reply come.
+                self.forget(call_id)
+                raise
         finally:
             self._stop_sending()
 
@@ -208,16 +219,16 @@ class Link:
         call's time. DeadlineExceeded and WorkerDied: the session is over.
         """
         with self._state:
-            if self._receiver:
+            if self._others_receive():
                 return None
             self._receiver = threading.get_ident()
         try:
             call_id = self.new_id()
             deadline = time.monotonic() + timeout_s
             # Only tried: who has it may be waiting until replies are taken in, which is now ours.
-            if not self._sending.acquire(blocking=False):
-                return None
             try:
+                if not self._sending.acquire(blocking=False):
+                    return None
                 if self.loss is not None:
                     raise another(self.loss)
                 if self._unsent:
@@ -244,7 +255,9 @@ class Link:
                 self._stop_sending()
             sent_ns = time.perf_counter_ns()
             try:
-                return self._receive_answer(call_id, dtype, into, deadline, sent_ns, bytes_out)
+                return self._receive_answer(
+                    call_id, dtype, into, deadline + GRACE_S, sent_ns, bytes_out
+                )
             except BaseException:
                 # Its reply may still come, and is then nobody's.
                 self._pending[call_id] = _Nobody()
@@ -294,7 +307,7 @@ class Link:
         self.check_process()
         while True:
             with self._state:
-                if self._receiver and not self._leave_it_to_others(call, deadline):
+                if self._others_receive() and not self._leave_it_to_others(call, deadline):
                     return call.is_done
                 if call.is_done:
                     return True
@@ -402,14 +415,18 @@ class Link:
             self._unsent.popleft()
         return True
 
+    def _i_send(self) -> bool:
+        return bool(self._sending._is_owned())
+
     def _stop_sending(self) -> None:
-        self._sending.release()
+        if self._i_send():
+            self._sending.release()
         if self._unsent:
             self._flush()
 
     def _flush(self) -> None:
-        """Send what is to be sent, unless another thread sends: it looks when it stops."""
-        while self._unsent and self._sending.acquire(blocking=False):
+        """Send what is to be sent, unless somebody sends: who does looks when it stops."""
+        while self._unsent and not self._i_send() and self._sending.acquire(blocking=False):
             try:
                 if self.loss is not None:
                     self._unsent.clear()
@@ -434,7 +451,7 @@ class Link:
     def _drain(self) -> None:
         """Take in the replies that are there, unless another thread does."""
         with self._state:
-            if self._receiver:
+            if self._others_receive():
                 return
             self._receiver = threading.get_ident()
         try:
@@ -444,6 +461,10 @@ class Link:
             pass
         finally:
             self._stop_receiving()
+
+    def _others_receive(self) -> bool:
+        """False also for what an interrupt left of this thread's own receiving. Holds the lock."""
+        return self._receiver not in (0, threading.get_ident())
 
     def _stop_receiving(self) -> None:
         with self._state:
@@ -455,7 +476,7 @@ class Link:
         """Until the call is done or nobody receives; False at the deadline. Holds the lock."""
         self._n_waiting += 1
         try:
-            while self._receiver and not call.is_done:
+            while self._others_receive() and not call.is_done:
                 if not self._changed.wait(deadline - time.monotonic()):
                     return False
         finally:
@@ -477,11 +498,19 @@ class Link:
         return True
 
     def _receive(self, timeout_s: float) -> None:
-        record = self._transport.acquire(timeout_s)
+        record = self._acquire(timeout_s)
         try:
             self._give(protocol.parse_reply(record), record)
         finally:
+            self._received.clear()
             record.release()
+
+    def _acquire(self, timeout_s: float) -> Message:
+        """The next record, which stays in `_received`: an interrupt would else lose it on its way
+        here, as handlers of signals run when `acquire` returns to Python."""
+        if not self._received:
+            self._received.extend(map(self._transport.acquire, (timeout_s,)))
+        return self._received[0]
 
     def _receive_answer(
         self,
@@ -493,7 +522,10 @@ class Link:
         bytes_out: int,
     ) -> Answer:
         while True:
-            record = self._transport.acquire(max(0.0, deadline - time.monotonic()))
+            left_s = max(0.0, deadline - time.monotonic())
+            # Alone, it is its own reply that an interrupt can lose, and then nobody's.
+            is_alone = not self._pending and not self._received
+            record = self._transport.acquire(left_s) if is_alone else self._acquire(left_s)
             arrived_ns = time.perf_counter_ns()
             try:
                 n_bytes = len(record)
@@ -508,6 +540,7 @@ class Link:
                     )
                 self._give(reply, record)
             finally:
+                self._received.clear()
                 record.release()
             if self._n_waiting:
                 with self._state:
@@ -519,9 +552,12 @@ class Link:
             raise ProtocolError(f"a reply to call {reply.call_id}, which is not open")
         try:
             receiver.take(reply, record)
-        except BaseException:
+        except BaseException as error:
             # Unanswered still: it is told with the others when the session ends.
             self._pending[reply.call_id] = receiver
+            if not isinstance(error, Exception):
+                # Interrupted: nobody knows how much of it was taken.
+                self.lose(SessionError("a reply was interrupted as it was taken in"))
             raise
 
 

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 
-from . import protocol
+from . import protocol, settings
 from .backends import Backend
 from .errors import CallError, CheckpointError, DeviceLost, InvalidCall, WorkerFailed
 from .holdings import Holdings, View
@@ -62,6 +62,7 @@ class SessionViews:
         self.device_lost: DeviceLost | None = None
         self._lock = threading.Lock()
         self._is_over = False
+        self._max_experts = settings.current().max_experts_per_session
 
     def of(self, number: int) -> View:
         """The view of that number; InvalidCall names the ones there are."""
@@ -80,9 +81,23 @@ class SessionViews:
             raise InvalidCall(f"view {order.view} is in use; number the new one otherwise")
         if len(taken) >= MAX_VIEWS:
             raise InvalidCall(f"{len(taken)} views; release one first, {MAX_VIEWS} is the most")
+        n_listed = sum(map(len, order.experts.values())) + self._n_listed()
+        if n_listed > self._max_experts:
+            raise InvalidCall(
+                f"{n_listed} experts listed by this session's views; "
+                f"MOESHM_MAX_EXPERTS_PER_SESSION={self._max_experts} of the worker allows no more: "
+                "release a view first, or hold fewer"
+            )
         self.queue.append(_Load(order))
         if len(self.queue) == 1:
             self._begin(self.queue[0])
+
+    def _n_listed(self) -> int:
+        """Experts in the views that were ordered; those of the welcome are nobody's wish."""
+        held = [view.layers for number, view in self._views.items() if number]
+        listed = [info.experts for layers in held for info in layers.values()]
+        listed += [ids for load in self.queue for ids in load.order.experts.values()]
+        return sum(map(len, listed))
 
     def offer(self, order: Offer) -> None:
         """New sessions begin with the view; one that is not held means nothing."""
@@ -106,10 +121,7 @@ class SessionViews:
         held, or why they are not."""
         while self.queue and self.queue[0].is_done:
             load = self.queue.popleft()
-            try:
-                outcome: Mapping[int, LayerInfo] | CallError = self._finish(load, check)
-            except CallError as error:
-                outcome = error
+            outcome = self._finish(load, check)
             if self.queue:
                 self._begin(self.queue[0])
             yield load.order.call_id, outcome
@@ -152,8 +164,8 @@ class SessionViews:
                 self._holdings.release(view)
         load.is_done = True
 
-    def _finish(self, load: _Load, check: Check) -> Mapping[int, LayerInfo]:
-        """Let calls use the view; CallError when they may not."""
+    def _finish(self, load: _Load, check: Check) -> Mapping[int, LayerInfo] | CallError:
+        """Let calls use the view; why they may not."""
         number, view = load.order.view, load.view
         if load.is_unwanted:
             load.take_back()
@@ -161,11 +173,12 @@ class SessionViews:
             try:
                 check(view.layers)
             except CallError as error:
-                load.error = error
+                # Another, without the frames: they hold the session's last record.
+                load.error = type(error)(str(error))
         if load.error is not None:
             if view is not None:
                 self._holdings.release(view)
-            raise load.error
+            return load.error
         assert view is not None
         self._views[number] = view
         self.shapes.update(protocol.plain_shapes(view.layers, view.tables, number))

@@ -26,6 +26,8 @@ class Pipe:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._bytes = b""
+        #: Of each event.
+        self.patience_s = PATIENCE_S
 
     def read(self, size: int) -> bytes:
         """Exactly so many."""
@@ -53,8 +55,8 @@ class Pipe:
         return taken.decode()
 
     def _receive(self, what: str = "more") -> None:
-        if not select.select([self._fd], [], [], PATIENCE_S)[0]:
-            raise AssertionError(f"waited {PATIENCE_S} s for {what}; so far: {self._bytes!r}")
+        if not select.select([self._fd], [], [], self.patience_s)[0]:
+            raise AssertionError(f"waited {self.patience_s} s for {what}; so far: {self._bytes!r}")
         try:
             more = os.read(self._fd, 65536)
         except OSError:  # a terminal that the other side left

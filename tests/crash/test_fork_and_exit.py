@@ -192,3 +192,133 @@ def test_an_interrupt_leaves_the_client_usable(
     after = make_inputs(FREE, 2)
     assert_exact(client.compute(*after), after)
     assert client.stats().reconnects == 0
+
+
+# --- inherited fds ------------------------------------------------------------------------
+
+#: Starts a program that would inherit whatever may be inherited, says its pid, and waits.
+EXECS = """
+import subprocess, sys
+def start():
+    program = [sys.executable, "-c", "import sys; print('there', flush=True); sys.stdin.read()"]
+    child = subprocess.Popen(
+        program, close_fds=False, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    child.stdout.readline()
+    return child
+"""
+CLIENT_EXECS = (
+    EXECS
+    + """
+import moeshm
+from tests.crash.arithmetic import GATED, make_inputs
+
+before = start()
+client = moeshm.connect(sys.argv[1], transport=sys.argv[2])
+calls = [client.submit(*make_inputs(GATED, 1)) for _ in range(3)]
+print(before.pid, start().pid, flush=True)
+sys.stdin.read()
+"""
+)
+WORKER_EXECS = (
+    EXECS
+    + """
+from moeshm.daemon import Daemon
+from tests.crash.arithmetic import GATED, ArithmeticBackend
+
+def on_turn(layer, tag):
+    if layer == GATED:
+        print(start().pid, flush=True)
+        sys.stdin.read()
+
+before = start()
+daemon = Daemon(ArithmeticBackend(on_turn), sys.argv[1])
+print(before.pid, flush=True)
+daemon.run()
+"""
+)
+
+
+def test_a_program_that_a_client_starts_has_none_of_its_fds(
+    worker: GatedWorker, transport: str
+) -> None:
+    """And the client's death is seen while that program lives."""
+    with running(["-c", CLIENT_EXECS, worker.address, transport]) as process:
+        before, child = map(int, process.output.read_until("\n").split())
+        try:
+            assert set(open_fds(child)) <= set(open_fds(before))
+            assert len(open_fds(child)) <= len(open_fds(before)) + 2  # pipes to the first one
+            process.kill()
+            worker.let_go(3)
+            worker.process.log.read_until("session ended after")
+        finally:
+            os.kill(before, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_program_that_a_worker_starts_has_none_of_its_fds(tmp_path: Path, transport: str) -> None:
+    """And the worker's death is seen while that program lives."""
+    address = f"unix:{tmp_path}/w.sock"
+    with running(["-c", WORKER_EXECS, address]) as worker:
+        before = int(worker.output.read_until("\n"))
+        with moeshm.connect(address, transport=transport) as client:
+            future = client.submit(*make_inputs(GATED, 1))
+            child = int(worker.output.read_until("\n"))
+            try:
+                assert set(open_fds(child)) <= set(open_fds(before))
+                assert len(open_fds(child)) <= len(open_fds(before)) + 2
+                worker.kill()
+                with within(15), pytest.raises(moeshm.errors.WorkerDied):
+                    future.result()
+                assert Path(f"/proc/{child}").exists()
+            finally:
+                os.kill(before, signal.SIGKILL)
+                os.kill(child, signal.SIGKILL)
+
+
+# --- ends that come twice -----------------------------------------------------------------
+
+
+def test_a_client_is_closed_by_many_threads_at_once(
+    worker: GatedWorker, client: moeshm.ExpertClient
+) -> None:
+    futures = [client.submit(*make_inputs(GATED, tag)) for tag in range(3)]
+    worker.next_turn()
+    threads = [threading.Thread(target=client.close) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(15)
+        assert not thread.is_alive()
+    client.close()
+    for future in futures:
+        with pytest.raises(moeshm.errors.ClientClosed):
+            future.result()
+    worker.let_go(3)
+    worker.process.log.read_until("session ended after")
+
+
+#: Ends with calls in flight and threads that wait for them, at a worker that is somebody else's.
+LEAVES_WAITING = """
+import sys, threading
+import moeshm
+from tests.crash.arithmetic import GATED, make_inputs
+
+client = moeshm.connect(sys.argv[1], transport=sys.argv[2])
+calls = [client.submit(*make_inputs(GATED, tag)) for tag in range(5)]
+for call in calls[:3]:
+    threading.Thread(target=call.result, daemon=True).start()
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_an_exit_with_threads_that_wait_is_quiet(worker: GatedWorker, transport: str) -> None:
+    with running(["-c", LEAVES_WAITING, worker.address, transport]) as process:
+        process.output.read_until("ready")
+        worker.next_turn()
+        process.say()
+        assert process.wait() == 0
+        assert not process.log.read_rest()
+    worker.let_go(5)
+    worker.process.log.read_until("session ended after")

@@ -1,0 +1,1 @@
+"""Kills and stops each side at each crash point: docs/crashes.md."""

@@ -1,0 +1,158 @@
+"""Ctrl-C in every wait of a client: it ends, and the client can be used."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+import moeshm
+from moeshm.errors import WorkerDied
+from tests.crash.arithmetic import FREE, GATED, assert_exact, make_inputs
+from tests.crash.interrupted import WAITS, Scene, Wait
+from tests.crash.processes import GatedWorker, running, within
+
+#: Far below every deadline.
+SOON_S = 15.0
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+def test_an_interrupt_ends_the_wait(
+    worker: GatedWorker,
+    client: moeshm.ExpertClient,
+    transport: str,
+    wait: Wait,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("moeshm.reconnect.FIRST_PAUSE_S", 0.0)
+    scene = Scene(worker, client, transport)
+    assert wait.meet(scene) < SOON_S
+    if wait.has_worker:
+        worker.let_go(100)
+        inputs = make_inputs(FREE, 2)
+        with within(SOON_S):
+            try:
+                result = client.compute(*inputs)
+            except WorkerDied:
+                # Over a socket nobody knows how much of the call had left.
+                assert (transport, wait) == ("stream", WAITS["submit, no room"])
+                result = client.compute(*inputs)
+        assert_exact(result, inputs)
+        client.hold({FREE: (1, 0)})
+    client.close()
+    scene.join()
+    for thread in threading.enumerate():
+        if thread.name == "moeshm-reconnect":
+            thread.join(SOON_S)
+
+
+#: Is interrupted at random moments of its calls, and then makes sure that all is well.
+STORM = """
+import random, signal, sys, time
+import moeshm
+from moeshm import reconnect
+from moeshm.errors import WorkerDied
+from tests.crash.arithmetic import FREE, assert_exact, make_inputs
+
+TIMEOUT_S = 30
+address, transport, seed = sys.argv[1:]
+rng = random.Random(seed)
+reconnect.FIRST_PAUSE_S = 0.0
+client = moeshm.connect(address, transport=transport)
+armed = False
+
+def interrupt(*_):
+    global armed
+    if armed:
+        armed = False
+        raise KeyboardInterrupt
+
+def call():
+    global armed
+    try:
+        armed = True
+        signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 3e-3))
+        for _ in range(100):
+            inputs = [make_inputs(FREE, rng.randrange(1000)) for _ in range(3)]
+            futures = [client.submit(*each, timeout_s=TIMEOUT_S) for each in inputs]
+            assert_exact(client.compute(*inputs[0], timeout_s=TIMEOUT_S), inputs[0])
+            for future, each in zip(futures, inputs, strict=True):
+                assert_exact(future.result(), each)
+    except WorkerDied:
+        # Nobody knows how much of a reply, or over a socket of a call, was dealt with.
+        pass
+    finally:
+        armed = False
+
+signal.signal(signal.SIGALRM, interrupt)
+start = time.monotonic()
+for _ in range(400):
+    try:
+        call()
+    except KeyboardInterrupt:
+        pass
+signal.setitimer(signal.ITIMER_REAL, 0)
+try:
+    client.compute(*make_inputs(FREE, 1))
+except WorkerDied:
+    pass
+for tag in range(20):
+    inputs = make_inputs(FREE, tag)
+    assert_exact(client.submit(*inputs, timeout_s=TIMEOUT_S).result(), inputs)
+assert time.monotonic() - start < TIMEOUT_S, "calls waited for nobody"
+left = [each for each in client._link._pending.values() if type(each).__name__ != "_Nobody"]
+# An interrupt may come before all is undone.
+assert len(left) < 5, left
+client.close()
+print("done", flush=True)
+"""
+
+
+#: Tells nobody of its calls, which are many.
+QUIET_WORKER = """
+import sys
+from moeshm.daemon import Daemon
+from tests.crash.arithmetic import ArithmeticBackend
+
+daemon = Daemon(ArithmeticBackend(), sys.argv[1])
+print("listens", flush=True)
+daemon.run()
+"""
+
+
+def test_many_interrupts_at_any_moment(tmp_path: Path, transport: str) -> None:
+    seed = str(random.randrange(1 << 30))
+    address = f"unix:{tmp_path}/w.sock"
+    with running(["-c", QUIET_WORKER, address]) as worker:
+        worker.output.read_until("listens")
+        with running(["-c", STORM, address, transport, seed]) as process:
+            assert process.wait(90) == 0, f"seed {seed}: {process.log.read_rest()}"
+            assert process.output.read_rest() == "done\n"
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+
+
+def test_an_interrupt_ends_an_idle_worker(worker: GatedWorker, client: moeshm.ExpertClient) -> None:
+    inputs = make_inputs(FREE, 1)
+    assert_exact(client.compute(*inputs), inputs)
+    worker.process.signal(signal.SIGINT)
+    with within(SOON_S):
+        assert worker.process.wait() == 0
+
+
+def test_an_interrupt_ends_a_worker_once_its_call_is_computed(
+    worker: GatedWorker, client: moeshm.ExpertClient
+) -> None:
+    inputs = make_inputs(GATED, 1)
+    future = client.submit(*inputs)
+    worker.next_turn()
+    worker.process.signal(signal.SIGINT)
+    worker.process.log.read_until("SIGINT: draining")
+    assert worker.process.is_running()
+    worker.let_go()
+    with within(SOON_S):
+        assert_exact(future.result(), inputs)
+        assert worker.process.wait() == 0
