@@ -50,17 +50,18 @@ def scene(victim: Victim, transport: str, _: None, refusal: Refusal) -> None:
         # Mostly ids that exist: others end the call at once.
         largest_id = NUM_EXPERTS - 1 if attempt % 4 else 1 << 30
         with attacking(victim.address, transport) as attacker:
+            # Read first: a quick worker has answered before the first change.
+            before = attacker.bytes_of_replies()
             attacker.send(a_call(rng))
-            _scribble(attacker, choices, largest_id)
+            _scribble(attacker, before, choices, largest_id)
             version, status = struct.unpack_from("<HH", attacker.receive())
             assert (version, status) in ((1, 0), (1, 1))
             assert status == 0 or largest_id >= NUM_EXPERTS
         victim.expect_log(refusal.log)
 
 
-def _scribble(attacker: Attacker, choices: random.Random, largest_id: int) -> None:
-    """Write over ids, weights and rows until the worker has answered."""
-    before = attacker.bytes_of_replies()
+def _scribble(attacker: Attacker, before: int, choices: random.Random, largest_id: int) -> None:
+    """Write over ids, weights and rows until the worker has answered: has sent more than before."""
     limit = time.monotonic() + PATIENCE_S
     while attacker.bytes_of_replies() == before:
         if time.monotonic() > limit:
