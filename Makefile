@@ -16,7 +16,8 @@ INPUTS := pyproject.toml setup.py $(wildcard moeshm/*.pyx moeshm/*.pxd moeshm/*.
 INSTALLED := $(VENV)/.installed
 INSTALLED_EXTRAS := $(INSTALLED)-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: help demo venv test test-sanitized test-gpu kernel-page model-page lint clean
+.PHONY: help demo venv test test-sanitized test-crashes fuzz soak test-gpu kernel-page model-page attack-page \
+    lint clean
 .DEFAULT_GOAL := help
 
 help: ## List these commands
@@ -31,8 +32,17 @@ venv: $(INSTALLED_EXTRAS) ## Build and install in .venv, and nothing else
 test: $(INSTALLED_EXTRAS) ## Build and install in .venv, then run every test
 	$(BIN)/python -m pytest $(ARGS)
 
-test-sanitized: $(INSTALLED_EXTRAS) ## Run the ring's tests under TSan, ASan and UBSan
+test-sanitized: $(INSTALLED_EXTRAS) ## Run the ring's and a client's tests under TSan, the ring's under ASan and UBSan
 	tools/sanitized_tests.sh $(BIN)/python $(ARGS)
+
+test-crashes: $(INSTALLED_EXTRAS) ## Kill and stop clients and workers at every crash point
+	tools/crash_matrix.sh $(BIN)/python $(ARGS)
+
+fuzz: $(INSTALLED_EXTRAS) ## Fuzz what peers can write, under ASan and UBSan (EXTRAS=dev,fuzz ARGS="--minutes 3")
+	tools/fuzz.sh $(BIN)/python $(ARGS)
+
+soak: $(INSTALLED_EXTRAS) ## Load, kills and hangs at once, every result checked (ARGS="--minutes 2")
+	$(BIN)/moeshm soak $(ARGS)
 
 test-gpu: ## Run the tests that need a GPU (EXTRAS=dev,cuda13 or another, or PYTHON=...)
 ifdef PYTHON
@@ -48,6 +58,9 @@ kernel-page: $(INSTALLED_EXTRAS) ## Bring docs/kernels.md up to date (EXTRAS=dev
 
 model-page: $(INSTALLED_EXTRAS) ## Bring docs/model.md up to date
 	$(BIN)/python -m tests.models.page
+
+attack-page: $(INSTALLED_EXTRAS) ## Bring the attacks' table in docs/security.md up to date
+	$(BIN)/python -m tests.hostile.page
 
 lint: $(INSTALLED_EXTRAS) ## ruff, mypy, stubtest and cython-lint; changes nothing
 	@failed=0; \

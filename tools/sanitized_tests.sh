@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Runs the ring's tests on builds with the thread, address and undefined-behaviour sanitizers.
+# Runs the ring's tests on builds with the thread, address and undefined-behaviour sanitizers; with
+# the first also those of a client that many threads use.
 #
 # usage: tools/sanitized_tests.sh PYTHON [pytest arguments]
-#   SANITIZERS   which of them, by default "thread address undefined"
+#   SANITIZERS   which of them, by default "thread address,undefined": a build for each word
 # The builds live in a temporary copy, so the checkout's own stays as it is. A report fails the
 # run wherever it was made: every process of the tests writes its reports to one folder.
 set -euo pipefail
@@ -13,7 +14,9 @@ tools=$(realpath "$(dirname "${BASH_SOURCE[0]}")")
 copy=$(mktemp -d --suffix=-moeshm-sanitized)
 trap 'rm -rf "$copy" "$copy"-*' EXIT
 reports=$copy/reports
-sanitizers=${SANITIZERS:-thread address undefined}
+sanitizers=${SANITIZERS:-thread address,undefined}
+client_tests="tests/unit/test_link.py tests/unit/test_claims.py tests/crash/test_many_callers.py \
+    tests/crash/test_back_pressure.py"
 
 # The interpreter is not instrumented, so the runtime has to be there before it starts.
 runtime_of() {
@@ -40,14 +43,15 @@ build() {
 }
 
 run_tests() {
-    local sanitizer=$1 folder=$copy-$1 preload=
+    local sanitizer=$1 folder=$copy-$1 preload= tests=tests/ring
     shift
     case $sanitizer in
-        thread) preload=$(runtime_of tsan) || return ;;
-        address) preload=$(runtime_of asan) || return ;;
+        *thread*) preload=$(runtime_of tsan) && tests="$tests $client_tests" || return ;;
+        *address*) preload=$(runtime_of asan) || return ;;
     esac
     echo "--- $sanitizer sanitizer: testing"
     cd "$folder"
+    # shellcheck disable=SC2086 # one word a test file
     # PYTHONMALLOC: with CPython's own allocator ASan could not see where an object ends.
     # detect_leaks: what CPython keeps until it exits is not ours.
     # die_after_fork: tests start processes while they have threads.
@@ -56,7 +60,7 @@ run_tests() {
         ASAN_OPTIONS="log_path=$reports/address detect_leaks=0" \
         UBSAN_OPTIONS="log_path=$reports/undefined print_stacktrace=1" \
         ${preload:+LD_PRELOAD="$preload"} \
-        "$python" -m pytest -p no:cacheprovider tests/ring "$@"
+        "$python" -m pytest -p no:cacheprovider $tests "$@"
 }
 
 declare -A builds
