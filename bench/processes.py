@@ -9,18 +9,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import moeshm
 from moeshm.errors import ConnectError
 
+from .harness import NO_VARIABLES
+
 _START_LIMIT_S = 60.0
 
 
 @contextlib.contextmanager
-def worker_process(module: str, *words: str) -> Iterator[tuple[int, str]]:
-    """A module of this package that serves `unix:PATH`, its first argument; the others are `words`.
+def worker_process(
+    module: str, *words: str, variables: Mapping[str, str] = NO_VARIABLES
+) -> Iterator[tuple[int, str]]:
+    """A module of this package that serves `unix:PATH`, its first argument; the others are `words`,
+    and `variables` are added to its environment.
 
     The pid and the address of a fresh process that answers; SIGTERM ends it. ConnectError: it
     ended before it answered.
@@ -28,7 +33,8 @@ def worker_process(module: str, *words: str) -> Iterator[tuple[int, str]]:
     with tempfile.TemporaryDirectory(prefix="moeshm-bench-") as folder:
         address = f"unix:{Path(folder, 'worker.sock')}"
         command = [sys.executable, "-m", f"{__package__}.{module}", address, *words]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL) as worker:
+        environment = {**os.environ, **variables}
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment) as worker:
             try:
                 _wait_until_it_answers(worker, address)
                 yield worker.pid, address

@@ -104,8 +104,8 @@ def make_backend(shape: Shape, experts: Mapping[int, Sequence[int]], computed: C
     infos = {number: shape.layer(held, computed.weight_dtype) for number, held in experts.items()}
     if computed.is_null:
         return _paced(NullBackend(infos), computed.slowdown)
-    random_expert = functools.partial(_random_expert, shape, computed.seed, computed.weight_dtype)
-    weights = functools.cache(random_expert)
+    made = functools.partial(random_expert, shape, computed.seed, computed.weight_dtype)
+    weights = functools.cache(made)
     layers = {
         number: ExpertLayer(info, [weights(expert) for expert in info.experts])
         for number, info in infos.items()
@@ -164,7 +164,8 @@ def wait_until(deadline_ns: int) -> None:
         pass
 
 
-def _random_expert(shape: Shape, seed: int, dtype: DType, expert: int) -> ExpertWeights:
+def random_expert(shape: Shape, seed: int, dtype: DType, expert: int) -> ExpertWeights:
+    """One of a layer's experts, always the same."""
     random = np.random.default_rng([seed, expert])
     hidden, inner = shape.hidden_size, shape.intermediate_size
 

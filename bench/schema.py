@@ -344,3 +344,40 @@ class DeviceCallReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     results: list[DeviceCallRow]
     #: The worker had a resident kernel for calls of few tokens.
     is_resident: bool = False
+
+
+class OverloadRow(Timing, kw_only=True):
+    """Clients of one kind in one phase of `moeshm bench overload`: a call's time at its client."""
+
+    #: "decode" or "prefill".
+    kind: str
+    #: "alone", "alone-no-steps", "steps" or "no-steps".
+    phase: str
+    clients: int
+    n_tokens: int
+    max_us: float | None = None
+    tokens_per_s: float | None = None
+    #: Calls that ended with DeadlineExceeded, and sessions that were opened anew.
+    missed: int = 0
+    reconnects: int = 0
+    #: Of the calls that ended after their deadline, by how much; null where none did.
+    late_p99_us: float | None = None
+    late_max_us: float | None = None
+    #: By how much plain sleeps of these clients, between their calls, ended late.
+    sleep_late_p99_us: float | None = None
+    sleep_late_max_us: float | None = None
+
+
+class OverloadReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The one object of `moeshm bench overload --json`."""
+
+    meta: Meta
+    device: str
+    shape: str
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    weight_dtype: str
+    deadline_ms: float
+    results: list[OverloadRow]

@@ -15,7 +15,7 @@ from ._formats import add_rows
 from .arrays import Inputs
 from .dtypes import Array, DType, FloatArray, narrow, widen
 from .errors import CallError, DeadlineExceeded, InvalidCall, NotReady, WorkerDied
-from .link import Link, Receiver, too_late
+from .link import GRACE_S, Link, Receiver, too_late
 from .protocol import Message, Reply
 from .stats import CallTimes
 
@@ -232,12 +232,12 @@ class CallFuture:
 
     def _wait(self, timeout_s: float | None) -> None:
         start_ns, unpacked_ns = time.perf_counter_ns(), self._unpack_ns
-        deadline = self.deadline
+        last = deadline = self.deadline + GRACE_S
         if timeout_s is not None:
-            deadline = min(deadline, time.monotonic() + timeout_s)
+            deadline = min(last, time.monotonic() + timeout_s)
         link = self._link
         if link is not None and not link.wait(self, deadline):
-            if deadline < self.deadline:
+            if deadline < last:
                 raise NotReady(f"no result within {timeout_s} s; the call is still on its way")
             late = too_late(self._timeout_s)
             self.fail(late)

@@ -29,7 +29,6 @@ from .errors import (
     ProtocolError,
     RingEmpty,
     RingFull,
-    SessionError,
     WorkerDied,
 )
 from .held import SessionNumbers
@@ -552,12 +551,13 @@ class Link:
             raise ProtocolError(f"a reply to call {reply.call_id}, which is not open")
         try:
             receiver.take(reply, record)
-        except BaseException as error:
+        except Exception:
             # Unanswered still: it is told with the others when the session ends.
             self._pending[reply.call_id] = receiver
-            if not isinstance(error, Exception):
-                # Interrupted: nobody knows how much of it was taken.
-                self.lose(SessionError("a reply was interrupted as it was taken in"))
+            raise
+        except BaseException:
+            # Interrupted: unless it has all of it, nobody knows how much.
+            receiver.fail(WorkerDied("a reply was interrupted as it was taken in; call again"))
             raise
 
 

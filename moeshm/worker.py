@@ -10,9 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from . import descriptors, orders, protocol
-from .backends import SlabCall
+from .backends import SlabCall, SteppingBackend
 from .descriptors import DESCRIPTOR, Descriptor
-from .dtypes import Array
 from .errors import (
     CallError,
     Corrupt,
@@ -33,7 +32,7 @@ from .orders import Offer, Release
 from .protocol import Call, Message, Outgoing
 from .session import Session
 from .slab_server import SlabServer
-from .turns import Turns
+from .turns import Place, Turns
 from .views import SessionViews
 
 _log = logging.getLogger(__name__)
@@ -51,6 +50,49 @@ _LONG_CALL_NS = 1_000_000
 REPLY_TIMEOUT_S = 10.0
 #: A client that sends on while the worker drains is answered for so long.
 DRAIN_LIMIT_S = 20.0
+
+
+class _ClientLeft(PeerDied):
+    """In the middle of its call."""
+
+
+class _BetweenSteps:
+    """As `BetweenSteps`, of one session's calls, one after the other."""
+
+    def __init__(self, session: Session, place: Place) -> None:
+        self._session = session
+        self._place = place
+        self._deadline_ns = 0
+        #: Since `begin`: how long others computed.
+        self.paused_ns = 0
+        #: What ended the call, which is no error of the backend's.
+        self.error: MoeshmError | None = None
+
+    def begin(self, deadline_ns: int) -> None:
+        """Of a call."""
+        self._deadline_ns, self.paused_ns, self.error = deadline_ns, 0, None
+
+    def is_due(self) -> bool:
+        """As `BetweenSteps.is_due`."""
+        return (
+            self._place.is_wanted()
+            or 0 < self._deadline_ns < time.monotonic_ns()
+            or self._session.peer_is_gone()
+        )
+
+    def __call__(self) -> None:
+        """DeadlineExceeded, _ClientLeft: the call is of no more use."""
+        start_ns = time.monotonic_ns()
+        try:
+            if self._session.peer_is_gone():
+                raise _ClientLeft("the client is gone; its call is not finished")
+            _check_deadline(self._deadline_ns, start_ns)
+            self._place.offer(self._deadline_ns)
+        except MoeshmError as error:
+            self.error = error
+            raise
+        finally:
+            self.paused_ns += time.monotonic_ns() - start_ns
 
 
 class SessionServer:
@@ -71,7 +113,11 @@ class SessionServer:
         self._views = views
         self._shapes = views.shapes
         self._orders = views.queue
-        self._turns = turns
+        # Not every process has a number here: one of another namespace has 0.
+        self._place = turns.place(session.control.peer_pid or session)
+        self._between_steps = _BetweenSteps(session, self._place)
+        backend = views.backend
+        self._ffn_in_steps = backend.ffn_in_steps if isinstance(backend, SteppingBackend) else None
         self._draining = draining
         self._slab = slab or SlabServer(views.backend)
         self._compute_ns = 0
@@ -162,6 +208,9 @@ class SessionServer:
             self._compute(call)
         except CallError as error:
             return call_id, type(error)(str(error))
+        except _ClientLeft:
+            # Nobody is left to be told, and whoever takes the next call finds that out.
+            _log.debug("call %d was not finished", call_id, exc_info=True)
         return call_id, None
 
     def _answer_descriptor(self, record: Message) -> None:
@@ -200,11 +249,10 @@ class SessionServer:
             # While the client's GPU is at it, and without the turn: the client may take its time.
             self._guard(call.layer, self._slab.prepare, call)
             self._wait_for_arrays(call)
-            with self._turns:
-                start_ns = time.monotonic_ns()
-                _check_deadline(call.deadline_ns, start_ns)
-                self._guard(call.layer, self._slab.compute, call)
-                self._compute_ns = time.monotonic_ns() - start_ns
+            self._in_turn(
+                call.deadline_ns, call.n_tokens, call.layer, self._slab.compute, call,
+                self._between_steps,
+            )  # fmt: skip
         except CallError as error:
             return type(error)(str(error))
         self.calls += 1
@@ -272,12 +320,15 @@ class SessionServer:
         )
         try:
             rows = reply.array(call.dtype.numpy, (n_tokens, hidden_size), protocol.HEADER_BYTES)
-            with self._turns:
-                start_ns = time.monotonic_ns()
-                _check_deadline(call.deadline_ns, start_ns)
-                self._run_backend(call, rows)
-                self._compute_ns = time.monotonic_ns() - start_ns
-            del rows
+            arrays = call.layer, call.hidden_states, call.topk_ids, call.topk_weights, rows
+            if self._ffn_in_steps is None:
+                self._in_turn(call.deadline_ns, n_tokens, call.layer, self._backend.ffn, *arrays)
+            else:
+                self._in_turn(
+                    call.deadline_ns, n_tokens, call.layer, self._ffn_in_steps, *arrays,
+                    self._between_steps,
+                )  # fmt: skip
+            del arrays, rows
             protocol.pack_reply(
                 reply, call.call_id, n_tokens, hidden_size, call.dtype, self._compute_ns
             )
@@ -288,9 +339,27 @@ class SessionServer:
         self.calls += 1
         self.rows += n_tokens
 
-    def _run_backend(self, call: Call, rows: Array) -> None:
-        arrays = call.hidden_states, call.topk_ids, call.topk_weights, rows
-        self._guard(call.layer, self._backend.ffn, call.layer, *arrays)
+    def _in_turn(
+        self,
+        deadline_ns: int,
+        n_tokens: int,
+        layer: int,
+        compute: Callable[..., None],
+        *arguments: Any,
+    ) -> None:
+        """Compute a call when its turn comes; DeadlineExceeded: before that, or between steps."""
+        steps = self._between_steps
+        self._place.take(deadline_ns, n_tokens)
+        start_ns = time.monotonic_ns()
+        try:
+            _check_deadline(deadline_ns, start_ns)
+            steps.begin(deadline_ns)
+            self._guard(layer, compute, *arguments)
+        finally:
+            self._place.leave()
+            self._compute_ns = time.monotonic_ns() - start_ns - steps.paused_ns
+            # Its frames hold views of the call.
+            steps.error = None
 
     def _guard(self, layer: int, compute: Callable[..., None], *arguments: Any) -> None:
         """Errors of the backend become WorkerFailed, and a lost device is noted."""
@@ -299,6 +368,8 @@ class SessionServer:
         except InvalidCall:
             raise
         except Exception as error:
+            if error is self._between_steps.error:
+                raise
             if isinstance(error, DeviceLost):
                 # Another, without the frames.
                 self.device_lost = DeviceLost(str(error))

@@ -50,6 +50,43 @@ class Backend(Protocol):
         ...
 
 
+class BetweenSteps(Protocol):
+    """What a call that takes long is interrupted by."""
+
+    def is_due(self) -> bool:
+        """Whether somebody waits, or the call is of no more use. Costs 3 us."""
+        ...
+
+    def __call__(self) -> None:
+        """Let others compute, by this backend, too; returns when it is this call's turn again.
+
+        Whatever it raises is the end of the call, which `ffn_in_steps` lets pass: another call may
+        be computed then.
+        """
+        ...
+
+
+@runtime_checkable
+class SteppingBackend(Backend, Protocol):
+    """A backend whose long calls can be interrupted."""
+
+    def ffn_in_steps(
+        self,
+        layer: int,
+        hidden_states: npt.NDArray[Any],
+        topk_ids: Ids,
+        topk_weights: Weights,
+        out: npt.NDArray[Any],
+        between_steps: BetweenSteps,
+    ) -> None:
+        """As `ffn`, of the same bits; calls `between_steps` on this thread where it is due.
+
+        A step takes 1 to 3 ms, or as long as what the device does at once. Nothing is in use
+        meanwhile that another call needs, such as threads or a workspace.
+        """
+        ...
+
+
 class UsedMemory(Protocol):
     """Memory that a backend was given to use."""
 

@@ -11,6 +11,7 @@ import click
 from .bench_copies import copies
 from .bench_device_calls import device_calls
 from .bench_kernels import kernels
+from .bench_overload import overload
 from .bench_policy import policy
 from .bench_replay import replay
 from .bench_run import json_option, parse_sizes, plot_option, seed_option, show, watched
@@ -114,3 +115,4 @@ bench.add_command(policy)
 bench.add_command(kernels)
 bench.add_command(copies)
 bench.add_command(device_calls)
+bench.add_command(overload)

@@ -16,6 +16,8 @@ FREE, GATED, BROKEN = 0, 1, 2
 #: Computes at once; a call of MANY_TOKENS is larger than a socket's buffers.
 WIDE = 3
 WIDE_HIDDEN_SIZE = 2048
+#: Computes at once, but where a backend computes in steps, one a token, and waits before each.
+STEPPED = 4
 MANY_TOKENS = 1024
 HIDDEN_SIZE = 16
 TOP_K = 2
@@ -43,6 +45,7 @@ class ArithmeticBackend:
             GATED: _info(HIDDEN_SIZE),
             BROKEN: _info(HIDDEN_SIZE),
             WIDE: _info(WIDE_HIDDEN_SIZE),
+            STEPPED: _info(HIDDEN_SIZE),
         }
         self._on_turn = on_turn
 

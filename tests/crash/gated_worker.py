@@ -7,34 +7,34 @@ made-up GPU, seconds that what a client sends on is waited for at the end (0: as
 
 from __future__ import annotations
 
-import collections
 import os
 import resource
 import struct
 import sys
-import threading
 
 from moeshm import worker
 from moeshm.daemon import Daemon
 from moeshm.logs import configure
 from moeshm.transport import stream
-from tests.crash.arithmetic import BROKEN, GATED, ArithmeticBackend
+from moeshm.turns import Place
+from tests.crash.arithmetic import BROKEN, GATED, STEPPED
 from tests.crash.slab_arithmetic import SlabArithmetic
+from tests.crash.stepping import SteppingArithmetic
 
 #: Kind, layer, tag.
 EVENT = struct.Struct("<iii")
 TURN, QUEUED = 1, 2
 
 
-class TellingQueue(collections.deque[threading.Lock]):
+class TellingQueue(list[Place]):
     """Tells the test of every session that has to wait for its turn."""
 
     def __init__(self, events: int) -> None:
         super().__init__()
         self._events = events
 
-    def append(self, gate: threading.Lock, /) -> None:
-        super().append(gate)
+    def append(self, place: Place, /) -> None:
+        super().append(place)
         os.write(self._events, EVENT.pack(QUEUED, 0, 0))
 
 
@@ -56,13 +56,13 @@ def main() -> None:
 
     def on_turn(layer: int, tag: int) -> None:
         os.write(events, EVENT.pack(TURN, layer, tag))
-        if layer == GATED:
+        if layer in (GATED, STEPPED):
             os.read(gate, 1)
         if layer == BROKEN:
             raise RuntimeError(f"no luck with call {tag}")
 
     configure("info", as_json=False)
-    backend = SlabArithmetic if has_gpu else ArithmeticBackend
+    backend = SlabArithmetic if has_gpu else SteppingArithmetic
     daemon = Daemon(backend(on_turn), address)
     daemon._turns._queue = TellingQueue(events)
     daemon.run()

@@ -7,14 +7,22 @@ from pathlib import Path
 
 import msgspec
 
-from moeshm.bench.schema import CopyReport, DeviceCallReport, KernelReport, ReplayReport
+from moeshm.bench.schema import (
+    CopyReport,
+    DeviceCallReport,
+    KernelReport,
+    OverloadReport,
+    ReplayReport,
+)
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
+_Report = KernelReport | CopyReport | DeviceCallReport | OverloadReport | ReplayReport
 #: By what a file's name says after its date.
-SCHEMAS: Mapping[str, type[KernelReport | CopyReport | DeviceCallReport | ReplayReport]] = {
+SCHEMAS: Mapping[str, type[_Report]] = {
     "kernels": KernelReport,
     "copies": CopyReport,
     "device-calls": DeviceCallReport,
+    "overload": OverloadReport,
     "replay": ReplayReport,
 }
 

@@ -487,6 +487,6 @@ def test_an_unknown_layer_names_those_that_are_there(
 ) -> None:
     with (
         worker.connect(transport) as client,
-        pytest.raises(InvalidCall, match=r"layer 9 is not on this worker; it holds \[0, 1, 2, 3\]"),
+        pytest.raises(InvalidCall, match=r"layer 9 is not .*; it holds \[0, 1, 2, 3, 4\]"),
     ):
         client.submit(*make_inputs(FREE)._replace(layer=9))

@@ -1,11 +1,10 @@
-"""The daemon's socket path, its place in the queue, and what it tells a service manager."""
+"""The life of a daemon: who it lets in, how it ends, and what it tells a service manager."""
 
 from __future__ import annotations
 
 import os
 import signal
 import socket
-import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +14,8 @@ import pytest
 
 from moeshm import daemon, process, protocol
 from moeshm.daemon import Daemon, notify_systemd
-from moeshm.errors import AddressInUse, SettingError
+from moeshm.errors import SettingError
 from moeshm.layers import LayerInfo
-from moeshm.turns import Turns
 from tests.crash.arithmetic import ArithmeticBackend
 
 
@@ -27,7 +25,7 @@ def listen(path: Path) -> Daemon:
 
 def close(served: Daemon) -> None:
     """What `run` does at the end."""
-    served._stop_listening()
+    served._listener.close()
 
 
 @pytest.fixture
@@ -37,130 +35,13 @@ def path(tmp_path: Path) -> Iterator[Path]:
     assert os.listdir(tmp_path) in ([], ["w.sock"])
 
 
-# --- the path -----------------------------------------------------------------------------
-
-
-def test_only_the_owner_may_connect(path: Path) -> None:
-    served = listen(path)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    close(served)
-    assert not path.exists()
-
-
-def test_a_live_worker_keeps_its_path(path: Path) -> None:
-    served = listen(path)
-    with pytest.raises(AddressInUse, match=f"a live process listens at {path}; stop it, or"):
-        listen(path)
-    assert path.exists()
-    close(served)
-
-
-def test_a_live_socket_of_another_kind_keeps_its_path(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
-        other.bind(str(path))
-        other.listen()
-        with pytest.raises(AddressInUse, match="a live process listens"):
-            listen(path)
-        assert path.exists()
-
-
-def test_a_worker_whose_queue_is_full_keeps_its_path(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(daemon, "_BACKLOG", 0)
-    served = listen(path)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as waiting:
-        waiting.connect(str(path))
-        with pytest.raises(AddressInUse, match="a live process listens"):
-            listen(path)
-    close(served)
-
-
-def test_a_stale_socket_is_replaced(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
-        dead.bind(str(path))
-    close(listen(path))
-
-
-@pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_what_is_no_socket_is_left_alone(path: Path, tmp_path: Path, kind: str) -> None:
-    if kind == "file":
-        path.write_text("precious")
-    elif kind == "folder":
-        path.mkdir()
-    else:
-        path.symlink_to("/nowhere")
-    with pytest.raises(AddressInUse, match=f"{path} exists and is no socket; choose another"):
-        listen(path)
-    assert os.listdir(tmp_path) == ["w.sock"]
-    assert kind != "file" or path.read_text() == "precious"
-
-
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(AddressInUse, match=rf"{tmp_path}/none: .*make the folder first"):
-        listen(tmp_path / "none" / "w.sock")
-
-
-def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(AddressInUse, match="Permission denied; choose another path"):
-            listen(tmp_path / "w.sock")
-    finally:
-        tmp_path.chmod(0o700)
+# --- the address ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("address", ["/run/w.sock", "unix:", "tcp:host:1", "unix:" + "x" * 108])
 def test_an_address_that_is_none(address: str) -> None:
     with pytest.raises(SettingError):
         Daemon(ArithmeticBackend(), address)
-
-
-def test_a_path_that_another_took_over_stays(path: Path) -> None:
-    served = listen(path)
-    path.unlink()
-    other = listen(path)
-    close(served)
-    assert path.exists()
-    close(other)
-
-
-def test_those_that_start_at_once_do_not_share_a_stale_path(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between the look at the path and its taking nobody else looks."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
-        dead.bind(str(path))
-    served: list[Daemon] = []
-    refused: list[AddressInUse] = []
-    inside = threading.Semaphore(0)
-    remove_stale = daemon._remove_stale
-    n_together: list[bool] = []
-
-    def look_and_linger(at: Path) -> None:
-        remove_stale(at)
-        inside.release()
-        # As long as another could need to come in here, too.
-        n_together.append(inside.acquire(timeout=0.05) and inside.acquire(timeout=0.05))
-
-    monkeypatch.setattr(daemon, "_remove_stale", look_and_linger)
-
-    def try_to() -> None:
-        try:
-            served.append(listen(path))
-        except AddressInUse as error:
-            refused.append(error)
-
-    threads = [threading.Thread(target=try_to) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert n_together == [False]
-    assert (len(served), len(refused)) == (1, 3)
-    close(served[0])
 
 
 # --- the end ------------------------------------------------------------------------------
@@ -236,6 +117,7 @@ def test_a_connection_that_no_thread_can_serve_ends_itself_only(
         client.connect(str(path))
         monkeypatch.setattr(threading.Thread, "start", refuse)
         served._accept()
+        assert b"the worker has no thread" in client.recv(1000)
         assert client.recv(1) == b""
     assert "could not be served: can't start new thread" in caplog.text
     served._drain()
@@ -261,7 +143,7 @@ def test_no_service_manager_is_no_error(monkeypatch: pytest.MonkeyPatch, value: 
     notify_systemd("READY=1")
 
 
-# --- calls' size and turns ----------------------------------------------------------------
+# --- calls' size --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("free_bytes", "most"), [(0, 1), (1 << 20, 12), (1 << 50, 4096)])
@@ -277,34 +159,3 @@ def test_a_call_takes_a_share_of_the_memory_that_is_free(
     backend.layers = {0: info}
     assert daemon._max_tokens(backend) == most
     assert most <= protocol.MAX_TOKENS
-
-
-def test_turns_go_first_come_first_served() -> None:
-    turns = Turns()
-    order: list[int] = []
-    threads = []
-    with turns:
-        for number in range(8):
-            threads.append(threading.Thread(target=_take_turn, args=(turns, number, order)))
-            threads[-1].start()
-            while len(turns._queue) <= number:
-                pass
-        assert order == []
-    for thread in threads:
-        thread.join()
-    assert order == list(range(8))
-    with turns:  # free again
-        pass
-
-
-def test_a_turn_that_fails_lets_the_next_one_in() -> None:
-    turns = Turns()
-    with pytest.raises(RuntimeError), turns:
-        raise RuntimeError
-    with turns:
-        pass
-
-
-def _take_turn(turns: Turns, number: int, order: list[int]) -> None:
-    with turns:
-        order.append(number)

@@ -14,6 +14,7 @@ from moeshm.handshake import Hello
 from moeshm.slab_server import SlabServer
 from moeshm.transport.slab import DONE, PAGE_BYTES, Places
 from tests.crash.arithmetic import FREE, HIDDEN_SIZE, NUM_EXPERTS, ArithmeticBackend
+from tests.steps import NeverDue
 
 
 class Slab:
@@ -82,19 +83,19 @@ def test_a_device_that_takes_long_is_asked() -> None:
     offer(server, "pinned")
     (slab,) = backend.slabs
     server.check()
-    server.compute(CALL)
+    server.compute(CALL, NeverDue())
     assert slab.n_waits == 0
     server.check()
     assert slab.n_waits == 1
     # Once is enough: it waited.
     server.check()
     assert slab.n_waits == 1
-    server.compute(CALL)
+    server.compute(CALL, NeverDue())
     store_word(slab.memory, 3 * 512 + DONE, 9)
     server.check()
     assert slab.n_waits == 1
     store_word(slab.memory, 3 * 512 + DONE, 8)
-    server.compute(CALL)
+    server.compute(CALL, NeverDue())
     slab.is_lost = True
     with pytest.raises(DeviceLost, match="fell off"):
         server.check()
@@ -144,7 +145,7 @@ def test_a_session_that_is_far_ahead_waits() -> None:
     waits = []
     for _ in range(48):
         server.hold_back()
-        server.compute(CALL)
+        server.compute(CALL, NeverDue())
         waits.append(slab.n_waits)
     assert waits == [n // 16 for n in range(48)]
     slab.is_lost = True

@@ -104,6 +104,7 @@ class Served:
             transport=transport,
             welcome=SimpleNamespace(max_tokens=8),
             peer_is_gone=lambda: False,
+            control=SimpleNamespace(peer_pid=1),
         )
         self._producer, self._consumer = producer, consumer
         views = SessionViews(Holdings(backend))

@@ -15,7 +15,7 @@ from ...checkpoint.layer import ExpertLayer
 from ...dtypes import DType
 from ...errors import InvalidCall
 from ...layers import LayerInfo
-from .. import Ids, Weights
+from .. import BetweenSteps, Ids, Weights
 from .choice import MOST_FEW_TOKENS, Shape, Size, Step
 from .compiled import Kernels
 from .device import Device
@@ -41,7 +41,7 @@ from .resident_job import ResidentJob
 from .slab import GpuSlab, open_slab
 from .slab_calls import SlabCalls
 from .turn import Turn
-from .workspace import Workspace
+from .workspace import Workspace, step_tokens
 
 _log = logging.getLogger(__name__)
 
@@ -120,6 +120,18 @@ class GpuBackend:
         out: npt.NDArray[Any],
     ) -> None:
         """As `Backend.ffn`. DeviceLost: no call will work any more; else DeviceError."""
+        self.ffn_in_steps(layer, hidden_states, topk_ids, topk_weights, out, None)
+
+    def ffn_in_steps(
+        self,
+        layer: int,
+        hidden_states: npt.NDArray[Any],
+        topk_ids: Ids,
+        topk_weights: Weights,
+        out: npt.NDArray[Any],
+        between_steps: BetweenSteps | None,
+    ) -> None:
+        """As `SteppingBackend.ffn_in_steps`; None for no pauses. Errors as `ffn`."""
         held = self._experts.layers[layer]
         operands = (
             self._locate_rows(held, "hidden_states", hidden_states, is_written=False),
@@ -134,12 +146,12 @@ class GpuBackend:
             self._device.use()
             self._wait_for_arrays(held, operands)
             job = self._known.get(signs) or self._find_job(held, *operands)
-            if job is None:
-                self._compute_in_parts(held, *operands)
-            else:
+            if job is not None:
                 # Before it runs, as it may come to be forgotten meanwhile.
                 self._know(signs, job)
                 job.run(held, *operands)
+                return
+        self._compute_in_parts(held, operands, between_steps)
 
     def add(self, layer: int, experts: ExpertLayer) -> list[int]:
         """As `GrowingBackend.add`. OutOfDeviceMemory, or CheckpointError: biases come late."""
@@ -253,26 +265,39 @@ class GpuBackend:
     def _find_job(
         self, layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: Operand
     ) -> _Job | None:
-        """What computes such calls; None for one that is empty, or longer than there is memory for.
-        For whoever has the turn."""
+        """What computes such calls; None for one that is empty, or computed in parts. For whoever
+        has the turn."""
         n_tokens, top_k = ids.shape
-        if not 0 < n_tokens <= self._workspace.most_tokens(layer.shape, top_k, layer.n_slots):
+        if not 0 < n_tokens <= self._most_tokens(layer, top_k):
             return None
         kind = _kind(layer, x, ids, weights, out)
         return self._jobs.get(kind) or self._make_job(kind)
 
     def _compute_in_parts(
-        self, layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: Operand
+        self,
+        layer: DeviceLayer,
+        operands: tuple[Operand, Operand, Operand, Operand],
+        between_steps: BetweenSteps | None,
     ) -> None:
-        """As many tokens at once as there is memory for. For whoever has the turn."""
-        n_tokens, top_k = ids.shape
+        """A turn for each part, after which nothing of it is in the workspace any more."""
+        n_tokens, top_k = operands[1].shape
+        first = 0
+        while first < n_tokens:
+            if first and between_steps is not None and between_steps.is_due():
+                between_steps()
+            with self._turn:
+                self._device.use()
+                end = min(first + self._most_tokens(layer, top_k), n_tokens)
+                part = [rows_of(each, first, end) for each in operands]
+                job = self._find_job(layer, *part)
+                assert job is not None
+                job.run(layer, *part)
+            first = end
+
+    def _most_tokens(self, layer: DeviceLayer, top_k: int) -> int:
+        """That are computed at once: in the time of a step, where there is memory for them."""
         most = self._workspace.most_tokens(layer.shape, top_k, layer.n_slots)
-        for first in range(0, n_tokens, most):
-            end = min(first + most, n_tokens)
-            part = [rows_of(each, first, end) for each in (x, ids, weights, out)]
-            job = self._find_job(layer, *part)
-            assert job is not None
-            job.run(layer, *part)
+        return min(most, step_tokens(layer.shape, top_k, layer.n_slots))
 
     def _know(self, signs: tuple[object, ...], job: _Job) -> None:
         """For whoever has the turn."""
