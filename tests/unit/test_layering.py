@@ -27,8 +27,8 @@ LAYERS = {
     "L4 engine": (
         "client connecting engine_device choice call windows arrays link held fallback reconnect"
         " offload supervisor worker"
-        " views holdings slab_server turns device_calls device_future device_watch daemon listening stats"
-        " logs metrics integrations diagnosis"
+        " views holdings slab_server turns device_calls device_future device_watch daemon listening"
+        " stats logs metrics integrations diagnosis"
     ),
     # `moeshm` itself is the public names: who imports them imports everything.
     "L5 user": "cli demo soak bench moeshm __main__",

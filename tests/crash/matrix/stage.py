@@ -95,7 +95,7 @@ class Stage:
             if is_victim:
                 steps.install_draining(daemon)
             # Told when signals are dealt with, too.
-            daemons.notify_systemd = pipe.send
+            daemons.notify_systemd = pipe.send  # type: ignore[assignment]
             daemon.run()
 
         # Also one that is no victim, so that all of them hold the same.
