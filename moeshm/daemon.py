@@ -200,7 +200,7 @@ class Daemon:
         self._peers.log(admission.peer.pid, logging.INFO, "".join(parts))
 
     def _serve_session(self, opened: session.Session, views: SessionViews, slab: SlabServer) -> str:
-        server = SessionServer(opened, views, self._turns, self._draining, slab)
+        server = SessionServer(opened, views, self._turns, self._draining, slab, self._peers)
         why = server.serve()
         slab.wait_until_taken(opened.peer_is_gone)
         if server.device_lost is not None:

@@ -28,6 +28,7 @@ from .errors import (
 )
 from .handshake import Goodbye
 from .layers import without_experts
+from .logs import PeerLog
 from .orders import Offer, Release
 from .protocol import Call, Message, Outgoing
 from .session import Session
@@ -105,8 +106,10 @@ class SessionServer:
         turns: Turns,
         draining: threading.Event,
         slab: SlabServer | None = None,
+        peers: PeerLog | None = None,
     ) -> None:
         self._session = session
+        self._peers = peers or PeerLog(_log)
         self._transport = session.transport
         self._max_tokens = session.welcome.max_tokens
         self._backend = views.backend
@@ -181,7 +184,7 @@ class SessionServer:
             # Not kept here: its arrays are views of the record.
             call_id, error = self._try(record)
             if error is not None:
-                self._say(protocol.pack_error(call_id, error))
+                self._refuse(call_id, error)
         finally:
             try:
                 record.release()
@@ -225,7 +228,7 @@ class SessionServer:
             return
         error = self._begin(call)
         if error is not None:
-            self._refuse(call.call_id, call.places.slot, call.sequence, error)
+            self._refuse_slab_call(call.call_id, call.places.slot, call.sequence, error)
 
     def _judge(self, descriptor: Descriptor) -> SlabCall | None:
         """The call that it describes; None for what cannot be, which is refused."""
@@ -235,11 +238,11 @@ class SessionServer:
             return self._slab.call_of(descriptor, view, self._max_tokens)
         except CallError as error:
             slot, sequence = descriptor.places.slot, descriptor.sequence
-            self._refuse(descriptor.call_id, slot, sequence, type(error)(str(error)))
+            self._refuse_slab_call(descriptor.call_id, slot, sequence, type(error)(str(error)))
             return None
 
-    def _refuse(self, call_id: int, slot: int, sequence: int, error: CallError) -> None:
-        self._say(protocol.pack_error(call_id, error))
+    def _refuse_slab_call(self, call_id: int, slot: int, sequence: int, error: CallError) -> None:
+        self._refuse(call_id, error)
         # After its error, for whoever sees the flags to find that.
         self._slab.tell_failed(slot, sequence)
 
@@ -299,11 +302,16 @@ class SessionServer:
         """Answer the orders that are carried out; how long to wait until the next look."""
         for call_id, outcome in self._views.answers(self._session.check_layers):
             if isinstance(outcome, CallError):
-                self._say(protocol.pack_error(call_id, outcome))
+                self._refuse(call_id, outcome)
             else:
                 layers = {n: without_experts(info) for n, info in outcome.items()}
                 self._say(protocol.pack_held(call_id, layers))
         return _LOADING_SLICE_S if self._orders else _IDLE_SLICE_S
+
+    def _refuse(self, call_id: int, error: CallError) -> None:
+        if isinstance(error, InvalidCall):
+            self._peers.log(self._session.control.peer_pid, logging.WARNING, f"refused: {error}")
+        self._say(protocol.pack_error(call_id, error))
 
     def _say(self, parts: tuple[bytes, bytes]) -> None:
         self._transport.write(parts, protocol.REPLY, 0, REPLY_TIMEOUT_S)

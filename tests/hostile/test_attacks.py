@@ -79,7 +79,6 @@ def test_a_worker_that_attacks_gets_no_wrong_result_believed(case: Case, tmp_pat
     case.attack.module.scene(tmp_path, case.transport, variant.what, refusal)
 
 
-@pytest.mark.xfail(strict=True, reason="worker.py logs no line for a call that it refuses")
 @pytest.mark.usefixtures("bystander")
 def test_a_call_that_is_refused_leaves_a_line_in_the_log(victim: Victim, transport: str) -> None:
     with attacking(victim.address, transport) as attacker:
