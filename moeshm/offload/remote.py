@@ -130,7 +130,8 @@ class Remote:
         cause = error.__cause__
         # In a slab, calls also wait for other streams of the engine.
         is_late = isinstance(error, DeadlineExceeded) and way not in SLABS
-        ways: Set[str] = {way}
+        # Not sets that change: forwards of other threads have them.
+        ways = frozenset({way})
         self._with_worker -= ways
         if isinstance(error, WayLost) or isinstance(cause, _REFUSALS):
             if way not in self.left_out:
@@ -140,7 +141,7 @@ class Remote:
             self.left_out = {**self.left_out, way: str(error)}
         elif is_late or isinstance(cause, ConnectError):
             # Whichever way.
-            ways = self.clients.keys()
+            ways = frozenset(self.clients)
             self._with_worker |= ways
         self._failing |= ways
         pauses = {each: self._health[each].fail() for each in ways}
