@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from moeshm.backends import Backend
+from moeshm.backends import Backend, MemoryUser
 from moeshm.backends.cpu import CpuBackend
 from moeshm.checkpoint import ExpertLayer
 
@@ -33,12 +33,28 @@ class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Unstepped:
-    """A backend that computes every call at once."""
+    """A backend that computes every call at once.
+
+    Nothing else of it is there: not its slabs, which clients of this benchmark do not have.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self.name = backend.name
         self.layers = backend.layers
         self.ffn = backend.ffn
+
+
+class UnsteppedUser(Unstepped):
+    """The same of one that copies from and to registered memory."""
+
+    def __init__(self, backend: MemoryUser) -> None:
+        super().__init__(backend)
+        self.use_memory = backend.use_memory
+
+
+def unstepped(backend: Backend) -> Backend:
+    """The same without steps, and else as fast."""
+    return UnsteppedUser(backend) if isinstance(backend, MemoryUser) else Unstepped(backend)
 
 
 def main(words: Sequence[str]) -> None:
@@ -48,7 +64,7 @@ def main(words: Sequence[str]) -> None:
     backend = _backend(setup)
     from moeshm.daemon import Daemon
 
-    Daemon(backend if setup.steps else Unstepped(backend), listen=address).run()
+    Daemon(backend if setup.steps else unstepped(backend), listen=address).run()
 
 
 def _backend(setup: WorkerSetup) -> Backend:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import AddressInUse, ConnectError, HandshakeRefused, SettingError
+from .printable import printable
 
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred of unix(7)
 #: socket(7); Python has no name for it.
@@ -48,8 +49,10 @@ def check_client(sock: socket.socket, peer: Peer, group: int | None) -> None:
             f"user {user_name(peer.uid)} may not use this worker, which serves "
             f"{user_name(os.geteuid())}; start it with --group, or run as that user"
         )
+    if peer.gid == group:
+        return
     try:
-        groups = {peer.gid, *_supplementary_groups(sock)}
+        groups = _supplementary_groups(sock)
     except OSError as error:
         raise HandshakeRefused(
             f"the groups of user {user_name(peer.uid)} cannot be read ({error.strerror}); at most "
@@ -96,7 +99,7 @@ def user_id(name: str) -> int:
 def user_name(uid: int) -> str:
     """Its name, or its number where it has none."""
     try:
-        return pwd.getpwuid(uid).pw_name
+        return printable(pwd.getpwuid(uid).pw_name)
     except (KeyError, OverflowError):
         return str(uid)
 
@@ -104,7 +107,7 @@ def user_name(uid: int) -> str:
 def group_name(gid: int) -> str:
     """Its name, or its number where it has none."""
     try:
-        return grp.getgrgid(gid).gr_name
+        return printable(grp.getgrgid(gid).gr_name)
     except (KeyError, OverflowError):
         return str(gid)
 
@@ -152,7 +155,8 @@ def open_folder(path: Path, group: int | None) -> int:
             raise AddressInUse(
                 errno.EACCES,
                 f"cannot listen in {path}: it {why} (mode {stat.S_IMODE(found.st_mode):04o}), who "
-                "could take the socket's place; choose a folder of your own",
+                "could take the socket's place; choose a folder of your own; in a container, "
+                "not one that is mounted as another user's, or run as that user",
             )
     except BaseException:
         os.close(fd)
@@ -192,8 +196,12 @@ def _walk(path: Path) -> int:
     except AddressInUse:
         raise
     except OSError as error:
+        remedy = "make the folder first"
+        if isinstance(error, PermissionError):
+            user = user_name(os.geteuid())
+            remedy = f"let user {user} read it, write in it, and pass the folders on the way"
         raise AddressInUse(
-            error.errno, f"cannot listen in {path}: {error.strerror}; make the folder first"
+            error.errno, f"cannot listen in {path}: {error.strerror}; {remedy}"
         ) from error
     finally:
         os.close(fd)

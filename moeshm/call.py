@@ -175,6 +175,9 @@ class CallFuture:
 
     def take(self, reply: Reply, record: Message, into: Array | None = None) -> None:
         """One part's reply, or the only one; the first error of several stays."""
+        if self.is_done:
+            # It failed: what it was to write to is its caller's again.
+            return
         start_ns = time.perf_counter_ns()
         self._error = self._error or reply.error
         if into is not None:
@@ -291,16 +294,18 @@ class CallFuture:
 class _Part:
     """Receives one of the messages that a call was cut into."""
 
-    __slots__ = ("_future", "_into", "deadline")
+    __slots__ = ("_future", "_into", "deadline", "is_done")
 
     def __init__(self, future: CallFuture, into: Array) -> None:
         self.deadline = future.deadline
+        self.is_done = False
         self._future = future
         self._into = into
 
     def take(self, reply: Reply, record: Message) -> None:
         """As `Receiver.take`."""
         self._future.take(reply, record, self._into)
+        self.is_done = True
 
     def fail(self, error: CallError) -> None:
         """As `Receiver.fail`."""

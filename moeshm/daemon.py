@@ -19,7 +19,8 @@ from .errors import DeviceLost, HandshakeRefused, MoeshmError
 from .holdings import Holdings, Load
 from .limits import Admission, Admissions, Busy
 from .listening import Listener
-from .logs import SUMMARY_S, PeerLog
+from .logs import SUMMARY_S, PeerLog, limited
+from .refusals import Refusals
 from .session import ControlSocket
 from .signals import signals_as_bytes
 from .slab_server import SlabServer
@@ -29,11 +30,15 @@ from .views import SessionViews
 from .worker import SessionServer
 
 _log = logging.getLogger(__name__)
+#: Of connections that got nowhere.
+_lost = limited(f"{__name__}.lost")
 
 #: How long a client may take for its part of the handshake.
 HANDSHAKE_TIMEOUT_S = 5.0
 #: How long sessions may take to finish what they have, once the worker drains.
 DRAIN_TIMEOUT_S = 30.0
+#: How long, then, clients that were refused may take to be told.
+_REFUSALS_S = 1.0
 #: A connection that was not accepted stays in the queue, and would be tried all the time.
 _ACCEPT_PAUSE_S = 0.25
 #: A call may take this share of the memory that is free when the worker starts.
@@ -63,6 +68,7 @@ class Daemon:
         self._group = group
         self._admissions = Admissions(settings.current())
         self._peers = PeerLog(_log)
+        self._refusals = Refusals()
         self._lifeline = lifeline
         self._turns = Turns()
         self._draining = threading.Event()
@@ -120,11 +126,15 @@ class Daemon:
                     return
 
     def _accept(self) -> None:
+        if not self._refusals.has_room():
+            _lost.warning("clients that were refused hold their connections: no more are accepted")
+            self._draining.wait(_ACCEPT_PAUSE_S)
+            return
         try:
             sock, _ = self._listener.socket.accept()
         except OSError as error:
             # Out of fds, or the client is gone already.
-            _log.warning("a connection could not be accepted: %s", error)
+            _lost.warning("a connection could not be accepted: %s", error)
             self._draining.wait(_ACCEPT_PAUSE_S)
             return
         peer = access.peer_of(sock)
@@ -132,8 +142,7 @@ class Daemon:
             access.check_client(sock, peer, self._group)
             admission = self._admissions.admit(sock, peer)
         except HandshakeRefused as error:
-            session.refuse(sock, error)
-            self._peers.log(peer.pid, logging.WARNING, f"got no session: {error}")
+            self._refuse(sock, peer, error)
             return
         thread = threading.Thread(
             target=self._serve, args=(sock, admission), name="moeshm-session", daemon=True
@@ -142,20 +151,31 @@ class Daemon:
         try:
             thread.start()
         except RuntimeError as error:  # no more threads, or no memory for one's stack
-            _log.warning("a connection could not be served: %s", error)
             admission.end()
-            session.refuse(sock, Busy(f"the worker has no thread for another session: {error}"))
+            why = f"the worker has no thread for another session: {error}"
+            self._refuse(sock, peer, Busy(why))
             return
         self._threads.add(thread)
 
+    def _refuse(self, sock: socket.socket, peer: access.Peer, error: HandshakeRefused) -> None:
+        # Not in this thread, which all clients need.
+        self._refusals.put(
+            sock,
+            error,
+            lambda: self._peers.log(peer, logging.WARNING, f"got no session: {error}"),
+        )
+
     def _serve(self, sock: socket.socket, admission: Admission) -> None:
         try:
-            with contextlib.closing(ControlSocket(sock)) as control:
+            with contextlib.closing(ControlSocket(sock, is_worker=True)) as control:
+                if control.peer_pidfd < 0 and process.is_alive(admission.peer.pid):
+                    why = "its death is not watched for, only its hang-up: no pidfd could be opened"
+                    self._peers.log(admission.peer, logging.WARNING, why)
                 level, outcome = self._serve_client(control, admission)
         finally:
             admission.end()
         # Only now, so that whoever reads it can rely on its being freed.
-        self._peers.log(admission.peer.pid, level, outcome)
+        self._peers.log(admission.peer, level, outcome)
 
     def _serve_client(self, control: ControlSocket, admission: Admission) -> tuple[int, str]:
         """Until the session ends; how serious that is, and how it ended."""
@@ -175,11 +195,10 @@ class Daemon:
                 )
             except (MoeshmError, OSError) as error:
                 why: Exception = error
-                if admission.is_evicted:
-                    why = admission.why_evicted()
+                if admission.why_evicted is not None and error is not admission.why_evicted:
+                    why = admission.why_evicted
                     control.refuse(why)
                 return logging.WARNING, f"got no session: {why}"
-            admission.has_shaken_hands()
             # Until before the memory is unmapped, whatever ends the session.
             with opened, _used_memory(views.backend, opened.transport) as direct_bytes:
                 self._log_session(opened, admission, slab, direct_bytes)
@@ -197,7 +216,7 @@ class Daemon:
             f", {slab.summary}" if slab.summary else "",
             f" ({welcome.slab_refused})" if welcome.slab_refused else "",
         ]
-        self._peers.log(admission.peer.pid, logging.INFO, "".join(parts))
+        self._peers.log(admission.peer, logging.INFO, "".join(parts))
 
     def _serve_session(self, opened: session.Session, views: SessionViews, slab: SlabServer) -> str:
         server = SessionServer(opened, views, self._turns, self._draining, slab, self._peers)
@@ -217,6 +236,8 @@ class Daemon:
 
     def _drain(self) -> None:
         self._draining.set()
+        self._admissions.evict_all(Busy("the worker shuts down; connect to the next one"))
+        self._refusals.finish(_REFUSALS_S)
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))

@@ -6,15 +6,15 @@ from the slab: see transport/slab.py.
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
 
+from ._role import Role
 from .device_arrays import DeviceInputs
 from .device_future import DeviceCall, DeviceFuture, Part
 from .device_watch import Mover, Watch
 from .errors import ClientClosed, DeviceError, InvalidCall, RingFull, WorkerDied
-from .link import Link, another, take_turn
+from .link import Link, another
 from .transport.slab import Segment
 
 #: How long a sender leaves a full slab alone.
@@ -30,7 +30,7 @@ class DeviceCalls:
         self._watch = Watch(segment, data_bytes, mover)
         self._most_tokens = self._watch.allocator.most_tokens
         #: Held from a descriptor until its arrays are given and its output is taken.
-        self._submitting = threading.Lock()
+        self._submitting = Role()
         # Weakly known: a client that is forgotten ends at once, and then this.
         weakref.finalize(self, self._watch.end).atexit = False
 
@@ -82,19 +82,18 @@ class DeviceCalls:
         watch = self._watch
         # In the order of their descriptors: the worker waits for each one's arrays, and on a stream
         # that waits for a later call's output an earlier one's would never come.
-        take_turn(self._submitting, call.deadline)
-        part: Part | None = None
-        try:
-            with watch.lock:
-                part = self._begin(call, future, inputs)
-            future.add(part)
-            self._send(call, part, out)
-        finally:
-            if part is not None:
-                if not part.has_take:
-                    part.release()
-                part.is_begun = True
-            self._submitting.release()
+        with self._submitting.taken(call.deadline):
+            part: Part | None = None
+            try:
+                with watch.lock:
+                    part = self._begin(call, future, inputs)
+                future.add(part)
+                self._send(call, part, out)
+            finally:
+                if part is not None:
+                    if not part.has_take:
+                        part.release()
+                    part.is_begun = True
 
     def _begin(self, call: DeviceCall, future: DeviceFuture, inputs: DeviceInputs) -> Part:
         """A part with room in the slab, which is looked after from now on; holds the lock, but for

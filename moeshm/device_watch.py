@@ -23,7 +23,7 @@ from .errors import (
     WorkerDied,
     WorkerFailed,
 )
-from .link import Link, too_late
+from .link import Link, another, too_late
 from .transport.slab import DONE, GIVEN, TOLD, Places, Segment
 
 _log = logging.getLogger(__name__)
@@ -246,7 +246,9 @@ class Watch:
 
     def _release(self, part: Part) -> None:
         """Its worker is lost: compute it elsewhere if that can be, and let the stream go on."""
-        error = part.told or part.loss or WorkerDied("the session is over")
+        # The link knows before the part is told.
+        loss = part.link.loss or WorkerDied("the session is over")
+        error = part.told or part.loss or another(loss)
         fallback = part.fallback
         if fallback is not None and isinstance(error, WorkerDied | DeadlineExceeded):
             if not part.has_reached(GIVEN):

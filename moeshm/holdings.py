@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import Counter
@@ -16,9 +15,10 @@ from .backends import Backend, GrowingBackend
 from .checkpoint.layer import ExpertLayer
 from .errors import DeviceLost, InvalidCall
 from .layers import LayerInfo, without_experts
+from .logs import limited
 from .protocol import SlotTable
 
-_log = logging.getLogger(__name__)
+_log = limited(__name__)
 
 #: `(layer -> the model's experts)`: reads them from the checkpoint, each layer in that order. Asked
 #: for one layer at a time.

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import logging
 import resource
 import select
 import socket
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 
 from . import process
-from .access import Peer, user_name
+from .access import Peer
 from .errors import HandshakeRefused
 from .settings import Settings
 
+_log = logging.getLogger(__name__)
+
 #: Of one session: its socket, its client's pidfd, two rings, a stream, a slab while it is sent.
 _FDS_PER_SESSION = 6
-#: Of a worker without sessions; a GPU's driver opens many.
-_OTHER_FDS = 256
+#: Of a worker without sessions; a GPU's driver opens many, and some are being refused.
+_OTHER_FDS = 512
+#: Sessions may take so many, however little memory is free.
+_LEAST_BYTES = 64 << 20
+#: Of the bytes of all sessions, those of one user and of one process.
+_USER_SHARE, _PROCESS_SHARE = 3 / 4, 1 / 2
+#: A handshake that goes on for longer makes room where all have as many. Most take a few ms.
+_SLOW_HANDSHAKE_S = 0.1
 
 
 class Busy(HandshakeRefused):
@@ -33,9 +43,13 @@ class Admission:
         self._book = book
         self._socket = sock
         self.peer = peer
+        #: Of what is counted for its process; one that has no number here cannot be told from
+        #: others, and is counted by itself.
+        self.process: Hashable = (peer.uid, peer.pid) if peer.pid else object()
+        self.began_at = time.monotonic()
         self.is_shaking = True
-        #: It had to make room for the handshake of another client.
-        self.is_evicted = False
+        #: Why its handshake had to end; None where it did not.
+        self.why_evicted: Busy | None = None
         self.n_bytes = 0
         #: That it is offered calls of fewer tokens than it asked for; empty if it is not.
         self.cut = ""
@@ -59,23 +73,15 @@ class Admission:
         return n_tokens
 
     def has_shaken_hands(self) -> None:
-        """The handshake is over."""
-        self.is_shaking = False
+        """The handshake is over, and only the welcome is to be sent. Busy: it was evicted."""
+        self._book.has_shaken_hands(self)
 
-    def evict(self) -> None:
-        """End the handshake; what its thread waits for does not come any more. It tells the client
-        `why_evicted`."""
-        self.is_evicted = True
+    def evict(self, why: Busy) -> None:
+        """End the handshake; what its thread waits for does not come any more. That tells the
+        client why."""
+        self.why_evicted = why
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)
-
-    def why_evicted(self) -> Busy:
-        """For its client."""
-        most = self._book.settings.max_handshakes
-        return Busy(
-            f"the handshake of process {self.peer.pid} made room for another client's: "
-            f"MOESHM_MAX_HANDSHAKES={most} of the worker allows no more at a time"
-        )
 
     def has_left(self) -> bool:
         """True when its client hung up, and only the worker has to end it still."""
@@ -99,7 +105,7 @@ class Admissions:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._max_bytes = settings.max_bytes or process.available_memory() // 2
+        self._max_bytes = settings.max_bytes or _bytes_to_give()
         self._lock = threading.Lock()
         #: In the order in which they came.
         self._here: dict[Admission, None] = {}
@@ -109,36 +115,58 @@ class Admissions:
     def admit(self, sock: socket.socket, peer: Peer) -> Admission:
         """Let a connection in. HandshakeRefused names the limit that is met; Busy where there will
         be room soon."""
-        limits = self.settings
+        newcomer = Admission(self, sock, peer)
         with self._lock:
             here = list(self._here)
-            if len(here) >= limits.max_sessions:
-                is_busy = any(each.has_left() for each in here)
-                self._refuse("max_sessions", len(here), "", is_busy)
+            self._check("max_sessions", here, "")
             of_user = [each for each in here if each.peer.uid == peer.uid]
-            self._check("max_sessions_per_user", of_user, f" of user {user_name(peer.uid)}")
-            # 0 is any process of another container.
-            of_process = [each for each in of_user if peer.pid and each.peer.pid == peer.pid]
+            # By its number: to ask for its name may take a while.
+            self._check("max_sessions_per_user", of_user, f" of user {peer.uid}")
+            of_process = [each for each in of_user if each.process == newcomer.process]
             self._check("max_sessions_per_process", of_process, f" of process {peer.pid}")
-            shaking = [each for each in here if each.is_shaking and not each.is_evicted]
-            if len(shaking) >= limits.max_handshakes:
-                self._make_room(shaking, peer)
-            admission = Admission(self, sock, peer)
-            self._here[admission] = None
-            return admission
+            shaking = [each for each in here if each.is_shaking and not each.why_evicted]
+            if len(shaking) >= self.settings.max_handshakes:
+                self._make_room(shaking, newcomer)
+            self._here[newcomer] = None
+            return newcomer
 
     def take_bytes(self, admission: Admission, n_bytes: int) -> None:
-        """A session is about to take these; HandshakeRefused when all have too many then."""
+        """A session is about to take these; HandshakeRefused when all, or those of its user or
+        process, have too many then."""
         with self._lock:
-            taken = sum(each.n_bytes for each in self._here if each is not admission)
-            if taken + n_bytes > self._max_bytes:
+            others = [each for each in self._here if each is not admission]
+            of_user = [each for each in others if each.peer.uid == admission.peer.uid]
+            of_process = [each for each in of_user if each.process == admission.process]
+            for whose, theirs, share in (
+                ("", others, 1.0),
+                (" of one user", of_user, _USER_SHARE),
+                (" of one process", of_process, _PROCESS_SHARE),
+            ):
+                taken, most = sum(each.n_bytes for each in theirs), int(share * self._max_bytes)
+                # One session each may have, if there is room.
+                if taken + n_bytes <= most or (whose and not taken):
+                    continue
                 self.refused["max_bytes"] += 1
-                raise HandshakeRefused(
-                    f"the worker's sessions take {taken} bytes, and this one would take {n_bytes}; "
-                    f"{self._max_bytes} may be taken: close others, ask for a smaller "
+                raise _kind_for(theirs)(
+                    f"the worker's sessions{whose} take {taken} bytes, and this one would take "
+                    f"{n_bytes}; {most} may be taken: close others, ask for a smaller "
                     "batch_capacity, or start the worker with more MOESHM_MAX_BYTES"
                 )
             admission.n_bytes = n_bytes
+
+    def has_shaken_hands(self, admission: Admission) -> None:
+        """As `Admission.has_shaken_hands`."""
+        with self._lock:
+            if admission.why_evicted is not None:
+                raise admission.why_evicted
+            admission.is_shaking = False
+
+    def evict_all(self, why: Busy) -> None:
+        """End every handshake that is not over."""
+        with self._lock:
+            for each in self._here:
+                if each.is_shaking and each.why_evicted is None:
+                    each.evict(why)
 
     def count(self, name: str) -> None:
         """A limit was met."""
@@ -151,29 +179,64 @@ class Admissions:
             self._here.pop(admission, None)
 
     def _check(self, name: str, theirs: list[Admission], whose: str) -> None:
-        most = getattr(self.settings, name)
-        if len(theirs) >= most:
-            n_live = sum(not each.has_left() for each in theirs)
-            if n_live >= most:
-                self._refuse(name, n_live, whose, is_busy=False)
+        if len(theirs) >= getattr(self.settings, name):
+            self._refuse(name, len(theirs), whose, _kind_for(theirs))
 
-    def _make_room(self, shaking: list[Admission], peer: Peer) -> None:
-        """End the oldest handshake of whichever process has most, so that one that has many keeps
-        no other out; Busy where the newcomer's own has as many."""
-        counts = Counter(each.peer.pid for each in shaking)
-        pid, most = counts.most_common(1)[0]
-        if most <= counts[peer.pid] + 1:
-            self._refuse("max_handshakes", len(shaking), " at their handshake", is_busy=True)
+    def _make_room(self, shaking: list[Admission], newcomer: Admission) -> None:
+        """End the oldest handshake of whichever user has most, and of that user's, of whichever
+        process has, so that who has many keeps no other out. Where all have as many as the
+        newcomer's, the oldest ends if it is slow; else Busy."""
+        theirs, is_even = shaking, True
+        for whose in (_user_of, _process_of):
+            counts = Counter(map(whose, theirs))
+            who, most = counts.most_common(1)[0]
+            if most > counts[whose(newcomer)] + 1:
+                is_even = False
+                theirs = [each for each in theirs if whose(each) == who]
+        oldest = theirs[0]
+        if is_even and time.monotonic() - oldest.began_at < _SLOW_HANDSHAKE_S:
+            self._refuse("max_handshakes", len(shaking), " at their handshake", Busy)
         self.refused["max_handshakes"] += 1
-        next(each for each in shaking if each.peer.pid == pid).evict()
+        oldest.evict(
+            Busy(
+                f"the handshake of process {oldest.peer.pid} made room for another client's: "
+                f"MOESHM_MAX_HANDSHAKES={self.settings.max_handshakes} of the worker allows no "
+                "more at a time"
+            )
+        )
 
-    def _refuse(self, name: str, count: int, whose: str, is_busy: bool) -> None:
+    def _refuse(self, name: str, count: int, whose: str, kind: type[HandshakeRefused]) -> None:
         self.refused[name] += 1
-        kind = Busy if is_busy else HandshakeRefused
         raise kind(
             f"{count} connections{whose}; MOESHM_{name.upper()}={getattr(self.settings, name)} of "
             "the worker allows no more: close some, or start it with more"
         )
+
+
+def _user_of(admission: Admission) -> Hashable:
+    return admission.peer.uid
+
+
+def _process_of(admission: Admission) -> Hashable:
+    return admission.process
+
+
+def _kind_for(theirs: Iterable[Admission]) -> type[HandshakeRefused]:
+    """How to refuse one more: there is room soon where one is about to end."""
+    return Busy if any(each.has_left() for each in theirs) else HandshakeRefused
+
+
+def _bytes_to_give() -> int:
+    """Of all sessions: half of what is free now, but not so few that nobody is served."""
+    half = process.available_memory() // 2
+    if half < _LEAST_BYTES:
+        _log.warning(
+            "%d bytes of memory are free; sessions may take %d all the same, or what "
+            "MOESHM_MAX_BYTES says",
+            2 * half,
+            _LEAST_BYTES,
+        )
+    return max(half, _LEAST_BYTES)
 
 
 def allow_fds(settings: Settings) -> str:

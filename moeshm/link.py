@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import process, protocol
+from ._role import Role
 from .descriptors import DESCRIPTOR
 from .dtypes import Array, DType
 from .errors import (
@@ -29,6 +30,7 @@ from .errors import (
     ProtocolError,
     RingEmpty,
     RingFull,
+    SessionError,
     WorkerDied,
 )
 from .held import SessionNumbers
@@ -45,6 +47,8 @@ _ORDER_PAUSE_S = 0.005
 #: A worker says itself when a deadline passed, and the session goes on. One that has not said so
 #: by then is given up.
 GRACE_S = 0.006
+#: How late a thread may learn that the one that received was interrupted.
+_UNTOLD_S = 0.1
 #: Longer than copying the largest reply takes; a thread that the interpreter ended never stops.
 _COPY_LIMIT_S = 5.0
 
@@ -62,15 +66,6 @@ def another(error: CallError) -> CallError:
     return type(error)(str(error))
 
 
-def take_turn(turns: Any, deadline: float) -> None:
-    """Take the lock. RingFull: others had it until the deadline, of time.monotonic."""
-    # Most often nobody has it, and to ask for it with a timeout takes much longer.
-    if turns.acquire(blocking=False):
-        return
-    if not turns.acquire(timeout=max(0.0, deadline - time.monotonic())):
-        raise RingFull("other threads' calls waited for room until this one's deadline")
-
-
 #: Of a call's tokens, rising.
 Rows: TypeAlias = npt.NDArray[np.int64]
 #: The arguments of `Transport.write_call` and `protocol.pack_rows`.
@@ -84,6 +79,11 @@ class Receiver(Protocol):
 
     #: Of time.monotonic.
     deadline: float
+
+    @property
+    def is_done(self) -> bool:
+        """It needs no reply any more."""
+        ...
 
     def take(self, reply: Reply, record: Message) -> None:
         """Copy the rows out of the record; ProtocolError when they are not what was asked for."""
@@ -126,17 +126,15 @@ class Link:
         self.new_id: Callable[[], int] = itertools.count(1).__next__
         #: The views that calls may name.
         self.views = SessionNumbers(self)
-        #: Re-entrant, and given back by whoever has it: an interrupt may come at any moment.
-        self._sending: Any = threading.RLock()
-        #: A record that was received, until it is given.
-        self._received: collections.deque[Message] = collections.deque()
+        self._sending = Role()
         #: Orders without an answer that are still to be sent, before any other record if possible.
         self._unsent: collections.deque[bytes] = collections.deque()
+        #: The record that is being taken in.
+        self._received: collections.deque[Message] = collections.deque()
         self._state = threading.Lock()
         self._changed = threading.Condition(self._state)
         self._pid = os.getpid()
-        #: The thread that receives; 0 for none.
-        self._receiver = 0
+        self._receiving = Role()
         self._n_waiting = 0
         #: For arrays on the engine's GPU; None where there is no slab.
         self.device_calls: DeviceCalls | None = None
@@ -181,24 +179,28 @@ class Link:
         write: Callable[[_Record, float], int],
         record: _Record,
     ) -> int:
+        if self._transport.has_unread:
+            self._take_in()
         try:
-            take_turn(self._sending, receiver.deadline)
-            if self.loss is not None:
-                raise another(self.loss)
-            try:
-                self._pending[call_id] = receiver
-                return write(record, receiver.deadline)
-            except RingFull:
-                self._pending.pop(call_id, None)
-                raise
-            except MoeshmError as error:
-                raise self.lose(error) from error
-            except BaseException:
-                # Interrupted: whoever sent it will not ask for it, should its reply come.
-                self.forget(call_id)
-                raise
+            with self._sending.taken(receiver.deadline):
+                if self.loss is not None:
+                    raise another(self.loss)
+                try:
+                    self._pending[call_id] = receiver
+                    return write(record, receiver.deadline)
+                except RingFull:
+                    self._pending.pop(call_id, None)
+                    raise
+                except MoeshmError as error:
+                    raise self.lose(error) from error
+                except BaseException:
+                    # Interrupted: whoever sent it will not ask for it, should its reply come.
+                    receiver.fail(WorkerDied("the call was interrupted as it was sent"))
+                    self.forget(call_id)
+                    raise
         finally:
-            self._stop_sending()
+            if self._unsent:
+                self._flush()
 
     def call(
         self,
@@ -217,60 +219,56 @@ class Link:
         Spares a thread that would wait at once the future and the bookkeeping, half of a small
         call's time. DeadlineExceeded and WorkerDied: the session is over.
         """
-        with self._state:
-            if self._others_receive():
-                return None
-            self._receiver = threading.get_ident()
         try:
-            call_id = self.new_id()
-            deadline = time.monotonic() + timeout_s
-            # Only tried: who has it may be waiting until replies are taken in, which is now ours.
-            try:
-                if not self._sending.acquire(blocking=False):
+            with self._receiving.tried() as may_receive:
+                # Only tried: who has it may be waiting until replies are taken in, which is ours.
+                if not may_receive:
+                    return None
+                call_id = self.new_id()
+                deadline = time.monotonic() + timeout_s
+                call = call_id, layer, hidden_states, topk_ids, topk_weights, dtype
+                bytes_out = self._send_now((*call, int(deadline * 1e9), view, None), deadline)
+                if bytes_out is None:
+                    return None
+                sent_ns = time.perf_counter_ns()
+                try:
+                    last = deadline + GRACE_S
+                    return self._receive_answer(call_id, dtype, into, last, sent_ns, bytes_out)
+                except BaseException:
+                    # Its reply may still come, and is then nobody's.
+                    self._pending[call_id] = _Nobody()
+                    raise
+        except (RingEmpty, RingFull) as error:
+            late = too_late(timeout_s)
+            self.lose(late)
+            raise late from (error if isinstance(error, RingFull) else None)
+        except CallError:
+            raise
+        except MoeshmError as error:
+            raise self.lose(error) from error
+        finally:
+            self._stopped_receiving()
+
+    def _send_now(self, call: Packable, deadline: float) -> int | None:
+        """Send a call, by who may receive; None when another thread sends, or there is no room now.
+        RingFull: nor was there any before the deadline."""
+        try:
+            with self._sending.tried() as may_send:
+                if not may_send:
                     return None
                 if self.loss is not None:
                     raise another(self.loss)
                 if self._unsent:
                     self._send_unsent()
                 try:
-                    bytes_out = self._transport.write_call(
-                        call_id,
-                        layer,
-                        hidden_states,
-                        topk_ids,
-                        topk_weights,
-                        dtype,
-                        int(deadline * 1e9),
-                        view,
-                        None,
-                    )
-                except RingFull as error:
+                    return self._transport.write_call(*call)
+                except RingFull:
                     if time.monotonic() < deadline:
                         return None
-                    late = too_late(timeout_s)
-                    self.lose(late)
-                    raise late from error
-            finally:
-                self._stop_sending()
-            sent_ns = time.perf_counter_ns()
-            try:
-                return self._receive_answer(
-                    call_id, dtype, into, deadline + GRACE_S, sent_ns, bytes_out
-                )
-            except BaseException:
-                # Its reply may still come, and is then nobody's.
-                self._pending[call_id] = _Nobody()
-                raise
-        except RingEmpty:
-            late = too_late(timeout_s)
-            self.lose(late)
-            raise late from None
-        except CallError:
-            raise
-        except MoeshmError as error:
-            raise self.lose(error) from error
+                    raise
         finally:
-            self._stop_receiving()
+            if self._unsent:
+                self._flush()
 
     def order(self, call_id: int, receiver: Receiver, packed: bytes) -> None:
         """Send an order, whose reply will go to `receiver`. Errors as `send`."""
@@ -306,15 +304,16 @@ class Link:
         self.check_process()
         while True:
             with self._state:
-                if self._others_receive() and not self._leave_it_to_others(call, deadline):
+                if self._receiving.is_taken and not self._leave_it_to_others(call, deadline):
                     return call.is_done
                 if call.is_done:
                     return True
-                self._receiver = threading.get_ident()
             try:
-                return self._receive_until(call, deadline)
+                with self._receiving.tried() as may_receive:
+                    if may_receive:
+                        return self._receive_until(call, deadline)
             finally:
-                self._stop_receiving()
+                self._stopped_receiving()
 
     def await_order(self, order: Awaited, deadline: float) -> bool:
         """As `wait`, for what may take minutes: it only looks in from time to time, so that
@@ -361,7 +360,7 @@ class Link:
         # returns; with the session closed it cannot take longer than that.
         nobody_else = (0, threading.get_ident())
         self._n_waiting += 1
-        self._changed.wait_for(lambda: self._receiver in nobody_else, _COPY_LIMIT_S)
+        self._changed.wait_for(lambda: self._receiving.owner in nobody_else, _COPY_LIMIT_S)
         self._n_waiting -= 1
         return another(error)
 
@@ -414,27 +413,19 @@ class Link:
             self._unsent.popleft()
         return True
 
-    def _i_send(self) -> bool:
-        return bool(self._sending._is_owned())
-
-    def _stop_sending(self) -> None:
-        if self._i_send():
-            self._sending.release()
-        if self._unsent:
-            self._flush()
-
     def _flush(self) -> None:
-        """Send what is to be sent, unless somebody sends: who does looks when it stops."""
-        while self._unsent and not self._i_send() and self._sending.acquire(blocking=False):
-            try:
-                if self.loss is not None:
-                    self._unsent.clear()
-                elif not self._send_unsent():
+        """Send what is to be sent, unless another thread sends: it looks when it stops."""
+        while self._unsent:
+            with self._sending.tried() as may_send:
+                if not may_send:
                     return
-            except MoeshmError as error:
-                self.lose(error)
-            finally:
-                self._sending.release()
+                try:
+                    if self.loss is not None:
+                        self._unsent.clear()
+                    elif not self._send_unsent():
+                        return
+                except MoeshmError as error:
+                    self.lose(error)
 
     def _write_parts(self, parts: Sequence[Any], kind: int, deadline: float) -> None:
         # The worker may wait for room for a reply: without taking replies in, both would wait.
@@ -447,37 +438,39 @@ class Link:
                 if time.monotonic() > deadline:
                     raise
 
+    def _take_in(self) -> None:
+        """As `_drain`, before anything is sent. WorkerDied."""
+        try:
+            self._drain()
+        except MoeshmError as error:
+            raise self.lose(error) from error
+
     def _drain(self) -> None:
         """Take in the replies that are there, unless another thread does."""
-        with self._state:
-            if self._others_receive():
-                return
-            self._receiver = threading.get_ident()
         try:
-            while True:
-                self._receive(0.0)
+            with self._receiving.tried() as may_receive:
+                while may_receive:
+                    self._receive(0.0)
         except RingEmpty:
             pass
         finally:
-            self._stop_receiving()
+            self._stopped_receiving()
 
-    def _others_receive(self) -> bool:
-        """False also for what an interrupt left of this thread's own receiving. Holds the lock."""
-        return self._receiver not in (0, threading.get_ident())
-
-    def _stop_receiving(self) -> None:
-        with self._state:
-            self._receiver = 0
-            if self._n_waiting:
+    def _stopped_receiving(self) -> None:
+        if self._n_waiting:
+            with self._state:
                 self._changed.notify_all()
 
     def _leave_it_to_others(self, call: Awaited, deadline: float) -> bool:
         """Until the call is done or nobody receives; False at the deadline. Holds the lock."""
         self._n_waiting += 1
         try:
-            while self._others_receive() and not call.is_done:
-                if not self._changed.wait(deadline - time.monotonic()):
+            while self._receiving.is_taken and not call.is_done:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
                     return False
+                # Whoever is interrupted may not have told.
+                self._changed.wait(min(left_s, _UNTOLD_S))
         finally:
             self._n_waiting -= 1
         return True
@@ -498,18 +491,33 @@ class Link:
 
     def _receive(self, timeout_s: float) -> None:
         record = self._acquire(timeout_s)
+        reply = None
         try:
-            self._give(protocol.parse_reply(record), record)
+            reply = protocol.parse_reply(record)
+            self._give(reply, record)
+        except BaseException as error:
+            self._note_interrupt(error, reply)
+            raise
         finally:
-            self._received.clear()
-            record.release()
+            self._received.pop().release()
 
     def _acquire(self, timeout_s: float) -> Message:
-        """The next record, which stays in `_received`: an interrupt would else lose it on its way
-        here, as handlers of signals run when `acquire` returns to Python."""
+        """The next record, which is in `_received` until it is released. It gets there in one step:
+        handlers of signals run as soon as `acquire` returns to Python, and what they raise would
+        lose it."""
         if not self._received:
             self._received.extend(map(self._transport.acquire, (timeout_s,)))
         return self._received[0]
+
+    def _note_interrupt(self, error: BaseException, reply: Reply | None) -> None:
+        """With a record in hand: ends the session, unless who waited for it has all of it."""
+        if isinstance(error, Exception):
+            return
+        receiver = None if reply is None else self._pending.get(reply.call_id)
+        if reply is not None and receiver is not None and receiver.is_done:
+            self._pending.pop(reply.call_id)
+        else:
+            self.lose(SessionError("a reply was interrupted as it was taken in"))
 
     def _receive_answer(
         self,
@@ -521,11 +529,9 @@ class Link:
         bytes_out: int,
     ) -> Answer:
         while True:
-            left_s = max(0.0, deadline - time.monotonic())
-            # Alone, it is its own reply that an interrupt can lose, and then nobody's.
-            is_alone = not self._pending and not self._received
-            record = self._transport.acquire(left_s) if is_alone else self._acquire(left_s)
+            record = self._acquire(max(0.0, deadline - time.monotonic()))
             arrived_ns = time.perf_counter_ns()
+            reply = None
             try:
                 n_bytes = len(record)
                 compute_ns = protocol.take_plain(record, call_id, into, dtype)
@@ -538,33 +544,29 @@ class Link:
                         reply.error, sent_ns, arrived_ns, reply.compute_ns, bytes_out, n_bytes
                     )
                 self._give(reply, record)
+            except BaseException as error:
+                self._note_interrupt(error, reply)
+                raise
             finally:
-                self._received.clear()
-                record.release()
+                self._received.pop().release()
             if self._n_waiting:
                 with self._state:
                     self._changed.notify_all()
 
     def _give(self, reply: Reply, record: Message) -> None:
-        receiver = self._pending.pop(reply.call_id, None)
+        receiver = self._pending.get(reply.call_id)
         if receiver is None:
             raise ProtocolError(f"a reply to call {reply.call_id}, which is not open")
-        try:
-            receiver.take(reply, record)
-        except Exception:
-            # Unanswered still: it is told with the others when the session ends.
-            self._pending[reply.call_id] = receiver
-            raise
-        except BaseException:
-            # Interrupted: unless it has all of it, nobody knows how much.
-            receiver.fail(WorkerDied("a reply was interrupted as it was taken in; call again"))
-            raise
+        # Unanswered until it has all: else it is told with the others when the session ends.
+        receiver.take(reply, record)
+        self._pending.pop(reply.call_id, None)
 
 
 class _Nobody:
     """Receives for a call that was given up."""
 
     deadline = 0.0
+    is_done = False
 
     def take(self, reply: Reply, record: Message) -> None:
         """As `Receiver.take`."""

@@ -16,6 +16,10 @@ from . import access
 from .errors import AddressInUse
 
 _BACKLOG = 128
+#: Linux 6.16; Python has no name for it.
+_SO_PASSRIGHTS = 83
+#: Of sun_path, less the zero byte at its end.
+_MOST_BYTES = 107
 #: For others who start in the same folder. Whoever may read the folder may also lock it for ever.
 _LOCK_TIMEOUT_S = 5.0
 _LOCK_PAUSE_S = 0.02
@@ -33,6 +37,7 @@ class Listener:
         self.path = path
         self._folder = access.open_folder(path.parent, group)
         try:
+            _check_length(self._folder, path.name)
             with _locked(self._folder, path.parent):
                 _remove_stale(self._folder, path)
                 #: Does not block.
@@ -56,6 +61,16 @@ class Listener:
 def _at(folder: int, name: str) -> str:
     """A path for calls that know no folder's fd."""
     return f"/proc/self/fd/{folder}/{name}"
+
+
+def _check_length(folder: int, name: str) -> None:
+    most = _MOST_BYTES - len(_at(folder, ""))
+    if len(os.fsencode(name)) > most:
+        raise AddressInUse(
+            errno.ENAMETOOLONG,
+            f"the socket's name {name} has {len(os.fsencode(name))} bytes, without its folder; at "
+            f"most {most} can be: choose a shorter one",
+        )
 
 
 @contextlib.contextmanager
@@ -128,10 +143,13 @@ def _listen(folder: int, path: Path, group: int | None) -> tuple[socket.socket, 
     """A listening socket, and an fd of its file."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     file = -1
+    is_bound = False
     try:
+        _refuse_fds(listener)
         # The file gets this mode, less the umask: at no time may others connect.
         os.fchmod(listener.fileno(), 0o600)
         listener.bind(_at(folder, path.name))
+        is_bound = True
         file = os.open(path.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
         if group is not None:
             os.chown(f"/proc/self/fd/{file}", -1, group)
@@ -144,7 +162,15 @@ def _listen(folder: int, path: Path, group: int | None) -> tuple[socket.socket, 
         listener.close()
         if file >= 0:
             os.close(file)
-            os.unlink(path.name, dir_fd=folder)
+        if is_bound:
+            with contextlib.suppress(OSError):
+                os.unlink(path.name, dir_fd=folder)
         raise AddressInUse(
-            error.errno, f"cannot listen at {path}: {error.strerror}; choose another path"
+            error.errno, f"cannot listen at {path}: {error.strerror or error}; choose another path"
         ) from error
+
+
+def _refuse_fds(listener: socket.socket) -> None:
+    """Clients cannot send fds, where the kernel knows that; elsewhere `foreign_fds` helps."""
+    with contextlib.suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)

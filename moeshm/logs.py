@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
+from .access import Peer
 from .printable import printable
 
 _Key = TypeVar("_Key")
@@ -20,6 +21,9 @@ _MOST_CHARACTERS = 8000
 #: its lines.
 _SAME_LINES, _SAME_LINES_PER_S = 300.0, 10.0
 _PEER_LINES, _PEER_LINES_PER_S = 5000.0, 50.0
+#: The same of all of a user's processes, and of a logger that is `limited`.
+_USER_LINES, _USER_LINES_PER_S = 20_000.0, 200.0
+_LIMITED_LINES, _LIMITED_LINES_PER_S = 1000.0, 10.0
 #: How often, at most, those that were left out are told of, and how many kinds of them.
 SUMMARY_S = 5.0
 _MAX_SUMMARY = 20
@@ -73,9 +77,36 @@ def configure(level: str, as_json: bool) -> None:
     logger.propagate = False
 
 
+def limited(name: str) -> logging.Logger:
+    """A logger for lines that clients give cause for, and nobody in particular: where there are
+    very many, the rest is counted, and told of with the next that is written."""
+    logger = logging.getLogger(name)
+    if not any(isinstance(each, _Limit) for each in logger.filters):
+        logger.addFilter(_Limit())
+    return logger
+
+
+class _Limit(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._bucket = _Bucket(_LIMITED_LINES, _LIMITED_LINES_PER_S)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        with self._lock:
+            if not self._bucket.take(time.monotonic()):
+                self._bucket.left_out += 1
+                return False
+            left_out, self._bucket.left_out = self._bucket.left_out, 0
+        if left_out:
+            text = f"{record.getMessage()} ({left_out} lines before it were left out)"
+            record.msg, record.args = text, ()
+        return True
+
+
 class PeerLog:
-    """Lines about peers: where one gives cause for the same line very often, or for very many
-    lines, the rest is counted.
+    """Lines about peers: where one gives cause for the same line very often, or it or its user for
+    very many lines, the rest is counted.
 
     Any thread may log. Whoever made it calls `summarise` now and then.
     """
@@ -83,20 +114,29 @@ class PeerLog:
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
         self._lock = threading.Lock()
-        #: By process and line, and by process; what was heard last comes last.
-        self._lines: dict[tuple[int, str], _Bucket] = {}
-        self._peers: dict[int, _Bucket] = {}
+        #: By process and line, by process, and by user; what was heard last comes last. A process
+        #: is its user and its number.
+        self._lines: dict[tuple[int, int, str], _Bucket] = {}
+        self._peers: dict[tuple[int, int], _Bucket] = {}
+        self._users: dict[int, _Bucket] = {}
         self._summarised_at = time.monotonic()
 
-    def log(self, pid: int, level: int, message: str) -> None:
+    def log(self, peer: Peer, level: int, message: str) -> None:
         """Log `process PID: MESSAGE`, or count it."""
+        uid, pid = peer.uid, peer.pid
         line = printable(message, _MOST_CHARACTERS)
         now = time.monotonic()
         with self._lock:
-            same = self._lines.pop((pid, line), None) or _Bucket(_SAME_LINES, _SAME_LINES_PER_S)
-            every = self._peers.pop(pid, None) or _Bucket(_PEER_LINES, _PEER_LINES_PER_S)
-            self._lines[pid, line], self._peers[pid] = same, every
-            is_shown = same.take(now) and every.take(now)
+            same = self._lines.pop((uid, pid, line), None) or _Bucket(
+                _SAME_LINES, _SAME_LINES_PER_S
+            )
+            every = self._peers.pop((uid, pid), None) or _Bucket(_PEER_LINES, _PEER_LINES_PER_S)
+            of_user = self._users.pop(uid, None) or _Bucket(_USER_LINES, _USER_LINES_PER_S)
+            self._lines[uid, pid, line], self._peers[uid, pid] = same, every
+            self._users[uid] = of_user
+            # One without a number may be any of several.
+            is_shown = pid == 0 or (same.take(now) and every.take(now))
+            is_shown = is_shown and of_user.take(now)
             same.left_out += not is_shown
         if is_shown:
             self._logger.log(level, "process %d: %s", pid, line)
@@ -113,10 +153,11 @@ class PeerLog:
                 each.left_out = 0
             _forget_old(self._lines)
             _forget_old(self._peers)
-        for pid, line, count in found[:_MAX_SUMMARY]:
+            _forget_old(self._users)
+        for _, pid, line, count in found[:_MAX_SUMMARY]:
             self._logger.warning("process %d: %d times more: %s", pid, count, line)
         if found[_MAX_SUMMARY:]:
-            n_left_out = sum(count for _, _, count in found[_MAX_SUMMARY:])
+            n_left_out = sum(count for *_, count in found[_MAX_SUMMARY:])
             self._logger.warning("%d more lines of %d kinds were left out", n_left_out, len(found))
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from pathlib import Path
 
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
 #: This process's id, for what looks at it in every call: to ask for it is a system call.
 own_pid = os.getpid()
 
@@ -78,15 +81,33 @@ def usable_cpus() -> int:
 def available_memory() -> int:
     """Bytes that may still be taken: page cache counts as free, and a cgroup's limit holds.
 
-    MemAvailable of proc(5); memory.max, memory.current and memory.stat of cgroup v2.
+    MemAvailable of proc(5); memory.max, memory.current and memory.stat of this process's cgroup
+    (v2), and of those that it is in.
     """
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) << 10
-    group = Path("/sys/fs/cgroup")
+    return int(max(0, min([free, *map(_left_in, _own_cgroups())])))
+
+
+def _own_cgroups() -> list[Path]:
+    """The folders of this process's cgroup, and of those around it."""
+    root = _CGROUPS
+    try:
+        lines = _OWN_CGROUP.read_text().splitlines()
+    except OSError:
+        return [root]
+    inner = next((line[3:] for line in lines if line.startswith("0::/")), "/")
+    # In a container its path may be written as seen from outside: what is not there has no limit.
+    group = Path(os.path.normpath(root / inner.lstrip("/")))
+    return [each for each in (group, *group.parents) if each.is_relative_to(root)] or [root]
+
+
+def _left_in(group: Path) -> float:
+    """Bytes that a cgroup may still take; infinite without a limit."""
     try:
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no cgroup v2, or no limit
-        return free
-    return max(0, min(free, limit - used + int(stat.get("inactive_file", 0))))
+        return math.inf
+    return limit - used + int(stat.get("inactive_file", 0))

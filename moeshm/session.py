@@ -6,7 +6,6 @@ The socket stays open as long as the session: its hang-up, and the peer's pidfd,
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
 import random
@@ -17,9 +16,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 
 import msgspec
-import numpy as np
 
-from . import access, handshake, process, settings
+from . import access, foreign_fds, handshake, process, settings
 from ._version import VERSION
 from .errors import (
     ConnectError,
@@ -31,6 +29,7 @@ from .errors import (
     SessionError,
     SettingError,
 )
+from .foreign_fds import close_fds
 from .handshake import ControlMessage, Goodbye, Hello, Refusal, SlabOffer, SlabWish, Welcome
 from .layers import LayerInfo
 from .limits import Admission, Busy
@@ -46,7 +45,6 @@ _PACKET_BYTES = 32 << 10
 _MORE, _LAST = b"\1", b"\0"
 _MAX_FDS = 4
 _LATE = "the peer's part of the handshake did not come in time"
-_FD = np.dtype(np.intc)
 #: That a client has to take the welcome, at least.
 _WELCOME_S = 1.0
 #: Characters of a refusal.
@@ -75,10 +73,14 @@ def parse_address(address: str) -> str:
 
 
 class ControlSocket:
-    """A connected SOCK_SEQPACKET socket that carries handshake messages and fds."""
+    """A connected SOCK_SEQPACKET socket that carries handshake messages and fds.
 
-    def __init__(self, sock: socket.socket) -> None:
+    `is_worker`: the peer is a client, whose fds nobody wants; the socket is this process's alone.
+    """
+
+    def __init__(self, sock: socket.socket, is_worker: bool = False) -> None:
         self._socket = sock
+        self._is_worker = is_worker
         self.peer_pidfd = -1
         #: Who connected or listened, as the kernel says.
         self.peer = access.peer_of(sock)
@@ -143,35 +145,28 @@ class ControlSocket:
         self._socket.settimeout(max(1e-3, timeout_s))
         try:
             try:
-                packet, ancillary, flags = self._receive_message()
+                packet, received, is_cut = foreign_fds.receive(self._socket, _PACKET_BYTES + 1)
             except ConnectionResetError:
                 # It hung up without reading all; what it had said before is there still.
-                packet, ancillary, flags = self._receive_message()
+                packet, received, is_cut = foreign_fds.receive(self._socket, _PACKET_BYTES + 1)
         except TimeoutError:
             raise SessionError(_LATE) from None
         except OSError as error:
             raise SessionError(f"the peer is gone: {error}") from error
-        for level, kind, numbers in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds += np.frombuffer(numbers, _FD, len(numbers) // _FD.itemsize).tolist()
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        fds += received
+        if is_cut or len(received) > _MAX_FDS:
             raise ProtocolError("a handshake packet is too long, or carries too many fds")
         if not packet:
             raise SessionError("the peer closed the connection during the handshake")
         return packet
-
-    def _receive_message(self) -> tuple[bytes, list[tuple[int, int, bytes]], int]:
-        # socket.recv_fds ignores its flags: children would inherit the fds.
-        packet, ancillary, flags, _ = self._socket.recvmsg(
-            _PACKET_BYTES + 1, socket.CMSG_LEN(_MAX_FDS * _FD.itemsize), socket.MSG_CMSG_CLOEXEC
-        )
-        return packet, ancillary, flags
 
     def __del__(self) -> None:
         self.close()
 
     def close(self) -> None:
         """Close it; again does nothing."""
+        if self._is_worker:
+            foreign_fds.hang_up(self._socket)
         self._socket.close()
         if self.peer_pidfd >= 0:
             os.close(self.peer_pidfd)
@@ -378,11 +373,10 @@ def _offer_none(_hello: Hello, _data_bytes: int) -> tuple[SlabOffer, int, str]:
 def refuse(sock: socket.socket, error: HandshakeRefused) -> None:
     """Tell a client that is not let in why, without waiting for its hello, and hang up."""
     refusal = Refusal(str(error), isinstance(error, Busy))
-    sock.setblocking(False)
-    with sock, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        sock.setblocking(False)
         sock.send(_LAST + handshake.encode_control(refusal))
-        # Most often it is there. Who hangs up with something unread resets the connection.
-        sock.recv(1)
+    foreign_fds.hang_up(sock)
 
 
 def accept(
@@ -460,6 +454,8 @@ def _open(
             slab=slab,
             slab_refused=refused,
         )
+        if admission is not None:
+            admission.has_shaken_hands()
         # Making a slab may have taken the time that there was.
         control.send(welcome, fds + slab_fds, max(_WELCOME_S, deadline - time.monotonic()))
     except BaseException:
@@ -484,13 +480,3 @@ def _offer(
         return None, str(error)
     fds.append(fd)
     return offer, why
-
-
-def close_fds(fds: list[int]) -> None:
-    """Close and forget them."""
-    while fds:
-        try:
-            os.close(fds.pop())
-        except OSError as error:
-            if error.errno != errno.EBADF:
-                raise

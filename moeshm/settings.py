@@ -48,7 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     #: name or number, or none.
     worker_user: str = ""
     # Of a worker, what clients may take (docs/security.md). A connection counts as a session from
-    # when it is accepted, and for its process and user until they hang up.
+    # when it is accepted until all of it is freed.
     #: Sessions, of all clients.
     max_sessions: int = 256
     #: Of them, those of one user.
@@ -58,7 +58,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     #: Connections whose handshake is not over.
     max_handshakes: int = 64
     #: Bytes of the rings, stream buffers and slabs of all sessions; 0 for half of the memory that
-    #: is free when the worker starts.
+    #: is free when the worker starts. One user may have 3/4 of it, and one process 1/2.
     max_bytes: int = 0
     #: The same, of one session: it is offered calls of fewer tokens, so that they fit.
     max_bytes_per_session: int = 256 << 20

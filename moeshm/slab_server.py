@@ -47,8 +47,8 @@ _log = logging.getLogger(__name__)
 
 #: Of views and layers, what stays known.
 _MAX_KNOWN = 1024
-#: Tokens of one session's calls that the device is given before it is waited for: what it was
-#: given comes before others' calls, and 4096 tokens keep it busy for 0.7 to 6 ms.
+#: Tokens of one session's calls that the device is given before it is waited for, if not by one
+#: call: what it was given comes before others' calls, and 4096 tokens keep it busy for 0.7 to 6 ms.
 _MOST_TOKENS_BEGUN = 4096
 #: How long a slab is kept for a client whose GPU still copies from it.
 _TAKEN_LIMIT_S = 5.0
@@ -185,16 +185,16 @@ class SlabServer:
     def prepare(self, call: SlabCall) -> None:
         """Do what can be done before the call's arrays are there. InvalidCall: it cannot be.
         DeviceLost: the device will do none."""
-        self.hold_back()
+        self.hold_back(call.n_tokens)
         if self._slab is not None:
             self._slab.prepare(call)
 
-    def hold_back(self) -> None:
-        """Wait for the device if it has many calls of this session, or long ones: those of others
-        are to have their turn. DeviceLost: it will do none of them."""
-        if self._slab is None:
+    def hold_back(self, n_tokens: int) -> None:
+        """Wait for the device if, with a call of so many tokens, it had too much of this session:
+        calls of others are to have their turn. DeviceLost: it will do none of them."""
+        if self._slab is None or not self._n_begun:
             return
-        if self._n_begun >= self._most_begun or self._tokens_begun >= _MOST_TOKENS_BEGUN:
+        if self._n_begun >= self._most_begun or self._tokens_begun + n_tokens > _MOST_TOKENS_BEGUN:
             self._slab.wait()
             self._n_begun = self._tokens_begun = 0
 

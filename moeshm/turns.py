@@ -9,12 +9,9 @@ from collections.abc import Hashable
 
 from .errors import DeadlineExceeded
 
-#: Long calls that others interrupted in the middle, at most: each keeps its workspace. Until one of
-#: them ends no further one begins; short ones do.
-MOST_INTERRUPTED = 8
 #: Calls of more tokens are long: they pause between steps, and have much memory. Shorter ones, as
 #: a decode's, are computed in one turn, or every step of a prefill would come in between.
-MANY_TOKENS = 16
+MANY_TOKENS = 32
 #: How long a long call goes on while only other long ones wait. To stop 16 threads and to start
 #: them again at every step took 43 % of two prefills' throughput; with this, 9 %.
 LONG_TURN_NS = 50_000_000
@@ -34,6 +31,9 @@ class Turns:
     The next turn is that of the client that has gone longest without; of its sessions, that of the
     one that waits longest. So with n clients that want turns, at most n - 1 of others come between
     two of one client, however many sessions it has and however long its calls are.
+
+    A client has one long call in its middle, as each keeps its workspace: those of its other
+    sessions begin when that ends. Short ones do not wait for that.
     """
 
     def __init__(self) -> None:
@@ -72,10 +72,13 @@ class Turns:
         return True
 
     def _next(self) -> Place:
-        n_interrupted = sum(each._is_interrupted and each._is_long for each in self._queue)
-        waiting = self._queue
-        if n_interrupted >= MOST_INTERRUPTED:
-            waiting = [each for each in waiting if each._is_interrupted or not each._is_long]
+        busy = [each._client for each in self._queue if each._is_interrupted and each._is_long]
+        # All but those of a client that has one in its middle, which waits itself.
+        waiting = [
+            each
+            for each in self._queue
+            if each._is_interrupted or not each._is_long or each._client not in busy
+        ]
         # The first of equals.
         return min(waiting, key=lambda each: each._client.served)
 
@@ -137,13 +140,16 @@ class Place:
         turns._hand_over_if_free()
 
     def is_wanted(self) -> bool:
-        """Whether a long call should pause: a short one waits, or a long one has waited enough."""
+        """Whether a long call should pause: a short one waits, or another client's long one, and
+        this one's turn was long enough."""
         if not self._is_long or not self._turns._queue:
             return False
-        if time.monotonic_ns() - self._since_ns > LONG_TURN_NS:
-            return True
+        is_over = time.monotonic_ns() - self._since_ns > LONG_TURN_NS
         with self._turns._guard:
-            return not all(each._is_long for each in self._turns._queue)
+            return any(
+                not each._is_long or (is_over and each._client is not self._client)
+                for each in self._turns._queue
+            )
 
     def offer(self, deadline_ns: int) -> None:
         """Between two steps of a call: let the next one compute, if there is one, and wait.
@@ -177,10 +183,13 @@ class Place:
         with self._turns._guard:
             if self in self._turns._queue:
                 self._turns._queue.remove(self)
-                raise DeadlineExceeded(
-                    "the deadline passed before the call's turn came; send less at once, or allow "
-                    "more time"
-                )
+                raise deadline_passed(is_begun=self._is_interrupted)
         # Handed over at the last moment.
         self._gate.acquire()
         self._since_ns = time.monotonic_ns()
+
+
+def deadline_passed(is_begun: bool) -> DeadlineExceeded:
+    """What a call is told that waited for its turn, or was in its middle."""
+    when = "between two steps of the call" if is_begun else "before the call's turn came"
+    return DeadlineExceeded(f"the deadline passed {when}; send less at once, or allow more time")

@@ -15,7 +15,6 @@ from .descriptors import DESCRIPTOR, Descriptor
 from .errors import (
     CallError,
     Corrupt,
-    DeadlineExceeded,
     DeviceLost,
     InvalidCall,
     MoeshmError,
@@ -28,15 +27,15 @@ from .errors import (
 )
 from .handshake import Goodbye
 from .layers import without_experts
-from .logs import PeerLog
+from .logs import PeerLog, limited
 from .orders import Offer, Release
 from .protocol import Call, Message, Outgoing
 from .session import Session
 from .slab_server import SlabServer
-from .turns import Place, Turns
+from .turns import Place, Turns, deadline_passed
 from .views import SessionViews
 
-_log = logging.getLogger(__name__)
+_log = limited(__name__)
 
 #: How often an idle session looks whether the worker shuts down.
 _IDLE_SLICE_S = 0.1
@@ -87,7 +86,7 @@ class _BetweenSteps:
         try:
             if self._session.peer_is_gone():
                 raise _ClientLeft("the client is gone; its call is not finished")
-            _check_deadline(self._deadline_ns, start_ns)
+            _check_deadline(self._deadline_ns, start_ns, is_begun=True)
             self._place.offer(self._deadline_ns)
         except MoeshmError as error:
             self.error = error
@@ -264,7 +263,7 @@ class SessionServer:
 
     def _wait_for_arrays(self, call: SlabCall) -> None:
         while not self._slab.wait_for_arrays(call, _ARRAYS_SLICE_S):
-            _check_deadline(call.deadline_ns, time.monotonic_ns())
+            _check_deadline(call.deadline_ns, time.monotonic_ns(), is_begun=False)
             if self._is_drained():
                 raise WorkerFailed("the worker shuts down, and the call's arrays did not come")
             if self._session.peer_is_gone():
@@ -310,7 +309,7 @@ class SessionServer:
 
     def _refuse(self, call_id: int, error: CallError) -> None:
         if isinstance(error, InvalidCall):
-            self._peers.log(self._session.control.peer_pid, logging.WARNING, f"refused: {error}")
+            self._peers.log(self._session.control.peer, logging.WARNING, f"refused: {error}")
         self._say(protocol.pack_error(call_id, error))
 
     def _say(self, parts: tuple[bytes, bytes]) -> None:
@@ -357,11 +356,11 @@ class SessionServer:
     ) -> None:
         """Compute a call when its turn comes; DeadlineExceeded: before that, or between steps."""
         steps = self._between_steps
+        steps.begin(deadline_ns)
         self._place.take(deadline_ns, n_tokens)
         start_ns = time.monotonic_ns()
         try:
-            _check_deadline(deadline_ns, start_ns)
-            steps.begin(deadline_ns)
+            _check_deadline(deadline_ns, start_ns, is_begun=False)
             self._guard(layer, compute, *arguments)
         finally:
             self._place.leave()
@@ -385,11 +384,9 @@ class SessionServer:
             raise WorkerFailed(f"{type(error).__name__}: {error}") from None
 
 
-def _check_deadline(deadline_ns: int, now_ns: int) -> None:
+def _check_deadline(deadline_ns: int, now_ns: int, is_begun: bool) -> None:
     if 0 < deadline_ns < now_ns:
-        raise DeadlineExceeded(
-            "the deadline passed before the call's turn came; send less at once, or allow more time"
-        )
+        raise deadline_passed(is_begun)
 
 
 def _commit(reply: Outgoing) -> None:

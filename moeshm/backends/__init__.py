@@ -81,8 +81,8 @@ class SteppingBackend(Backend, Protocol):
     ) -> None:
         """As `ffn`, of the same bits; calls `between_steps` on this thread where it is due.
 
-        A step takes 1 to 3 ms, or as long as what the device does at once. Nothing is in use
-        meanwhile that another call needs, such as threads or a workspace.
+        How long a step is at most is in docs/overload.md. Nothing is in use meanwhile that another
+        call needs, such as threads or a workspace.
         """
         ...
 

@@ -141,7 +141,9 @@ class CpuBackend:
         n_tokens, top_k = ids.shape
         outputs = np.empty((n_tokens * top_k, x.shape[1]), np.float32)
         empty, groups = _by_expert(ids)
-        outputs[empty] = 0
+        for piece in _pieces(len(empty), x.shape[1]):
+            outputs[empty[piece]] = 0
+            pace.did(len(empty[piece]) * x.shape[1] * _COPY_WORK)
         # Longest first, so that threads finish together.
         groups.sort(key=lambda group: -len(group[1]))
         tasks = [_compute_group(held, x, top_k, *group, outputs) for group in groups]

@@ -12,8 +12,8 @@ import numpy as np
 from . import BetweenSteps
 
 #: Multiply-adds of a thread after which the call looks whether somebody waits: 1.4 ms of a core
-#: that does 47e9 a second, as those of the machine that `cpu_matmul` was measured on. What is
-#: done at once is at most twice that.
+#: that does 47e9 a second, as those of the machine that `cpu_matmul` was measured on. What it is in
+#: the middle of is finished first; cpu_matmul._ROWS_TO_WIDEN says how much that is.
 STEP_MULTIPLY_ADDS = 1 << 26
 #: How often whoever waits for the others' last steps looks whether somebody waits for the turn.
 _LOOK_S = 0.001
@@ -84,18 +84,25 @@ class Team:
     def _run_until_due(self, queue: deque[Task], pace: Pace) -> bool:
         """Until all is done, or a pause is due: True then. Nobody works any more."""
         job = _Job(queue)
-        n_helpers = min(self._n_helpers, len(queue) - 1)
-        helpers = [self._helpers().submit(job.help) for _ in range(n_helpers)]
+        helpers: list[Future[None]] = []
         try:
-            if not job.lead(pace):
-                _wait_for(helpers, pace)
+            try:
+                for _ in range(min(self._n_helpers, len(queue) - 1)):
+                    helpers.append(self._helpers().submit(job.help))
+                if not job.lead(pace):
+                    _wait_for(helpers, pace)
+            finally:
+                job.is_stopped = True
+                _end(helpers)
+            while helpers:
+                if not helpers[-1].cancelled():
+                    helpers[-1].result()
+                helpers.pop()
+            return bool(queue)
         finally:
-            job.is_stopped = True
-            wait([helper for helper in helpers if not helper.cancel()])
-        for helper in helpers:
-            if not helper.cancelled():
-                helper.result()
-        return bool(queue)
+            # An error's frames, this one among them, would hold its future, and that the error: a
+            # cycle that keeps the call's arrays.
+            helpers.clear()
 
     def _helpers(self) -> ThreadPoolExecutor:
         # After fork() the child has the pool but not its threads.
@@ -113,22 +120,29 @@ class _Job:
         self.is_stopped = False
 
     def lead(self, pace: Pace) -> bool:
-        """Of the calling thread: True when a pause is due, False when no task is left to take."""
+        """Of the calling thread: True when a pause is due, False when no task is left to take, or
+        a helper failed."""
         for task in self._tasks():
             for multiply_adds in task:
+                if self.is_stopped:
+                    return False
                 if pace.is_due(multiply_adds):
                     self._queue.appendleft(task)
                     return True
         return False
 
     def help(self) -> None:
-        """Of every other."""
-        with np.errstate(all="ignore"):
-            for task in self._tasks():
-                for _ in task:
-                    if self.is_stopped:
-                        self._queue.appendleft(task)
-                        return
+        """Of every other. An error is the end of the job for all."""
+        try:
+            with np.errstate(all="ignore"):
+                for task in self._tasks():
+                    for _ in task:
+                        if self.is_stopped:
+                            self._queue.appendleft(task)
+                            return
+        except BaseException:
+            self.is_stopped = True
+            raise
 
     def _tasks(self) -> Iterator[Task]:
         while not self.is_stopped:
@@ -136,6 +150,15 @@ class _Job:
                 yield self._queue.popleft()
             except IndexError:
                 return
+
+
+def _end(helpers: Sequence[Future[None]]) -> None:
+    """Wait until none works any more, however often that is interrupted, which is raised then."""
+    try:
+        wait([helper for helper in helpers if not helper.cancel()])
+    except BaseException:
+        _end(helpers)
+        raise
 
 
 def _wait_for(helpers: Sequence[Future[None]], pace: Pace) -> None:

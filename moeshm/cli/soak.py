@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 import signal
 import sys
@@ -21,8 +22,20 @@ if TYPE_CHECKING:
     from ..soak.report import Report
 
 
+def _finite(_context: click.Context, _option: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a number of minutes; give one like 2.")
+    return value
+
+
 @click.command()
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    callback=_finite,
+    default=2.0,
+    show_default=True,
+)
 @click.option("--seed", type=click.IntRange(0), help="Repeats the faults and the calls' inputs.")
 @click.option("--model", metavar="DIR", help="By default the small one that ships with moeshm.")
 @click.option(
@@ -112,18 +125,24 @@ def _shown(console: Console, as_json: bool) -> Iterator[Callable[[Report], None]
 
 @contextlib.contextmanager
 def _ended_by_signals(run: Soak) -> Iterator[None]:
-    """The first SIGINT or SIGTERM ends the run in good order, the second at once."""
+    """The first SIGINT, SIGTERM or SIGHUP ends the run in good order, the second at once; the end
+    of the clean-up is waited for. What nohup has ignored stays so."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
 
     def end(number: int, _frame: object) -> None:
         run.stop()
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in numbers:
             signal.signal(each, interrupt)
-        click.echo(f"{signal.Signals(number).name}: ending", err=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            click.echo(f"{signal.Signals(number).name}: ending", err=True)
 
     def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
+        if not run.is_cleaning_up:
+            raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:

@@ -276,9 +276,12 @@ def load_more(
 
     `touches`: bring the weights into memory here; else whoever uploads them does.
     """
+    from ..logs import limited
+
+    log = limited("moeshm.load")
     loaded = model.load(experts=experts).layers
     for number in _touch(loaded) if touches else loaded:
-        _log.info("layer %d: %d more experts loaded", number, len(loaded[number]))
+        log.info("layer %d: %d more experts loaded", number, len(loaded[number]))
     return loaded
 
 

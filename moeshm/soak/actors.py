@@ -24,11 +24,21 @@ END_LIMIT_S = 60.0
 _LAST_WORDS_BYTES = 1500
 
 
+def python_flags() -> list[str]:
+    """Python's: what lies in the current folder is not to be imported, unless moeshm is there."""
+    is_there = Path(__file__).parents[2] == Path.cwd()
+    return ["-P"] if sys.version_info >= (3, 11) and not is_there else []
+
+
 class Process:
     """A child in a session of its own, whose output goes to a file."""
 
-    def __init__(self, name: str, log: Path) -> None:
+    def __init__(self, name: str, role: str, is_kept: bool, log: Path) -> None:
         self.name = name
+        #: What others that do the same have in common.
+        self.role = role
+        #: Never ended, so that what it leaks adds up.
+        self.is_kept = is_kept
         self._log = log
         self._popen: subprocess.Popen[bytes] | None = None
         #: True while it stands still by our hand.
@@ -37,6 +47,11 @@ class Process:
         self.why_gone = ""
         #: How often it ended by itself.
         self.n_bad_ends = 0
+
+    @property
+    def is_used(self) -> bool:
+        """True once it does what it was started for."""
+        raise NotImplementedError
 
     @property
     def pid(self) -> int:
@@ -51,7 +66,7 @@ class Process:
         self.is_stopped = False
         with self._log.open("ab") as log:
             self._popen = subprocess.Popen(
-                [sys.executable, *arguments],
+                [sys.executable, *python_flags(), *arguments],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -120,9 +135,14 @@ class Worker(Process):
     """`moeshm worker --listen`, as an operator runs it."""
 
     def __init__(
-        self, name: str, folder: Path, options: list[str], environment: dict[str, str]
+        self,
+        name: str,
+        is_kept: bool,
+        folder: Path,
+        options: list[str],
+        environment: dict[str, str],
     ) -> None:
-        super().__init__(name, folder / f"{name}.log")
+        super().__init__(name, name, is_kept, folder / f"{name}.log")
         self.path = folder / f"{name}.sock"
         self._notify_path = folder / f"{name}.ready"
         self._options = options
@@ -131,6 +151,11 @@ class Worker(Process):
         self.is_ready = False
         #: Lasts while it is down.
         self.cause: Cause | None = None
+
+    @property
+    def is_used(self) -> bool:
+        """As `Process.is_used`."""
+        return self.is_ready
 
     @property
     def address(self) -> str:
@@ -177,18 +202,23 @@ class Worker(Process):
 class CallerProcess(Process):
     """A calling process: what it says, and since when it says nothing."""
 
-    def __init__(self, number: int, is_kept: bool, folder: Path) -> None:
-        super().__init__(f"caller {number}", folder / f"caller-{number}.log")
+    def __init__(self, number: int, role: str, is_kept: bool, folder: Path) -> None:
+        super().__init__(f"caller {number}", role, is_kept, folder / f"caller-{number}.log")
         self.number = number
-        #: Never killed, so that what it leaks adds up.
-        self.is_kept = is_kept
         self.own = f"own worker of caller {number}"
         self.is_resting = True
-        #: Once its clients are open.
+        #: Once its clients were open.
         self.is_calling = False
+        #: Until it has said something: it only starts.
+        self.is_new = True
         self.heard = 0.0
         self._fd = -1
         self._lines = Lines()
+
+    @property
+    def is_used(self) -> bool:
+        """As `Process.is_used`."""
+        return self.is_calling
 
     def start(self, order: Order, environment: dict[str, str]) -> None:
         """Begin with this order; it rests until it is told to `go`."""
@@ -203,6 +233,7 @@ class CallerProcess(Process):
         self.say(msgspec.json.encode(order).decode())
         self.is_resting = True
         self.is_calling = False
+        self.is_new = True
         self.heard = time.monotonic()
         self._lines = Lines()
 
@@ -225,6 +256,7 @@ class CallerProcess(Process):
             if not data:
                 return
             self.heard = time.monotonic()
+            self.is_new = False
             yield from self._lines.feed(data)
 
     def own_workers(self) -> list[int]:

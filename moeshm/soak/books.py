@@ -45,8 +45,8 @@ TICK_S = 0.1
 PAUSE_S = 0.25
 #: Later than this after its deadline, a call counts as late, and as one that hangs.
 LATE_S, HANG_S = 0.020, 5.0
-#: No process is stopped for nearly so long, so that a call may end by such a deadline only where
-#: nobody noticed that the worker was lost, or a reply was.
+#: No process is stopped for nearly so long, and no call is so large (pool.py), so that one may end
+#: by such a deadline only where nobody noticed that the worker was lost, or a reply was.
 LONG_S = 60.0
 #: An error may come so much before its deadline: clocks are read one after the other.
 _EARLY_S = 0.001
@@ -160,14 +160,18 @@ class Books:
         allowed: tuple[type[MoeshmError], ...] = (),
     ) -> _Result | None:
         """All of the call or a part, like its submit: what that returns, or None after an error,
-        which is noted. `allowed`: errors that it is meant to end with."""
+        which is noted, as a None that it returns is. `allowed`: errors that it is meant to end
+        with."""
         if self._own_work is not None:
             self._own_work.take()
         call.asked = self._clock()
         with self._lock:
             self._open.add(call)
         try:
-            return run()
+            result = run()
+            if result is None:
+                self.wrong(call, "None instead of a result")
+            return result
         except allowed as error:
             self.count(f"meant: {type(error).__name__}")
         except MoeshmError as error:
@@ -177,6 +181,15 @@ class Books:
         finally:
             self._end(call)
         return None
+
+    def do(self, call: Call, run: Callable[[], object]) -> None:
+        """As `attempt`, of what has no result."""
+
+        def done() -> bool:
+            run()
+            return True
+
+        self.attempt(call, done)
 
     def _end(self, call: Call) -> None:
         spans = [] if self._own_work is None else self._own_work.take()

@@ -28,7 +28,7 @@ from ..connecting import connect
 from ..supervisor import spawn_worker
 from . import messages, pool
 from .books import TICK_S, Books, Line, OwnWork
-from .calls import OpenLine, Talk, open_whole
+from .calls import OpenLine, Talk, close_line, open_whole
 from .messages import Message, Order, Ready, Resting, Unexpected, shortened
 from .moves import Moves
 
@@ -69,6 +69,7 @@ class Caller:
         while self._threads:
             self._threads.pop().join()
         gc.collect()
+        self._books.tick()
 
     def tick(self, is_over: threading.Event) -> None:
         """Send the books on until then."""
@@ -206,7 +207,7 @@ class Caller:
             opened = self._insist(open_line)
             if opened is None:
                 return []
-            stack.callback(self._close, opened)
+            stack.callback(close_line, self._books, opened)
             # Another engine may have moved experts since the first way was opened.
             if all(opened.client.view.experts == each.view.experts for each in clients[name]):
                 clients[name].append(opened.client)
@@ -222,11 +223,6 @@ class Caller:
         stack.callback(moves.close)
         forwards: list[Step] = [moves.forward] * max(1, self._order.threads - 1)
         return [*forwards, moves.move]
-
-    def _close(self, opened: OpenLine) -> None:
-        opened.line.is_closed = True
-        call = self._books.begin(opened.line, f"close of {opened.line.name}", _OPEN_S)
-        self._books.attempt(call, opened.client.close)
 
 
 def _ways() -> tuple[str, ...]:

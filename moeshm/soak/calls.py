@@ -16,7 +16,7 @@ from ..client import ExpertClient
 from ..errors import InvalidCall, NotReady
 from ..held import HeldView
 from ..layers import LayerInfo
-from .books import LONG_S, Books, Line
+from .books import LONG_S, Books, Call, Line
 from .pool import Case
 
 #: Deadlines, by how often: what a busy worker keeps, what it may miss, and what none can keep.
@@ -64,6 +64,8 @@ class Talk:
         self._reopen = reopen
         self._reopen_share = reopen_share
         self._reopening = threading.Lock()
+        #: By thread, an earlier call and its result, which later ones must leave alone.
+        self._kept = threading.local()
 
     def step(self, rng: random.Random) -> None:
         """One thing, at random."""
@@ -105,7 +107,7 @@ class Talk:
 
     def close(self) -> None:
         """Close the client."""
-        self._close(self._now)
+        close_line(self._books, self._now)
 
     def _compute(self, rng: random.Random) -> None:
         now, case = self._now, rng.choice(self._cases)
@@ -121,8 +123,18 @@ class Talk:
         self._books.count("calls")
         if result is None:
             time.sleep(_AFTER_ERROR_S)
-        else:
-            self._books.check(call, case, result)
+            return
+        self._books.check(call, case, result)
+        if out is not None and result is not out:
+            self._books.wrong(call, "the result is not the `out` that was given")
+        self._look_at_earlier(call, result)
+
+    def _look_at_earlier(self, call: Call, result: Any) -> None:
+        """The last result of this thread must be what it was; this one is looked at next."""
+        earlier = getattr(self._kept, "result", None)
+        if earlier is not None and earlier.tobytes() != self._kept.bytes:
+            self._books.wrong(self._kept.call, "its result changed with a later call")
+        self._kept.call, self._kept.result, self._kept.bytes = call, result, result.tobytes()
 
     def _burst(self, rng: random.Random) -> None:
         now = self._now
@@ -175,7 +187,7 @@ class Talk:
             if result is not None:
                 self._books.check(call, case, result)
         call = self._books.begin(now.line, f"release on {now.line.name}", _HOLD_S)
-        self._books.attempt(call, lambda: now.client.release(view))
+        self._books.do(call, lambda: now.client.release(view))
 
     def _refused(self, rng: random.Random) -> None:
         """A call that is not allowed, and must not be felt by the others."""
@@ -202,15 +214,17 @@ class Talk:
             opened = self._reopen()
             if opened is not None:
                 self._now = opened
-                self._close(last)
+                close_line(self._books, last)
                 self._books.count("clients opened anew")
         finally:
             self._reopening.release()
 
-    def _close(self, opened: OpenLine) -> None:
-        opened.line.is_closed = True
-        call = self._books.begin(opened.line, f"close of {opened.line.name}", _HOLD_S)
-        self._books.attempt(call, opened.client.close)
+
+def close_line(books: Books, opened: OpenLine) -> None:
+    """Close its client."""
+    opened.line.is_closed = True
+    call = books.begin(opened.line, f"close of {opened.line.name}", _HOLD_S)
+    books.do(call, opened.client.close)
 
 
 def open_whole(
@@ -230,7 +244,7 @@ def open_whole(
     if view is not None:
         return OpenLine(line, client, view)
     call = books.begin(line, f"close of {line.name}", _HOLD_S)
-    books.attempt(call, client.close)
+    books.do(call, client.close)
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import secrets
@@ -11,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .. import checkpoint, session, settings
@@ -20,6 +19,7 @@ from ..errors import ConnectError, SettingError
 from . import leaks, pool
 from .actors import END_LIMIT_S, CallerProcess, Process, Worker
 from .caller import ROLES
+from .guard import Guard, end_all
 from .injector import Injector
 from .inspection import Inspection
 from .ledger import Ledger
@@ -38,6 +38,10 @@ _SILENCE_S = 120.0
 _REST_LIMIT_S = 400.0
 #: Where a process ends by itself so often, it does not help to start it again.
 _MOST_BAD_ENDS = 5
+#: In so long every kind of caller, and the worker that is kept, must have been compared once.
+_COMPARED_IN_S = 120.0
+#: Between two looks at which processes there are.
+_NOTICE_S = 0.5
 _STEP_S, _SHOW_S = 0.02, 0.5
 #: Between two rests: a share of the whole, between these.
 _ROUND_S, _ROUNDS = (4.0, 30.0), 6
@@ -69,7 +73,9 @@ class Soak:
         self._device = device
         self._n_callers = n_callers
         self._show = show
-        self._shown = 0.0
+        self._shown = self._noticed = 0.0
+        #: Its clean-up must not be interrupted.
+        self.is_cleaning_up = False
         self._is_stopped = self._is_round = False
         self._start = time.monotonic()
         self._layers: tuple[int, ...] = ()
@@ -78,8 +84,9 @@ class Soak:
         self._seeds = itertools.count(seed * 1_000_000)
         self._run = f"{os.getpid()}-{secrets.token_hex(8)}"
         self._ledger = Ledger()
-        self._inspection = Inspection(self._ledger, self._run, self._wait)
-        self._folder = Path(tempfile.mkdtemp(prefix="moeshm-soak-"))
+        self._folder = Path(tempfile.gettempdir()) / f"moeshm-soak-{secrets.token_hex(4)}"
+        self._inspection = Inspection(self._ledger, self._run, self._wait, self._folder)
+        self._guard: Guard | None = None
         self._environment = {leaks.RUN_VARIABLE: self._run, "TMPDIR": str(self._folder)}
         self._injector = Injector(self._ledger, self._workers, self._callers)
 
@@ -96,18 +103,27 @@ class Soak:
             self._ledger.settle(is_end=True)
             return self._report()
         finally:
-            self._clean_up()
+            self.is_cleaning_up = True
+            try:
+                self._clean_up()
+            finally:
+                if self._guard is not None:
+                    self._guard.close()
 
     def _call_and_rest(self) -> None:
         self._go()
         # However long a large model takes to load, its time begins with the calls.
-        self._wait(self._all_call, _START_LIMIT_S)
-        end = time.monotonic() + self._seconds
+        if not self._wait(self._all_call, _START_LIMIT_S):
+            self._ledger.hang("callers", f"not all call within {_START_LIMIT_S:g} s")
+        start = time.monotonic()
+        end = start + self._seconds
         round_s = min(_ROUND_S[1], max(_ROUND_S[0], self._seconds / _ROUNDS))
         schedule = faults(self._seed)
         fault, injected_s = next(schedule), 0.0
+        is_quiet = False
         while time.monotonic() < end and not self._is_stopped:
             begin = time.monotonic()
+            self._injector.spares_callers = is_quiet
             while time.monotonic() < min(begin + round_s, end) and not self._is_stopped:
                 while fault.at_s <= injected_s + time.monotonic() - begin:
                     self._injector.inject(fault)
@@ -115,9 +131,22 @@ class Soak:
                 self._step()
             injected_s += time.monotonic() - begin
             if self._rest():
-                self._inspection.look(self._workers, self._callers)
+                self._inspection.look(self._workers, self._callers, is_quiet)
+            # In every other round, so that what a caller held before can be compared.
+            is_quiet = not is_quiet
             if time.monotonic() < end and not self._is_stopped:
                 self._go()
+        if time.monotonic() - start >= _COMPARED_IN_S:
+            self._look_at_comparisons()
+
+    def _look_at_comparisons(self) -> None:
+        for each in (*self._workers, *self._callers):
+            is_often_ended = each in self._workers and not each.is_kept
+            if not (is_often_ended or self._inspection.compared[each.role]):
+                self._ledger.failure(
+                    f"nothing is known of leaks in {each.role!r}: never compared in "
+                    f"{self._inspection.rests} rests"
+                )
 
     def _all_call(self) -> bool:
         return self._is_stopped or all(caller.is_calling for caller in self._callers)
@@ -137,12 +166,14 @@ class Soak:
         """Let everything come to an end; False when something does not, which is a hang."""
         self._injector.end_all()
         # Calls that are on their way should find a worker.
-        self._wait(self._all_serve, _START_LIMIT_S)
+        if not self._wait(self._all_serve, _START_LIMIT_S):
+            self._ledger.hang("workers", f"not all are ready within {_START_LIMIT_S:g} s")
         self._is_round = False
         for caller in self._callers:
             caller.say("rest")
         is_resting = self._wait(
-            lambda: all(caller.is_resting for caller in self._callers), _REST_LIMIT_S
+            lambda: all(each.is_resting and not each.is_new for each in self._callers),
+            _REST_LIMIT_S,
         )
         for caller in self._callers:
             if not caller.is_resting:
@@ -152,16 +183,17 @@ class Soak:
     # --- the beginning and the end --------------------------------------------------------
 
     def _begin(self) -> None:
-        # TMPDIR may be too long for a socket: callers' workers have the longest paths.
-        session.parse_address(f"unix:{self._folder / 'moeshm-worker-12345678' / 'worker.sock'}")
+        self._check_folder()
+        self._folder.mkdir(0o700)
+        self._guard = Guard(self._run, str(self._folder))
         self._layers = _choose_layers(self._model)
         loaded = checkpoint.load(self._model, self._layers).layers
         cases = pool.draw(loaded, self._seed, coarsest=_coarsest_of_settings())
         pool.save(cases, self._folder / "cases.npz")
         options = ["--model", self._model, "--device", self._device, "--threads", "1"]
         options += ["--layers", ",".join(map(str, self._layers))]
-        for name in ("kept worker", "worker"):
-            worker = Worker(name, self._folder, options, self._environment)
+        for name, is_kept in (("kept worker", True), ("worker", False)):
+            worker = Worker(name, is_kept, self._folder, options, self._environment)
             worker.start()
             self._workers.append(worker)
         for worker in self._workers:
@@ -172,31 +204,46 @@ class Soak:
         if self._device == "cpu":  # a GPU's driver opens fds as it goes
             self._inspection.know_worker(self._workers[0])
         for number in range(self._n_callers):
-            caller = CallerProcess(number, number == 0, self._folder)
+            role = ROLES[number % len(ROLES)]
+            caller = CallerProcess(number, role, number == 0, self._folder)
             self._start_caller(caller)
             self._callers.append(caller)
+
+    def _check_folder(self) -> None:
+        """Callers' workers have the longest paths; a socket's is not to be longer."""
+        try:
+            session.parse_address(f"unix:{self._folder / 'moeshm-worker-12345678' / 'worker.sock'}")
+        except SettingError as error:
+            raise SettingError(
+                f"TMPDIR={tempfile.gettempdir()!r} is too long for the sockets in it ({error}); "
+                "set it to a shorter one, like /tmp"
+            ) from error
 
     def _end(self) -> None:
         """Everything ends in good order."""
         for caller in self._callers:
             caller.why_gone = "the end"
             caller.hang_up()
+        self._wait_until_gone(self._callers)
+        self._hear()
+        # Not before: callers may still be opening clients of them.
         for worker in self._workers:
             worker.signal(signal.SIGTERM, "the end")
-        for process in (*self._callers, *self._workers):
+        self._wait_until_gone(self._workers)
+        self._inspection.look_at_end()
+
+    def _wait_until_gone(self, processes: Sequence[Process]) -> None:
+        for process in processes:
             is_there = process.pid
             status = process.wait(END_LIMIT_S)
             if status is None and is_there:
                 self._ledger.hang(process.name, f"told to end, it runs on: {_why(process)}")
             elif status:
                 self._ended_badly(process, status)
-        self._inspection.look_at_end()
 
     def _clean_up(self) -> None:
-        self._injector.close()
-        for pid in leaks.processes_of(self._run):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self._injector.end_all()
+        end_all(self._run)
         for process in (*self._callers, *self._workers):
             process.wait(END_LIMIT_S)
             process.close()
@@ -205,7 +252,7 @@ class Soak:
     def _start_caller(self, caller: CallerProcess) -> None:
         caller.start(
             Order(
-                role=ROLES[caller.number % len(ROLES)],
+                role=caller.role,
                 seed=next(self._seeds),
                 model=self._model,
                 device=self._device,
@@ -225,7 +272,22 @@ class Soak:
     def _step(self) -> None:
         """Hear everyone, look after them, and do what is due."""
         select.select([caller for caller in self._callers if caller.fileno() >= 0], [], [], _STEP_S)
+        self._hear()
         now = time.monotonic()
+        for caller in self._callers:
+            self._look_after_caller(caller, now)
+        for worker in self._workers:
+            self._look_after_worker(worker)
+        self._injector.step()
+        self._ledger.settle()
+        if now - self._noticed > _NOTICE_S:
+            self._noticed = now
+            self._inspection.notice()
+        if now - self._shown > _SHOW_S:
+            self._shown = now
+            self._show(self._report())
+
+    def _hear(self) -> None:
         for caller in self._callers:
             for message in caller.hear():
                 if isinstance(message, Resting):
@@ -234,14 +296,6 @@ class Soak:
                     caller.is_calling = True
                 else:
                     self._ledger.told(caller.name, message)
-            self._look_after_caller(caller, now)
-        for worker in self._workers:
-            self._look_after_worker(worker)
-        self._injector.step()
-        self._ledger.settle()
-        if now - self._shown > _SHOW_S:
-            self._shown = now
-            self._show(self._report())
 
     def _look_after_caller(self, caller: CallerProcess, now: float) -> None:
         status = caller.status()
@@ -290,8 +344,13 @@ class Soak:
 
     def _report(self) -> Report:
         elapsed_s = time.monotonic() - self._start
-        growth, rests = self._inspection.growth_bytes(), self._inspection.rests
-        return report_of(self._ledger, self._seed, elapsed_s, rests, growth)
+        each = self._inspection
+        compared = {role: each.compared[role] for role in dict.fromkeys(self._roles())}
+        growth = each.growth_bytes()
+        return report_of(self._ledger, self._seed, elapsed_s, each.rests, compared, growth)
+
+    def _roles(self) -> list[str]:
+        return [process.role for process in (*self._workers, *self._callers)]
 
 
 def _choose_layers(model: str) -> tuple[int, ...]:

@@ -31,9 +31,13 @@ class Injector:
         self._workers = workers
         self._callers = callers
         self._hostiles = Hostiles()
+        #: Callers' workers that stand still.
+        self._stopped: set[int] = set()
         #: When, a number that no other has, and what.
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
+        #: No caller is killed now, so that it can be compared with what it was.
+        self.spares_callers = False
 
     def inject(self, fault: Fault) -> None:
         """Do it now; one that finds nobody whom it could hit is left out."""
@@ -60,17 +64,11 @@ class Injector:
             heapq.heappop(self._due)[2]()
         self._hostiles.rest()
 
-    def close(self) -> None:
-        """As `end_all`, for good."""
-        while self._due:
-            heapq.heappop(self._due)[2]()
-        self._hostiles.close()
-
     def _attack(self, fault: Fault) -> None:
         worker = _pick(self._workers, fault.draw)
         assert worker is not None
         name = fault.kind.removeprefix(_HOSTILE)
-        # Counted once it has found a worker there.
+        # Counted once all of it was sent.
         self._ledger.note(f"{fault.kind}: {worker.name}")
         self._hostiles.attack(name, str(worker.path), int(fault.draw * 2**53))
 
@@ -113,6 +111,7 @@ class Injector:
             for caller in self._callers
             if not caller.is_resting
             for pid in caller.own_workers()
+            if pid not in self._stopped
         ]
         hit = _pick(able, fault.draw)
         if hit is None:
@@ -124,8 +123,10 @@ class Injector:
             return
         cause = self._ledger.fault(fault.kind, caller.own)
         worker.signal(signal.SIGKILL if fault.kind == "own worker killed" else signal.SIGSTOP)
+        self._stopped.add(pid)
 
         def let_go() -> None:
+            self._stopped.discard(pid)
             is_stop = fault.kind == "own worker stopped"
             worker.signal(signal.SIGCONT if is_stop else signal.SIGKILL)
             worker.close()
@@ -142,7 +143,8 @@ class Injector:
             caller
             for caller in self._callers
             if not (caller.is_resting or caller.is_stopped or caller.why_gone)
-            and not (is_kill and caller.is_kept)
+            and caller.is_calling
+            and not (is_kill and (caller.is_kept or self.spares_callers))
         ]
         caller = _pick(able, fault.draw)
         if caller is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import struct
@@ -24,16 +26,17 @@ _CREATOR_OFFSET = 64
 
 
 class Holding(NamedTuple):
-    """What a process has: fds by what they point to, threads, mapped rings, bytes in memory."""
+    """What a process has: fds by what they point to, threads, mapped rings, and bytes in memory of
+    its own, without files' and shared ones."""
 
     fds: Counter[str]
     threads: int
     rings: int
-    rss_bytes: int
+    anonymous_bytes: int
 
 
 def holding(pid: int) -> Holding:
-    """Of a process of this user; OSError when it is gone."""
+    """Of a process of this user; OSError when it is gone or a zombie."""
     fds: Counter[str] = Counter()
     for fd in os.listdir(f"/proc/{pid}/fd"):
         try:
@@ -42,9 +45,12 @@ def holding(pid: int) -> Holding:
             continue
         fds[_kind(target)] += 1
     rings = Path(f"/proc/{pid}/maps").read_text().count(f"memfd:{_PREFIX}")
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     threads = len(os.listdir(f"/proc/{pid}/task"))
-    return Holding(fds, threads, rings, pages * os.sysconf("SC_PAGE_SIZE"))
+    status = Path(f"/proc/{pid}/status").read_text()
+    anonymous = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
+    if anonymous is None:
+        raise ProcessLookupError(f"process {pid} has no memory any more")
+    return Holding(fds, threads, rings, int(anonymous[1]) << 10)
 
 
 def _kind(target: str) -> str:
@@ -97,6 +103,26 @@ def children_of(pid: int) -> list[int]:
     return children
 
 
+def zombies_of(pid: int) -> list[int]:
+    """Its children that have ended and that it has not waited for."""
+    return [child for child in children_of(pid) if not process.is_alive(child)]
+
+
+def worker_folders(folder: Path) -> frozenset[str]:
+    """Those that callers made for workers of their own (supervisor.py), and whose lock nobody
+    has."""
+    found = set()
+    for path in folder.glob("moeshm-worker-*"):
+        with contextlib.suppress(OSError):
+            fd = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found.add(path.name)
+            finally:
+                os.close(fd)
+    return frozenset(found)
+
+
 def segments() -> frozenset[str]:
     """Named segments of moeshm's, of anyone."""
     try:
@@ -106,12 +132,12 @@ def segments() -> frozenset[str]:
 
 
 def left_segments(before: Collection[str], ours: Iterable[int]) -> list[str]:
-    """Those that came since and are not of a living process beside ours."""
-    own = {os.getpid(), *ours}
+    """Those that came since and that one of our processes made, which may have ended."""
+    own = set(ours)
     return [
         f"/dev/shm/{name}"
         for name in sorted(segments().difference(before))
-        if all(pid in own or not process.is_alive(pid) for pid in _creators(name))
+        if not own.isdisjoint(_creators(name))
     ]
 
 

@@ -30,7 +30,9 @@ PATIENCE_S = 3.0
 _AFTER_S = 0.1
 #: Descriptions of failures that are kept; counts go on.
 _MOST_FAILURES = 50
-_MOST_CAUSES = 200_000
+#: Causes that were over for so long are forgotten, as no client is open for so long: it is closed
+#: when all comes to rest (director.py).
+_MEMORY_S, _FORGET_EVERY = 3600.0, 10_000
 
 
 class Cause(msgspec.Struct):
@@ -61,7 +63,8 @@ class Ledger:
         self.leaks: list[str] = []
         #: What went wrong, in words, with what was done before.
         self.failures: list[str] = []
-        self._causes: dict[str, deque[Cause]] = {}
+        self._causes: dict[str, list[Cause]] = {}
+        self._n_causes = 0
         self._recent: deque[Recent] = deque(maxlen=400)
         #: Errors that are not explained yet, and when each was told.
         self._open: deque[tuple[float, str, Failed]] = deque()
@@ -71,10 +74,10 @@ class Ledger:
         """Of all kinds."""
         return self.faults.total()
 
-    def fault(self, kind: str, target: str, end: float | None = None) -> Cause:
-        """One is being injected now; it may make calls fail until `end`, or until that is set."""
+    def fault(self, kind: str, target: str) -> Cause:
+        """One is being injected now; it may make calls fail until its `end` is set."""
         self.faults[kind] += 1
-        return self.cause(target, f"{kind}: {target}", self._clock(), end)
+        return self.cause(target, f"{kind}: {target}", self._clock(), None)
 
     def note(self, text: str) -> None:
         """Something that may matter for what fails next."""
@@ -85,8 +88,18 @@ class Ledger:
         if text:
             self.note(text)
         cause = Cause(target, start, end)
-        self._causes.setdefault(target, deque(maxlen=_MOST_CAUSES)).append(cause)
+        self._causes.setdefault(target, []).append(cause)
+        self._n_causes += 1
+        if self._n_causes % _FORGET_EVERY == 0:
+            self._forget()
         return cause
+
+    def _forget(self) -> None:
+        oldest = self._clock() - _MEMORY_S
+        for target, causes in list(self._causes.items()):
+            causes[:] = [cause for cause in causes if cause.end is None or cause.end > oldest]
+            if not causes:
+                del self._causes[target]
 
     def told(self, caller: str, message: Message) -> None:
         """What a caller says."""

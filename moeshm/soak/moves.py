@@ -61,7 +61,8 @@ class Moves:
         if result is None:
             time.sleep(_AFTER_ERROR_S)
         else:
-            # Hot experts, another worker or a fallback may have answered for a lost one.
+            # It may have needed one of the workers alone, and says nothing of the other: a client
+            # that was refused leaves its worker alone for up to a minute, with WorkerDied.
             call.is_own_work = True
             self._books.check(call, case, result)
 
@@ -79,7 +80,7 @@ class Moves:
     def close(self) -> None:
         """Of the offload; the clients stay the caller's."""
         call = self._books.begin(self._line, f"close of {self._line.name}", _APPLY_S)
-        self._books.attempt(call, self._offload.close)
+        self._books.do(call, self._offload.close)
 
     def _draw(self, rng: random.Random) -> Placement:
         layers = {}

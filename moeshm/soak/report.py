@@ -41,6 +41,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     forgotten_futures: int
     #: How often everything came to rest, to look for leaks.
     rests: int
+    #: By role, how often a process was held against what it was when it was new or rested first.
+    compared: dict[str, int]
     #: By long-lived process, MiB more in memory than after its warm-up.
     growth_mib: dict[str, float]
     #: What went wrong, in words.
@@ -51,11 +53,16 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         """True when calls were made and nothing was found. Missed deadlines do not count: on a
         machine that is busy with others' work they say nothing about moeshm."""
         found = self.wrong_results, self.hangs, self.leaks, self.unexpected_errors
-        return self.calls > 0 and not any(found)
+        return self.calls > 0 and not any(found) and not self.failures
 
 
 def report_of(
-    ledger: Ledger, seed: int, elapsed_s: float, rests: int, growth_bytes: dict[str, int]
+    ledger: Ledger,
+    seed: int,
+    elapsed_s: float,
+    rests: int,
+    compared: dict[str, int],
+    growth_bytes: dict[str, int],
 ) -> Report:
     """The figures now."""
     counts = ledger.counts
@@ -85,6 +92,7 @@ def report_of(
         clients_opened_anew=counts["clients opened anew"],
         forgotten_futures=counts["forgotten futures"],
         rests=rests,
+        compared=compared,
         growth_mib={name: round(size / 2**20, 2) for name, size in growth_bytes.items()},
         failures=list(ledger.failures),
     )
@@ -112,7 +120,11 @@ def lines_of(report: Report) -> Iterator[tuple[str, str]]:
         f"{report.latest_ms:,.0f} ms; no fault of moeshm's where others keep the CPUs busy",
     )
     yield "hangs", f"{report.hangs}"
-    yield "leaks", f"{report.leaks}, looked for {report.rests} times"
+    yield (
+        "leaks",
+        f"{report.leaks}, looked for {report.rests} times; compared with what they held: "
+        f"{_listed(report.compared)}",
+    )
     yield "errors", f"{_listed(report.errors)}; {report.unexpected_errors} unexpected"
     yield (
         "besides",

@@ -37,11 +37,11 @@ class Fault(NamedTuple):
     for_s: float
 
 
-def faults(seed: int, per_s: float = FAULTS_PER_S) -> Iterator[Fault]:
+def faults(seed: int) -> Iterator[Fault]:
     """Without end, in the order of time."""
     rng = random.Random(seed)
     at_s = 0.0
     while True:
-        at_s += rng.expovariate(per_s)
+        at_s += rng.expovariate(FAULTS_PER_S)
         (kind,) = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))
         yield Fault(at_s, kind, rng.random(), rng.uniform(*STOP_S))

@@ -58,6 +58,11 @@ class Transport(Protocol):
         """Room for a record of `size` bytes, sent by its `commit`."""
         ...
 
+    @property
+    def has_unread(self) -> bool:
+        """Records were taken in as room was waited for, and lie in this process's own memory."""
+        ...
+
     def acquire(self, timeout_s: float | None = None) -> Message:
         """The next record; `release` it."""
         ...

@@ -64,6 +64,9 @@ class SharedTransport:
             raise
         return cls(tx, rx, watch_socket, watch_pidfd)
 
+    #: As `Transport.has_unread`.
+    has_unread = False
+
     def memory(self) -> list[memoryview]:
         """As `Transport.memory`."""
         return [self._rx.memory(), self._tx.memory()]

@@ -172,9 +172,9 @@ class StreamTransport:
     def acquire(self, timeout_s: float | None = None) -> StreamMessage:
         """As `Transport.acquire`."""
         deadline = _deadline(timeout_s)
-        n_given = self._n_given()
-        try:
-            with self._reading:
+        with self._reading:
+            n_given = self._n_given()
+            try:
                 if self._inbox:
                     taken = self._inbox.popleft()
                     self._inbox_bytes -= len(taken) + _MESSAGE_BYTES
@@ -183,11 +183,16 @@ class StreamTransport:
                     if not self._poll(select.POLLIN, deadline):
                         raise RingEmpty(f"no record within {timeout_s} s")
                 return message
-        except BaseException as error:
-            # Interrupted with a record in hand, which is lost.
-            if not isinstance(error, Exception) and self._n_given() != n_given:
-                self.close()
-            raise
+            except BaseException as error:
+                # Interrupted with a record in hand, which is lost.
+                if not isinstance(error, Exception) and self._n_given() != n_given:
+                    self.close()
+                raise
+
+    @property
+    def has_unread(self) -> bool:
+        """As `Transport.has_unread`."""
+        return bool(self._inbox)
 
     def _n_given(self) -> int:
         """Records that were read and do not lie here any more."""

@@ -142,7 +142,7 @@ def submit_behind_another(scene: Scene) -> float:
     """Another thread waits for room."""
     scene.gated()
     scene.elsewhere(lambda: _fill(scene), _NO_ROOM[scene.transport])
-    return interrupt(lambda: scene.client.submit(*make_inputs(FREE, 1)), "take_turn")
+    return interrupt(lambda: scene.client.submit(*make_inputs(FREE, 1)), "_post")
 
 
 def hold(scene: Scene) -> float:

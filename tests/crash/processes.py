@@ -46,6 +46,10 @@ class Pipe:
                 return self.read(end + 1).decode()
             self._receive(f"{text!r}")
 
+    def has_more(self, within_s: float) -> bool:
+        """Whether there is something to read, now or so soon."""
+        return bool(self._bytes) or bool(select.select([self._fd], [], [], within_s)[0])
+
     def read_rest(self) -> str:
         """Everything until the other side closes."""
         with contextlib.suppress(EOFError):
@@ -171,6 +175,10 @@ class GatedWorker:
         """Kind, layer, tag."""
         kind, layer, tag = EVENT.unpack(self._events.read(EVENT.size))
         return kind, layer, tag
+
+    def has_event(self, within_s: float = 0.01) -> bool:
+        """Whether there is one, now or so soon."""
+        return self._events.has_more(within_s)
 
     def next_turn(self) -> tuple[int, int]:
         """Layer and tag of the call that the backend computes next."""

@@ -55,6 +55,17 @@ def test_large_calls_submitted_before_any_is_read(client: moeshm.ExpertClient) -
             assert_exact(future.result(), each)
 
 
+def test_replies_of_all_these_calls_may_be_more_than_a_sender_takes_in(
+    client: moeshm.ExpertClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes in what comes while it waits for room, and no more than one call's time brings."""
+    monkeypatch.setattr("moeshm.transport.stream._MAX_INBOX_BYTES", 24 << 20)
+    inputs = [make_inputs(WIDE, tag, n_tokens=MANY_TOKENS) for tag in range(10)]
+    futures = [client.submit(*each) for each in inputs]
+    for future, each in zip(futures, inputs, strict=True):
+        assert_exact(future.result(), each)
+
+
 @pytest.mark.usefixtures("small_rings")
 def test_a_call_is_cut_into_more_messages_than_the_ring_holds(client: moeshm.ExpertClient) -> None:
     inputs = make_inputs(WIDE, 3, n_tokens=60)

@@ -7,6 +7,7 @@ import signal
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import moeshm
@@ -81,9 +82,9 @@ def call():
             assert_exact(client.compute(*inputs[0], timeout_s=TIMEOUT_S), inputs[0])
             for future, each in zip(futures, inputs, strict=True):
                 assert_exact(future.result(), each)
-    except WorkerDied:
+    except WorkerDied as error:
         # Nobody knows how much of a reply, or over a socket of a call, was dealt with.
-        pass
+        assert "interrupted" in str(error) or transport == "stream", error
     finally:
         armed = False
 
@@ -156,3 +157,26 @@ def test_an_interrupt_ends_a_worker_once_its_call_is_computed(
     with within(SOON_S):
         assert_exact(future.result(), inputs)
         assert worker.process.wait() == 0
+
+
+def test_parts_of_a_call_that_has_failed_are_not_taken(
+    client: moeshm.ExpertClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its `out` is the caller's again."""
+    inputs = make_inputs(FREE, 1, 4)
+    out = np.zeros_like(inputs.hidden_states)
+    future = client.submit(*inputs, out=out, slice_tokens=2)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("moeshm.call.CallFuture.take", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            future.result()
+    with pytest.raises(WorkerDied, match="interrupted"):
+        future.result()
+    out[:] = 99
+    after = make_inputs(FREE, 2)
+    assert_exact(client.compute(*after), after)
+    assert (out == 99).all()

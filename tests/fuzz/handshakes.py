@@ -12,9 +12,10 @@ import msgspec
 
 from moeshm import handshake, protocol
 from moeshm.errors import ProtocolError, SessionError
+from moeshm.foreign_fds import close_fds
 from moeshm.handshake import Hello, SlabOffer, Welcome
 from moeshm.layers import MAX_EXPERTS, fingerprint_of
-from moeshm.session import ControlSocket, close_fds
+from moeshm.session import ControlSocket
 from tests.fuzz.choices import Choices
 from tests.fuzz.records import LAYERS
 from tests.wire import n_fds

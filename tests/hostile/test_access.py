@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from moeshm import settings
 from moeshm.errors import ConnectError, HandshakeRefused
 from tests.crash.arithmetic import FREE, assert_exact, make_inputs
 from tests.crash.processes import NotifySocket, Process, open_fds, running
-from tests.hostile.attacker import Attacker, attacking
+from tests.hostile.attacker import Attacker, attacking, hello
+from tests.hostile.attacks import lingering_sockets
+from tests.hostile.conftest import Victim
 from tests.users import GROUP, NOBODY, SOMEBODY, as_user, needs_root, shared_folder
 
 
@@ -215,7 +218,8 @@ def test_a_process_that_is_slow_keeps_no_other_out(tmp_path: Path, has_begun: bo
     """More than there is room for, silent or half through their handshakes: those of another
     process get through at once, and the oldest make room."""
     address = f"unix:{tmp_path / 's'}"
-    with worker(address, max_handshakes=8) as process, contextlib.ExitStack() as stack:
+    patient = ["tests.hostile.worker", address, "patient"]
+    with worker(address, patient, max_handshakes=8) as process, contextlib.ExitStack() as stack:
         slow: list[Attacker] = []
 
         def connect_slowly() -> None:
@@ -237,13 +241,54 @@ def test_a_process_that_is_slow_keeps_no_other_out(tmp_path: Path, has_begun: bo
 
 
 def test_who_finds_no_room_comes_again(tmp_path: Path) -> None:
-    """The worker's patience with the other is a second."""
     address = f"unix:{tmp_path / 's'}"
-    hasty = ["tests.hostile.worker", address, "1"]
-    with worker(address, hasty, max_handshakes=1) as process, attacking(address) as silent:
-        as_user(os.geteuid(), lambda: compute(address), os.getgroups())
+    patient = ["tests.hostile.worker", address, "patient"]
+    with (
+        worker(address, patient, max_handshakes=1) as process,
+        attacking(address) as silent,
+        ThreadPoolExecutor(1) as other,
+    ):
+        served = other.submit(compute, address)
         assert "1 connections at their handshake" in process.log.read_until("got no session")
-        assert silent.control.recv(1) == b""
+        silent.close()
+        served.result()
+
+
+def test_a_slow_handshake_makes_room_where_all_have_as_many(tmp_path: Path) -> None:
+    """One of each of many processes would keep everybody out."""
+    address = f"unix:{tmp_path / 's'}"
+    with worker(address, max_handshakes=1), attacking(address) as silent:
+        as_user(os.geteuid(), lambda: compute(address), os.getgroups())
+        assert "made room for another client's" in silent.last_word()
+
+
+def test_those_at_their_handshake_do_not_keep_the_worker(tmp_path: Path) -> None:
+    """It would wait for them for minutes."""
+    address = f"unix:{tmp_path / 's'}"
+    patient = ["tests.hostile.worker", address, "patient"]
+    with worker(address, patient) as process, attacking(address) as silent:
+        silent.control.send(b"\1h")
+        with moeshm.connect(address):  # by then the other is accepted, too
+            process.signal(signal.SIGTERM)
+            assert "the worker shuts down" in silent.last_word()
+        assert process.wait() == 0
+
+
+@pytest.mark.parametrize("when", ["refused", "hello"])
+def test_a_client_that_keeps_a_thread_does_not_keep_the_worker(tmp_path: Path, when: str) -> None:
+    """What it sent cannot be closed in minutes."""
+    address = f"unix:{tmp_path / 's'}"
+    hasty = ["tests.hostile.worker", address, "hasty"]
+    with (
+        worker(address, hasty, max_sessions=1 if when == "refused" else 9) as process,
+        lingering_sockets.lingering(is_hidden=True) as fds,
+        attacking(address),
+    ):
+        victim = Victim(process, address)
+        with lingering_sockets.stopped(victim), attacking(address) as attacker:
+            lingering_sockets.send(attacker, hello(), fds)
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
 
 
 def test_bytes_of_a_session(tmp_path: Path) -> None:

@@ -1,15 +1,18 @@
 """An ordinary worker of plain sums, its log and its limits as usual but for what is asked.
 
-usage: python -m tests.hostile.worker unix:PATH [hasty]
+usage: python -m tests.hostile.worker unix:PATH [hasty|patient]
 
-A hasty one gives a handshake a second, and replies that lie unread a part of one.
+A hasty one gives a handshake a second, replies that lie unread a part of one, and sessions a second
+to end. A patient one waits for handshakes, and thinks none of them slow.
+
+Clients may send it fds, as on a kernel before Linux 6.16, which lets them.
 """
 
 from __future__ import annotations
 
 import sys
 
-from moeshm import daemon, worker
+from moeshm import daemon, limits, listening, worker
 from moeshm.daemon import Daemon
 from moeshm.logs import configure
 from moeshm.transport import stream
@@ -19,8 +22,11 @@ from tests.crash.arithmetic import ArithmeticBackend
 def main() -> None:
     """Serve until SIGTERM."""
     configure("info", as_json=False)
-    if len(sys.argv) > 2:
-        daemon.HANDSHAKE_TIMEOUT_S = 1.0
+    listening._refuse_fds = lambda listener: None  # noqa: ARG005
+    if sys.argv[2:] == ["patient"]:
+        daemon.HANDSHAKE_TIMEOUT_S = limits._SLOW_HANDSHAKE_S = 300.0
+    elif len(sys.argv) > 2:
+        daemon.HANDSHAKE_TIMEOUT_S = daemon.DRAIN_TIMEOUT_S = 1.0
         worker.REPLY_TIMEOUT_S = stream._STALL_S = 0.3
     Daemon(ArithmeticBackend(), sys.argv[1]).run()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from moeshm.cli.soak import soak
+from moeshm import process
+from moeshm.cli.soak import _ended_by_signals, soak
 from moeshm.errors import CheckpointError, SettingError
 from moeshm.soak import leaks, pool
 from moeshm.soak.pool import Case
@@ -39,6 +41,20 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="s") as path:
         monkeypatch.setattr("tempfile.tempdir", path)
         yield Path(path)
+
+
+def wait_until(is_done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def processes_of_the_run(soak: int) -> list[int]:
+    mark = leaks.RUN_VARIABLE.encode()
+    return [
+        pid for pid in leaks.children_of(soak) if mark in Path(f"/proc/{pid}/environ").read_bytes()
+    ]
 
 
 def test_a_short_run_finds_nothing(folder: Path) -> None:
@@ -78,8 +94,8 @@ def test_ctrl_c_ends_it_with_what_was_found() -> None:
     ) as running:
         try:
             deadline = time.monotonic() + PATIENCE_S
-            # Two workers and three callers.
-            while len(leaks.children_of(running.pid)) < 5:
+            # Two workers, three callers, and the guard.
+            while len(leaks.children_of(running.pid)) < 6:
                 assert running.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
@@ -94,8 +110,50 @@ def test_ctrl_c_ends_it_with_what_was_found() -> None:
     assert printed["elapsed_s"] < 60 * 60
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_a_soak_that_is_ended_leaves_nothing(folder: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "moeshm", "soak", "--minutes", "60"]
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
+        try:
+            # Two workers and three callers; not those that are about to be what they will be.
+            wait_until(lambda: len(processes_of_the_run(running.pid)) == 5)
+            children = processes_of_the_run(running.pid)
+            if number == signal.SIGKILL:  # who stands still must end as well
+                for pid in children:
+                    os.kill(pid, signal.SIGSTOP)
+            running.send_signal(number)
+            running.communicate(timeout=PATIENCE_S)
+        finally:
+            running.kill()
+    # The folder goes last.
+    wait_until(lambda: list(folder.iterdir()) == [])
+    assert not any(process.is_alive(pid) for pid in children)
+
+
+def test_a_clean_up_is_not_interrupted() -> None:
+    class Run:
+        is_stopped = is_cleaning_up = False
+
+        def stop(self) -> None:
+            self.is_stopped = True
+
+    run = Run()
+    with _ended_by_signals(run):  # type: ignore[arg-type]
+        signal.raise_signal(signal.SIGHUP)
+        assert run.is_stopped
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        run.is_cleaning_up = True
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+
+
 def test_options_that_are_refused() -> None:
-    for option, value in (("--minutes", "0"), ("--clients", "0"), ("--device", "tpu")):
+    refused = [("--minutes", "0"), ("--minutes", "nan"), ("--minutes", "inf")]
+    for option, value in [*refused, ("--clients", "0"), ("--device", "tpu")]:
         assert CliRunner().invoke(soak, [option, value]).exit_code == 2
 
 
@@ -105,7 +163,7 @@ def test_what_cannot_begin_leaves_nothing(folder: Path, monkeypatch: pytest.Monk
     long = folder / ("x" * 60)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
-    with pytest.raises(SettingError, match="longer than 107 bytes"):
+    with pytest.raises(SettingError, match=r"TMPDIR=.* longer than 107 bytes"):
         CliRunner().invoke(soak, [], catch_exceptions=False)
     assert list(long.iterdir()) == []
     long.rmdir()

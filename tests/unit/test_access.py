@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import re
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,6 +78,7 @@ def test_the_same_user_is_served() -> None:
         (NOBODY, (SOMEBODY, GROUP + 1), GROUP, "have the user added"),
         (NOBODY, (SOMEBODY, GROUP), GROUP, ""),
         (GROUP, (), GROUP, ""),
+        (GROUP, range(NOBODY, NOBODY + 257), GROUP, ""),
         (NOBODY, range(GROUP, GROUP + 256), GROUP + 255, ""),
         (NOBODY, range(GROUP, GROUP + 257), GROUP, "cannot be read .*at most 256 are looked at"),
     ],
@@ -177,6 +181,15 @@ def test_a_group_of_others() -> None:
     as_user(NOBODY, name_it, [GROUP])
     # Root may give it away.
     assert access.own_group("daemon") == access.own_group("1")
+
+
+def test_names_that_are_no_text_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bytes that are no UTF-8 are read; who is refused is told its name."""
+    named = SimpleNamespace(pw_name="a\udcff", gr_name="b\udcff")
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: named)
+    monkeypatch.setattr(grp, "getgrgid", lambda _: named)
+    assert access.user_name(1) == "a\\udcff"
+    assert access.group_name(1) == "b\\udcff"
 
 
 def test_names_of_what_has_none() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 
@@ -9,16 +10,19 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from moeshm.backends import Backend, SteppingBackend
+from moeshm.backends import MemoryUser, SteppingBackend
+from moeshm.backends.gpu.backend import GpuBackend
 from moeshm.bench import harness, overload
 from moeshm.bench.harness import Plan
 from moeshm.bench.overload import Asked
-from moeshm.bench.overload_worker import Unstepped, WorkerSetup, _backend
+from moeshm.bench.overload_worker import WorkerSetup, _backend, unstepped
 from moeshm.bench.replay_model import SHAPES, Computed
 from moeshm.bench.schema import OverloadReport
 from moeshm.cli.bench import bench
 from moeshm.dtypes import DType
 from moeshm.errors import WorkerFailed
+from tests.checkpoints import random_layer
+from tests.simt.device import IdleDevice
 
 TINY = SHAPES["tiny"]
 
@@ -41,9 +45,20 @@ def test_only_one_of_the_workers_computes_in_steps() -> None:
     computed = Computed(is_null=False, seed=0, weight_dtype=DType.BF16)
     backend = _backend(WorkerSetup(shape=TINY, computed=computed, steps=True))
     assert isinstance(backend, SteppingBackend)
-    plain: Backend = Unstepped(backend)
-    assert not isinstance(plain, SteppingBackend)
+    plain = unstepped(backend)
+    assert not isinstance(plain, SteppingBackend | MemoryUser)
     assert plain.layers is backend.layers
+
+
+def test_a_gpus_backend_without_steps_still_copies_from_registered_memory() -> None:
+    """Or it would be slower for another reason than that which is measured."""
+    backend = GpuBackend({0: random_layer(1)}, IdleDevice())
+    plain = unstepped(backend)
+    assert not isinstance(plain, SteppingBackend)
+    assert isinstance(plain, MemoryUser)
+    memory = memoryview(bytearray(1 << 16))
+    with contextlib.closing(plain.use_memory(memory)):
+        assert backend.memory_stats != GpuBackend({}, IdleDevice()).memory_stats
 
 
 def test_every_phase_is_a_row_for_each_kind_of_client() -> None:

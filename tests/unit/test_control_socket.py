@@ -15,6 +15,7 @@ from moeshm.errors import (
     SessionError,
     SettingError,
 )
+from moeshm.foreign_fds import close_fds
 from moeshm.handshake import Refusal, Welcome
 from moeshm.session import ControlSocket
 from tests.wire import (
@@ -84,7 +85,7 @@ def test_a_long_message_arrives_with_its_fds(
     assert message == welcome
     assert [os.readlink(f"/proc/self/fd/{fd}") for fd in fds] == ["/dev/null", "/dev/zero"]
     assert not any(os.get_inheritable(fd) for fd in fds)
-    session.close_fds(fds)
+    close_fds(fds)
     assert fds == []
 
 

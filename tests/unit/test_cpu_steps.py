@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeshm.backends import SteppingBackend, cpu, cpu_layer, cpu_matmul, cpu_team
+from moeshm.backends import SteppingBackend, cpu, cpu_activation, cpu_layer, cpu_matmul, cpu_team
 from moeshm.backends.cpu import CpuBackend
 from moeshm.checkpoint.layer import ExpertLayer
 from moeshm.dtypes import Array, DType, FloatArray, narrow
@@ -152,6 +153,20 @@ def test_a_pause_that_raises_ends_the_call_and_frees_everything(threads: int) ->
     assert [each() for each in gone] == [None, None]
 
 
+def fail_in_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At their first step, which the call's own thread waits for."""
+    has_failed = threading.Event()
+
+    def activate(*arguments: Any) -> FloatArray:
+        if threading.current_thread() is threading.main_thread():
+            assert has_failed.wait(20)
+            return cpu_activation.activate(*arguments)
+        has_failed.set()
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(cpu_layer, "activate", activate)
+
+
 def test_an_error_in_the_middle_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = random_layer(5, weight_dtype=DType.BF16)
     backend = CpuBackend({0: layer}, threads=3)
@@ -169,16 +184,171 @@ def test_an_error_in_the_middle_ends_the_call(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_array_equal(call.out, expected)
 
 
-def test_how_much_is_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_helper_keeps_no_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a garbage collection: a ring's room is free when its views are gone."""
+    layer = random_layer(5, weight_dtype=DType.BF16)
+    backend = CpuBackend({0: layer}, threads=3)
+    call = Call(layer, 50, DType.F32)
+    fail_in_helpers(monkeypatch)
+    gone = weakref.ref(call.out), weakref.ref(call.x)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(MemoryError, match="no room") as caught:
+            backend.ffn_in_steps(0, *call.arrays, NeverDue())
+        del call, caught
+        # The pool's threads let go of what they ran a moment after its end.
+        end = time.monotonic() + 20
+        while any(each() is not None for each in gone) and time.monotonic() < end:
+            time.sleep(0.001)
+        assert all(each() is None for each in gone)
+    finally:
+        gc.enable()
+
+
+def test_an_error_in_a_helper_ends_the_others_soon() -> None:
+    """Not only when all other tasks are done."""
+    tasks_begun: list[int] = []
+    failed = threading.Event()
+
+    def task(number: int) -> Iterator[int]:
+        tasks_begun.append(number)
+        if threading.current_thread() is not threading.main_thread():
+            failed.set()
+            raise MemoryError("no room")
+        assert failed.wait(20)
+        yield 1
+
+    with pytest.raises(MemoryError, match="no room"):
+        cpu_team.Team(2).run([task(number) for number in range(1000)], True, cpu_team.Pace(None))
+    assert len(tasks_begun) < 1000
+
+
+def test_interrupts_end_a_call_only_once_its_helpers_are_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They write into the call's arrays."""
+    waits = [0]
+    working, go = threading.Event(), threading.Event()
+    is_working = [False]
+
+    def interrupted(futures: Any, timeout: float | None = None) -> Any:
+        waits[0] += 1
+        if waits[0] <= 3:
+            assert working.wait(20)
+            raise KeyboardInterrupt
+        go.set()
+        return concurrent.futures.wait(futures, timeout)
+
+    def task() -> Iterator[int]:
+        if threading.current_thread() is threading.main_thread():
+            # A helper takes the other one.
+            assert working.wait(20)
+            return
+        is_working[0] = True
+        working.set()
+        assert go.wait(20)
+        is_working[0] = False
+        yield 1
+
+    monkeypatch.setattr(cpu_team, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cpu_team.Team(2).run([task(), task()], True, cpu_team.Pace(None))
+    assert waits[0] == 4
+    assert not is_working[0]
+
+
+def test_a_helper_that_cannot_be_had_ends_those_that_are_at_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No thread can be started: the call ends with an error, and nobody works on it."""
+    working, job = threading.Event(), list[Any]()
+    team = cpu_team.Team(3)
+    pool = team._helpers()
+    submit = pool.submit
+
+    def failing(function: Any) -> Any:
+        if job:
+            assert working.wait(20)
+            raise RuntimeError("can't start new thread")
+        job.append(submit(function))
+        return job[0]
+
+    def task() -> Iterator[int]:
+        working.set()
+        while True:
+            yield 1
+
+    monkeypatch.setattr(pool, "submit", failing)
+    with pytest.raises(RuntimeError, match="new thread"):
+        team.run([task() for _ in range(3)], True, cpu_team.Pace(None))
+    assert job[0].done()
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+@pytest.mark.parametrize("n_rows", [None, 1, 40, cpu_matmul.MOST_ROWS])
+def test_how_much_is_done_at_once(
+    monkeypatch: pytest.MonkeyPatch, dtype: Any, n_rows: int | None
+) -> None:
     """A block times as many rows as go together, whatever the expert and the call are."""
     monkeypatch.undo()
     most = cpu_matmul.BLOCK_ELEMENTS * (cpu_matmul.MOST_ROWS + 16)
-    for shape in ((2048, 2048), (4096, 1024), (64, 14336)):
-        weights = np.zeros(shape, np.uint16)
+    for shape in ((2048, 2048), (4096, 1024), (64, 14336), (1024, 14336)):
+        weights = np.zeros(shape, dtype)
         for stored in (weights, weights.T):
-            xs = [np.zeros((n, stored.shape[1]), np.float32).T for n in (cpu_matmul.MOST_ROWS, 40)]
-            outs = [np.zeros((len(stored), x.shape[1]), np.float32) for x in xs]
-            assert max(cpu_matmul.multiply(stored, xs, outs)) <= most
+            n_out, n_in = stored.shape
+            if n_rows is None:
+                xs, outs = [np.zeros(n_in, np.float32)], [np.zeros(n_out, np.float32)]
+            else:
+                xs = [np.zeros((n, n_in), np.float32).T for n in {n_rows, 40}]
+                outs = [np.zeros((n_out, x.shape[1]), np.float32) for x in xs]
+            done = list(cpu_matmul.multiply(stored, xs, outs))
+            assert max(done) <= most
+            assert sum(done) == stored.size * sum(16 + x.size // n_in for x in xs)
+
+
+@pytest.mark.parametrize("shape", [(50, 300), (300, 50), (7, 3)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_blocks_of_float32(shape: tuple[int, int], order: Any) -> None:
+    """Cut both ways: the product, of the same bits in every run."""
+    rng = np.random.default_rng(1)
+    weights = np.asarray(rng.standard_normal(shape, np.float32), order=order)
+    xs = [rng.standard_normal((shape[1], n), np.float32) for n in (5, 320)]
+    xs.append(rng.standard_normal(shape[1], np.float32))
+    runs = []
+    for _ in range(2):
+        outs = [np.full((shape[0], *x.shape[1:]), np.nan, np.float32) for x in xs]
+        for each in zip(xs, outs, strict=True):
+            assert sum(cpu_matmul.multiply(weights, [each[0]], [each[1]]))
+        assert sum(cpu_matmul.multiply(weights, xs[:2], outs[:2]))
+        runs.append(outs)
+    for x, out, again in zip(xs, *runs, strict=True):
+        np.testing.assert_array_equal(out, again)
+        expected = weights.astype(np.float64) @ x
+        np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_without_experts_are_zeroed_in_steps() -> None:
+    layer = random_layer(8, weight_dtype=DType.BF16)
+    backend = CpuBackend({0: layer}, threads=1)
+    call = Call(layer, 100, DType.F32)
+    call.ids[...] = -1
+    pauses: list[int] = []
+    outputs_of = backend._outputs
+
+    def watched(*arguments: Any) -> Any:
+        before = due.n
+        found = outputs_of(*arguments)
+        pauses.append(due.n - before)
+        return found
+
+    due = AlwaysDue()
+    backend._outputs = watched  # type: ignore[method-assign, assignment]
+    backend.ffn_in_steps(0, *call.arrays, due)
+    assert not call.out.any()
+    # Of 40 tokens, 40 and 20, three rows each.
+    per_piece = 300 // layer.info.hidden_size
+    assert pauses == [-(-3 * n // per_piece) for n in (40, 40, 20)]
 
 
 def test_rows_of_one_expert_are_cut_evenly() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -12,11 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from moeshm import daemon, process, protocol
+from moeshm import daemon, process, protocol, refusals, session
 from moeshm.daemon import Daemon, notify_systemd
 from moeshm.errors import SettingError
 from moeshm.layers import LayerInfo
+from moeshm.settings import Settings
 from tests.crash.arithmetic import ArithmeticBackend
+from tests.wire import PATIENCE_S
 
 
 def listen(path: Path) -> Daemon:
@@ -109,8 +112,12 @@ def test_all_sessions_together_get_the_time_to_drain(
 def test_a_connection_that_no_thread_can_serve_ends_itself_only(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(_thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "moeshm-session":
+            raise RuntimeError("can't start new thread")
+        start(thread)
 
     served = listen(path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
@@ -119,8 +126,67 @@ def test_a_connection_that_no_thread_can_serve_ends_itself_only(
         served._accept()
         assert b"the worker has no thread" in client.recv(1000)
         assert client.recv(1) == b""
-    assert "could not be served: can't start new thread" in caplog.text
+        assert not served._admissions._here
     served._drain()
+    assert "got no session: the worker has no thread" in caplog.text
+    close(served)
+
+
+def connect(path: Path) -> socket.socket:
+    """A client."""
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    client.connect(str(path))
+    return client
+
+
+def test_refusals_that_nobody_can_tell_keep_no_thread_and_are_not_without_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The thread that accepts goes on; at some point it accepts no more, until they are told."""
+    gate, inside = threading.Event(), threading.Semaphore(0)
+    told: list[int] = []
+
+    def refuse(sock: socket.socket, _: Exception) -> None:
+        inside.release()
+        gate.wait()
+        sock.close()
+        told.append(1)
+
+    monkeypatch.setattr(refusals, "_MOST_THREADS", 2)
+    monkeypatch.setattr(refusals, "_MOST_WAITING", 3)
+    monkeypatch.setattr(daemon, "_ACCEPT_PAUSE_S", 0.0)
+    monkeypatch.setattr(session, "refuse", refuse)
+    served = listen(path)
+    served._admissions.settings = Settings(max_sessions_per_process=1)
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(connect(path))
+        served._accept()
+        for number in range(6):
+            stack.enter_context(connect(path))
+            served._accept()
+            # Two are in the hands of a thread, three wait, and one is not accepted.
+            if number < 2:
+                inside.acquire()
+        assert not served._refusals.has_room()
+        assert "no more are accepted" in caplog.text
+        gate.set()
+        served._refusals.finish(PATIENCE_S)
+        assert served._refusals.has_room()
+        assert len(told) == 5
+        first.close()
+        served._drain()
+    close(served)
+
+
+def test_a_death_that_is_not_watched_for_is_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process, "open_pidfd", lambda _pid, _ticks=0: -1)
+    served = listen(path)
+    with connect(path):
+        served._accept()
+    served._drain()
+    assert "its death is not watched for" in caplog.text
     close(served)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from moeshm.backends import Backend, GrowingBackend, Ids, Weights
 from moeshm.backends.cpu import CpuBackend
+from moeshm.backends.gpu import backend as backend_module
 from moeshm.backends.gpu import job, workspace
 from moeshm.backends.gpu.abi import Call
 from moeshm.backends.gpu.backend import _MAX_JOBS, GpuBackend
@@ -30,6 +31,7 @@ from moeshm.errors import (
 from tests.checkpoints import random_layer
 from tests.conformance.test_backends import TOLERANCE, assert_close, compute, draw_call
 from tests.simt.device import FEATURES, IdleDevice, SimtDevice
+from tests.steps import AlwaysDue, NeverDue
 from tests.unit.test_gpu_experts import part
 from tests.wire import meanwhile
 
@@ -95,6 +97,60 @@ def test_long_calls_are_cut_into_parts(
     call = draw_call(6, layer, 130, top_k)
     found = compute(GpuBackend({0: layer}, SimtDevice()), *call)
     assert_close(found, reference_ffn(layer, *call), TOLERANCE[dtype])
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls are computed in parts of 40 tokens."""
+    monkeypatch.setattr(backend_module, "step_tokens", lambda *_: 40)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_others_compute_and_experts_come_between_parts() -> None:
+    """Of the same bits; the layer that comes needs a larger workspace."""
+    backend = GpuBackend({0: LAYER}, SimtDevice())
+    long, short = draw_call(6, LAYER, 130, 2), draw_call(7, LAYER, 50, 2)
+    expected, expected_short = compute(backend, *long), compute(backend, *short)
+    assert_close(expected, reference_ffn(LAYER, *long), TOLERANCE[DType.F32])
+    wide = random_layer(7, hidden_size=200, intermediate_size=136, top_k=6)
+    call = draw_call(9, wide, 50, 6)
+    before = backend._workspace.device_bytes
+
+    def others() -> None:
+        np.testing.assert_array_equal(compute(backend, *short), expected_short)
+        if due.n == 2:
+            backend.add(1, wide)
+            assert backend._workspace.device_bytes > before
+        if due.n > 1:
+            out = np.full_like(call[0], np.nan)
+            backend.ffn(1, *call, out)
+            assert_close(out, reference_ffn(wide, *call), TOLERANCE[DType.F32])
+
+    due = AlwaysDue(others)
+    out = np.full_like(long[0], np.nan)
+    backend.ffn_in_steps(0, *long, out, due)
+    assert due.n == 3
+    np.testing.assert_array_equal(out, expected)
+    backend.ffn_in_steps(0, *long, out, NeverDue())
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_pause_that_raises_ends_the_call_and_leaves_the_turn() -> None:
+    backend = GpuBackend({0: LAYER}, SimtDevice())
+    call = draw_call(6, LAYER, 130, 2)
+    expected = compute(backend, *call)
+
+    def stop() -> None:
+        assert not backend._turn.kept.locked()
+        if due.n == 2:
+            raise TimeoutError("enough")
+
+    due = AlwaysDue(stop)
+    with pytest.raises(TimeoutError, match="enough"):
+        backend.ffn_in_steps(0, *call, np.empty_like(call[0]), due)
+    assert not backend._turn.kept.locked()
+    np.testing.assert_array_equal(compute(backend, *call), expected)
 
 
 @pytest.mark.parametrize("dtype", [DType.F16, DType.BF16])

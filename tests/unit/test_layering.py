@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[2]
 LAYERS = {
     "L0 ground": (
         "errors settings process signals files printable layers dtypes segment kernels"
-        " _version _atomics _crash_points _formats _inputs _mapping _end _ring _words _totals"
+        " _version _atomics _crash_points _formats _inputs _mapping _end _ring _words _role _totals"
     ),
     "L1 session": (
         "_wire _descriptors _claims protocol orders descriptors _device_arrays device_arrays"
-        " handshake access limits sizes session transport"
+        " handshake access limits foreign_fds sizes session transport"
     ),
     "L2 compute": "checkpoint backends",
     "L3 policy": "placement swaps routing_stats policy",
@@ -28,7 +28,7 @@ LAYERS = {
         "client connecting engine_device choice call windows arrays link held fallback reconnect"
         " offload supervisor worker"
         " views holdings slab_server turns device_calls device_future device_watch daemon listening"
-        " stats logs metrics integrations diagnosis"
+        " refusals stats logs metrics integrations diagnosis"
     ),
     # `moeshm` itself is the public names: who imports them imports everything.
     "L5 user": "cli demo soak bench moeshm __main__",

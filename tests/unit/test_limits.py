@@ -34,6 +34,11 @@ class Clients:
         self._stack = stack
         self.book = Admissions(Settings(**limits))
 
+    def pass_time(self) -> None:
+        """All that are at their handshake are slow by now."""
+        for each in self.book._here:
+            each.began_at -= 1.0
+
     def connect(self, pid: int = 1, uid: int = 1) -> tuple[Admission, socket.socket]:
         """Let one in; with the client's end."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -103,22 +108,24 @@ def test_processes_that_cannot_be_told_apart_are_not_taken_for_one(
     assert "of user" in clients.refused(0)
 
 
-@pytest.mark.parametrize("setting", ["max_sessions_per_user", "max_sessions_per_process"])
-def test_who_hung_up_is_not_counted_for_the_client(
+def test_another_user_of_the_same_number_is_another_process(stack: contextlib.ExitStack) -> None:
+    """In other containers numbers come again."""
+    clients = Clients(stack, max_handshakes=2, max_sessions_per_process=2)
+    clients.connect(7, 1)
+    clients.connect(7, 2)
+    clients.pass_time()
+    clients.connect(7, 3)
+    assert [each.why_evicted is None for each in clients.book._here] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    "setting", ["max_sessions", "max_sessions_per_user", "max_sessions_per_process"]
+)
+def test_who_hung_up_counts_until_the_end_and_others_come_again(
     stack: contextlib.ExitStack, setting: str
 ) -> None:
-    """Only its end takes the worker some time yet."""
+    """Or one that connects and hangs up, again and again, would hold more than it may."""
     clients = Clients(stack, **{setting: 2})
-    _, first = clients.connect()
-    clients.connect()
-    clients.refused()
-    first.close()
-    clients.connect()
-    assert clients.refused().startswith("2 connections")
-
-
-def test_a_full_worker_is_busy_while_someone_is_leaving(stack: contextlib.ExitStack) -> None:
-    clients = Clients(stack, max_sessions=2)
     admission, first = clients.connect()
     clients.connect()
     assert not clients.refused().startswith("busy")
@@ -126,6 +133,7 @@ def test_a_full_worker_is_busy_while_someone_is_leaving(stack: contextlib.ExitSt
     assert clients.refused().startswith("busy: 2 connections")
     admission.end()
     clients.connect()
+    assert clients.refused().startswith("2 connections")
 
 
 # --- handshakes ---------------------------------------------------------------------------
@@ -137,15 +145,70 @@ def test_a_process_with_many_handshakes_keeps_no_other_out(stack: contextlib.Exi
     # It has its share.
     assert clients.refused(7).startswith("busy: 3 connections at their handshake")
     newcomer, _ = clients.connect(8)
-    assert [each.is_evicted for each, _ in slow] == [True, False, False]
-    assert "handshake of process 7 made room" in str(slow[0][0].why_evicted())
-    assert not newcomer.is_evicted
+    assert [each.why_evicted is not None for each, _ in slow] == [True, False, False]
+    assert "handshake of process 7 made room" in str(slow[0][0].why_evicted)
+    assert newcomer.why_evicted is None
     # Both have as good as the same now.
     assert clients.refused(8).startswith("busy")
     assert clients.book.refused == {"max_handshakes": 3}
     newcomer.has_shaken_hands()
     clients.connect(8)
-    assert [each.is_evicted for each, _ in slow] == [True, False, False]
+    assert [each.why_evicted is not None for each, _ in slow] == [True, False, False]
+
+
+def evicted(clients: Clients) -> list[tuple[int, int]]:
+    """Uid and pid of those whose handshakes had to end, in the order in which they came."""
+    return [each.peer[1::-1] for each in clients.book._here if each.why_evicted is not None]
+
+
+def test_a_user_with_many_processes_keeps_no_other_out(stack: contextlib.ExitStack) -> None:
+    """One silent connection of each; and two of one of them."""
+    clients = Clients(stack, max_handshakes=6)
+    for pid in (1, 2, 3, 4, 4, 5):
+        clients.connect(pid, uid=1)
+    clients.connect(9, uid=2)
+    assert evicted(clients) == [(1, 4)]
+    clients.connect(10, uid=2)
+    clients.connect(11, uid=2)
+    assert evicted(clients) == [(1, 1), (1, 2), (1, 4)]
+    # Now they have 3 each.
+    assert clients.refused(12, uid=2).startswith("busy")
+
+
+def test_where_all_have_as_many_the_slow_ones_make_room(stack: contextlib.ExitStack) -> None:
+    """As where one has very many processes, with a silent connection of each."""
+    clients = Clients(stack, max_handshakes=3)
+    for pid in range(1, 4):
+        clients.connect(pid)
+    assert clients.refused(4).startswith("busy")
+    clients.pass_time()
+    clients.connect(4)
+    assert evicted(clients) == [(1, 1)]
+    clients.connect(5)
+    clients.connect(6)
+    # Those that are left just came.
+    assert clients.refused(7).startswith("busy")
+
+
+def test_processes_without_a_number_are_told_apart(stack: contextlib.ExitStack) -> None:
+    clients = Clients(stack, max_handshakes=2)
+    for _ in range(2):
+        clients.connect(0)
+    assert clients.refused(5).startswith("busy"), "none of them has more than its share"
+    clients.pass_time()
+    clients.connect(5)
+    assert evicted(clients) == [(1, 0)]
+
+
+def test_who_was_evicted_gets_no_welcome(stack: contextlib.ExitStack) -> None:
+    clients = Clients(stack, max_handshakes=2)
+    welcomed, evicted_one = (clients.connect()[0] for _ in range(2))
+    welcomed.has_shaken_hands()
+    clients.book.evict_all(Busy("the worker shuts down"))
+    assert welcomed.why_evicted is None
+    assert evicted_one._socket.recv(1) == b""
+    with pytest.raises(Busy, match="shuts down"):
+        evicted_one.has_shaken_hands()
 
 
 def test_an_evicted_handshake_ends(stack: contextlib.ExitStack) -> None:
@@ -154,7 +217,7 @@ def test_an_evicted_handshake_ends(stack: contextlib.ExitStack) -> None:
     slow, theirs = clients.connect(7)
     clients.connect(7)
     clients.connect(8)
-    assert slow.is_evicted
+    assert slow.why_evicted is not None
     assert slow._socket.recv(1) == b""
     slow._socket.send(b"sorry")
     assert theirs.recv(10) == b"sorry"
@@ -195,28 +258,65 @@ def test_a_session_of_which_nothing_fits_is_refused(stack: contextlib.ExitStack)
 
 def test_all_sessions_together_take_no_more_than_there_is(stack: contextlib.ExitStack) -> None:
     clients = Clients(stack, max_bytes=1000)
-    first, second = (clients.connect()[0] for _ in range(2))
-    first.take_bytes(1, lambda _: 600)
+    (first, theirs), (second, _), (third, _) = (clients.connect(n, uid=n) for n in (1, 2, 3))
+    first.take_bytes(1, lambda _: 300)
+    second.take_bytes(1, lambda _: 300)
     with pytest.raises(
         HandshakeRefused, match="take 600 bytes, and this one would take 401; 1000 may be taken"
-    ):
-        second.take_bytes(1, lambda _: 401)
-    second.take_bytes(1, lambda _: 400)
+    ) as caught:
+        third.take_bytes(1, lambda _: 401)
+    assert not isinstance(caught.value, Busy)
+    third.take_bytes(1, lambda _: 400)
     # Its own are not counted twice.
-    second.take_bytes(1, lambda _: 400)
+    third.take_bytes(1, lambda _: 400)
+    theirs.close()
+    with pytest.raises(Busy):
+        third.take_bytes(1, lambda _: 401)
     first.end()
-    second.take_bytes(1, lambda _: 1000)
-    assert clients.book.refused == {"max_bytes": 1}
+    third.take_bytes(1, lambda _: 500)
+    assert clients.book.refused == {"max_bytes": 2}
+
+
+def test_no_process_and_no_user_takes_all(stack: contextlib.ExitStack) -> None:
+    clients = Clients(stack, max_bytes=1000)
+    first, second, third, other = (clients.connect(pid)[0] for pid in (1, 1, 2, 3))
+    first.take_bytes(1, lambda _: 300)
+    with pytest.raises(HandshakeRefused, match=r"of one process take 300 .* take 201; 500 may"):
+        second.take_bytes(1, lambda _: 201)
+    second.take_bytes(1, lambda _: 200)
+    third.take_bytes(1, lambda _: 250)
+    with pytest.raises(HandshakeRefused, match=r"of one user take 750 .* take 1; 750 may"):
+        other.take_bytes(1, lambda _: 1)
+    clients.connect(4, uid=2)[0].take_bytes(1, lambda _: 250)
+
+
+def test_one_session_each_may_have_that_takes_all(stack: contextlib.ExitStack) -> None:
+    clients = Clients(stack, max_bytes=1000)
+    clients.connect(1)[0].take_bytes(1, lambda _: 1000)
+    with pytest.raises(HandshakeRefused, match="sessions take 1000 bytes"):
+        clients.connect(2)[0].take_bytes(1, lambda _: 1)
 
 
 def test_half_of_what_is_free_may_be_taken(
     stack: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "available_memory", lambda: 2001)
+    monkeypatch.setattr(process, "available_memory", lambda: 1 << 30)
+    admission, _ = Clients(stack, max_bytes_per_session=1 << 40).connect()
+    with pytest.raises(HandshakeRefused, match=f"{1 << 29} may be taken"):
+        admission.take_bytes(1, lambda _: (1 << 29) + 1)
+    admission.take_bytes(1, lambda _: 1 << 28)
+
+
+def test_someone_is_served_where_no_memory_is_free(
+    stack: contextlib.ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It may well be, in a moment."""
+    monkeypatch.setattr(process, "available_memory", lambda: 0)
     admission, _ = Clients(stack).connect()
-    with pytest.raises(HandshakeRefused, match="1000 may be taken"):
-        admission.take_bytes(1, lambda _: 1001)
-    admission.take_bytes(1, lambda _: 1000)
+    admission.take_bytes(1, lambda _: 32 << 20)
+    assert "0 bytes of memory are free; sessions may take 67108864" in caplog.text
 
 
 @pytest.mark.parametrize("transport", ["shared", "stream", "auto"])

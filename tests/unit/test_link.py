@@ -25,6 +25,7 @@ class FakeTransport:
         self.room = 0
         self.error: Exception | None = None
         self.sent: list[Any] = []
+        self.has_unread = False
         #: Before a call is written.
         self.meanwhile: Callable[[], object] = lambda: None
 
@@ -52,6 +53,8 @@ class FakeTransport:
 
 class Nobody:
     """Waits for no reply."""
+
+    is_done = False
 
     def __init__(self, deadline: float = 1e9) -> None:
         self.deadline = deadline

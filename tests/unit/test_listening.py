@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -15,7 +16,7 @@ import pytest
 from moeshm import listening
 from moeshm.errors import AddressInUse
 from moeshm.listening import Listener
-from tests.users import GROUP, NOBODY, needs_root
+from tests.users import GROUP, NOBODY, as_user, needs_root, shared_folder
 
 
 @pytest.fixture
@@ -92,6 +93,60 @@ def test_what_is_no_socket_is_left_alone(path: Path, tmp_path: Path, kind: str) 
         listen(path)
     assert os.listdir(tmp_path) == ["w.sock"]
     assert kind != "file" or path.read_text() == "precious"
+
+
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    """A path of 107 bytes can be connected to, but it is bound by the folder's fd."""
+    with pytest.raises(AddressInUse, match=r"has 100 bytes, without its folder; at most \d+ can"):
+        listen(tmp_path / ("x" * 100))
+    close(listen(tmp_path / ("x" * 80)))
+
+
+def test_what_fails_after_the_bind_leaves_no_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_it = os.open
+
+    def fail(name: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if name == path.name and path.exists():
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return open_it(name, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(AddressInUse, match="Too many open files"):
+        listen(path)
+    assert not path.exists()
+
+
+def test_who_put_it_aside_meanwhile_hides_no_error(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_file: str, _mode: int) -> None:
+        path.unlink()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "chmod", fail)
+    with pytest.raises(AddressInUse, match="Input/output error"):
+        listen(path)
+
+
+def test_clients_cannot_send_fds_where_the_kernel_knows_that(path: Path) -> None:
+    """On an older one it is as without this."""
+    served = listen(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.connect(str(path))
+        with served.socket.accept()[0] as accepted:
+            try:
+                knows = accepted.getsockopt(socket.SOL_SOCKET, listening._SO_PASSRIGHTS) in (0, 1)
+            except OSError:
+                knows = False
+            try:
+                socket.send_fds(client, [b"x"], [0])
+            except PermissionError:
+                assert knows
+            else:
+                assert not knows
+    close(served)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -213,6 +268,21 @@ def test_a_folder_of_another_user(tmp_path: Path) -> None:
     with pytest.raises(AddressInUse, match=f"belongs to user {NOBODY} .*a folder of your own"):
         listen(tmp_path / "w.sock")
     assert os.listdir(tmp_path) == []
+
+
+@needs_root
+def test_a_folder_of_ones_own_that_may_not_be_read() -> None:
+    with shared_folder(0o755) as folder:
+        own = folder / "own"
+        own.mkdir(0o300)
+        os.chown(own, NOBODY, NOBODY)
+
+        def try_it() -> None:
+            with pytest.raises(AddressInUse, match=f"Permission denied; let user {NOBODY} read it"):
+                listen(own / "w.sock")
+
+        as_user(NOBODY, try_it)
+        own.rmdir()
 
 
 def test_a_folder_that_everybody_may_write(path: Path, tmp_path: Path) -> None:

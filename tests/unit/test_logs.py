@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from moeshm import logs
+from moeshm.access import Peer
 from moeshm.printable import printable
 
 
@@ -172,6 +174,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """In place of the system's."""
     monkeypatch.setattr(logs, "_SAME_LINES", 3.0)
     monkeypatch.setattr(logs, "_PEER_LINES", 5.0)
+    monkeypatch.setattr(logs, "_USER_LINES", 9.0)
+    monkeypatch.setattr(logs, "_LIMITED_LINES", 2.0)
     return Clock(monkeypatch)
 
 
@@ -191,9 +195,9 @@ def test_the_same_line_is_counted_when_it_comes_very_often(
 ) -> None:
     logs.configure("info", as_json=False)
     for _ in range(100):
-        peers.log(7, logging.WARNING, "refused")
-    peers.log(7, logging.WARNING, "refused otherwise")
-    peers.log(8, logging.INFO, "refused")
+        peers.log(Peer(7, 1, 1), logging.WARNING, "refused")
+    peers.log(Peer(7, 1, 1), logging.WARNING, "refused otherwise")
+    peers.log(Peer(8, 1, 1), logging.INFO, "refused")
     peers.summarise()
     assert said(capsys) == [
         *["process 7: refused"] * 3,
@@ -205,7 +209,7 @@ def test_the_same_line_is_counted_when_it_comes_very_often(
     assert said(capsys) == ["process 7: 97 times more: refused"]
     # It is told once, and by now a few may be written again.
     peers.summarise(is_over=True)
-    peers.log(7, logging.WARNING, "refused")
+    peers.log(Peer(7, 1, 1), logging.WARNING, "refused")
     assert said(capsys) == ["process 7: refused"]
 
 
@@ -214,7 +218,7 @@ def test_at_the_end_the_rest_is_told_at_once(
 ) -> None:
     logs.configure("info", as_json=False)
     for _ in range(4):
-        peers.log(7, logging.WARNING, "refused\nINFO all is well")
+        peers.log(Peer(7, 1, 1), logging.WARNING, "refused\nINFO all is well")
     peers.summarise(is_over=True)
     assert said(capsys)[3:] == ["process 7: 1 times more: refused\\nINFO all is well"]
 
@@ -224,7 +228,7 @@ def test_lines_that_all_differ_are_counted_as_well(
 ) -> None:
     logs.configure("info", as_json=False)
     for number in range(1000):
-        peers.log(7, logging.WARNING, f"refused for the {number}th time")
+        peers.log(Peer(7, 1, 1), logging.WARNING, f"refused for the {number}th time")
     assert len(said(capsys)) == 5
     clock.now += logs.SUMMARY_S
     peers.summarise()
@@ -232,3 +236,50 @@ def test_lines_that_all_differ_are_counted_as_well(
     assert len(shown) == 21
     assert shown[-1] == "975 more lines of 995 kinds were left out"
     assert len(peers._lines) <= 512
+
+
+def test_a_user_with_many_processes_is_one(
+    capsys: pytest.CaptureFixture[str], peers: logs.PeerLog
+) -> None:
+    logs.configure("info", as_json=False)
+    for pid in range(1, 101):
+        peers.log(Peer(pid, 1, 1), logging.WARNING, "refused")
+    peers.log(Peer(1, 2, 2), logging.WARNING, "refused")
+    assert said(capsys) == [
+        *(f"process {pid}: refused" for pid in range(1, 10)),
+        "process 1: refused",
+    ]
+
+
+def test_processes_without_a_number_are_not_taken_for_one(
+    capsys: pytest.CaptureFixture[str], peers: logs.PeerLog
+) -> None:
+    """But for their user."""
+    logs.configure("info", as_json=False)
+    for _ in range(100):
+        peers.log(Peer(0, 1, 1), logging.WARNING, "refused")
+    peers.summarise(is_over=True)
+    assert said(capsys) == [*["process 0: refused"] * 9, "process 0: 91 times more: refused"]
+
+
+def test_lines_of_nobody_in_particular(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
+    logs.configure("info", as_json=False)
+    name = "moeshm.test_lines_of_nobody"
+    log = logs.limited(name)
+    assert logs.limited(name) is log
+    for number in range(100):
+        log.warning("%d experts loaded", number)
+    clock.now += 0.15
+    log.warning("%d%% loaded", 100)
+    log.warning("nothing")
+    assert said(capsys) == [
+        "0 experts loaded",
+        "1 experts loaded",
+        "100% loaded (98 lines before it were left out)",
+    ]
+
+
+@pytest.mark.parametrize("name", ["moeshm.holdings", "moeshm.worker", "moeshm.daemon.lost"])
+def test_what_clients_give_cause_for_is_limited(name: str) -> None:
+    importlib.import_module("moeshm.daemon")
+    assert any(isinstance(each, logs._Limit) for each in logging.getLogger(name).filters)

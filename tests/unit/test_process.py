@@ -6,6 +6,7 @@ import os
 import select
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,28 @@ def test_a_name_full_of_parentheses_is_no_trouble() -> None:
         assert ticks >= process.start_ticks(os.getpid())
         assert process.is_alive(popen.pid, ticks)
         popen.kill()
+
+
+def test_the_own_cgroup_and_those_around_it_limit_the_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    (tmp_path / "cgroup").write_text("4:memory:/elsewhere\n0::/a/b\n")
+    monkeypatch.setattr(process, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(process, "_OWN_CGROUP", tmp_path / "cgroup")
+    assert process._own_cgroups() == [inner, tmp_path / "a", tmp_path]
+    free = process.available_memory()
+    for folder, limit, used in ((inner, "max", 5), (tmp_path / "a", "1000", 700)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text("anon 1\ninactive_file 50\n")
+    assert free > 350
+    assert process.available_memory() == 350
+    (inner / "memory.max").write_text("3\n")
+    assert process.available_memory() == 48
+    (tmp_path / "cgroup").write_text("0::/../../x\n")
+    assert process._own_cgroups() == [tmp_path]
 
 
 def test_one_cpu_at_least() -> None:

@@ -28,7 +28,8 @@ from moeshm.errors import (
     SegmentError,
     SessionError,
 )
-from moeshm.handshake import Goodbye, Hello, Welcome
+from moeshm.foreign_fds import close_fds
+from moeshm.handshake import Goodbye, Hello, Refusal, Welcome
 from moeshm.limits import Admission, Admissions, Busy
 from moeshm.session import ControlSocket, Session
 from moeshm.settings import Settings
@@ -337,6 +338,35 @@ def test_a_session_too_large_is_refused_at_the_client(listener: socket.socket) -
         pytest.raises(HandshakeRefused, match=r"at least \d+ bytes, and MOESHM_MAX_BYTES_PER_SES"),
     ):
         session.connect(address(listener), "auto", 64, PATIENCE_S)
+
+
+@pytest.mark.parametrize("is_evicted", [False, True])
+def test_who_was_evicted_gets_no_welcome(listener: socket.socket, is_evicted: bool) -> None:
+    """Though its hello came."""
+    book = Admissions(Settings())
+
+    def accept() -> None:
+        sock, _ = listener.accept()
+        admission = book.admit(sock, access.peer_of(sock))
+        select.select([sock], [], [], PATIENCE_S)
+        if is_evicted:
+            admission.evict(Busy("made room"))
+        with contextlib.closing(ControlSocket(sock, is_worker=True)) as control:
+            if is_evicted:
+                with pytest.raises(Busy, match="made room"):
+                    session.accept(control, LAYERS, "null", 4096, PATIENCE_S, admission=admission)
+                return
+            with session.accept(control, LAYERS, "null", 64, PATIENCE_S, admission=admission):
+                assert not admission.is_shaking
+
+    with meanwhile(accept):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.connect(address(listener).removeprefix("unix:"))
+        with contextlib.closing(ControlSocket(sock)) as client:
+            client.send(HELLO, [], PATIENCE_S)
+            answer, fds = client.receive(PATIENCE_S)
+            close_fds(fds)
+            assert isinstance(answer, Refusal if is_evicted else Welcome)
 
 
 def test_a_silent_client_is_not_waited_for(sockets: tuple[ControlSocket, socket.socket]) -> None:

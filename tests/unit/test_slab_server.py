@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import os
 
+import msgspec
+import numpy as np
 import pytest
 
-from moeshm._words import store_word
+from moeshm._words import load_word, store_word
 from moeshm.backends import SlabCall
 from moeshm.dtypes import DType
 from moeshm.errors import DeviceError, DeviceLost
 from moeshm.handshake import Hello
 from moeshm.slab_server import SlabServer
-from moeshm.transport.slab import DONE, PAGE_BYTES, Places
-from tests.crash.arithmetic import FREE, HIDDEN_SIZE, NUM_EXPERTS, ArithmeticBackend
-from tests.steps import NeverDue
+from moeshm.transport.slab import DONE, PAGE_BYTES, SLOT_BYTES, Places
+from tests.crash.arithmetic import (
+    FREE,
+    HIDDEN_SIZE,
+    NUM_EXPERTS,
+    STEPPED,
+    ArithmeticBackend,
+    assert_exact,
+    make_inputs,
+)
+from tests.crash.stepping import SteppingArithmetic
+from tests.steps import AlwaysDue, NeverDue
 
 
 class Slab:
@@ -75,6 +86,8 @@ def offer(server: SlabServer, slab: str, vendor: str = "cuda") -> tuple[str, str
 CALL = SlabCall(
     FREE, 1, HIDDEN_SIZE, 2, DType.F32, Places(3, 0, 256, 512, 768), 9, NUM_EXPERTS, None
 )
+#: Of a call of three tokens: values of a token, and where they are.
+AREAS = (HIDDEN_SIZE, 0), (2, 256), (2, 512), (HIDDEN_SIZE, 768)
 
 
 def test_a_device_that_takes_long_is_asked() -> None:
@@ -144,11 +157,57 @@ def test_a_session_that_is_far_ahead_waits() -> None:
     (slab,) = backend.slabs
     waits = []
     for _ in range(48):
-        server.hold_back()
+        server.hold_back(CALL.n_tokens)
         server.compute(CALL, NeverDue())
         waits.append(slab.n_waits)
     assert waits == [n // 16 for n in range(48)]
     slab.is_lost = True
     with pytest.raises(DeviceLost):
-        server.hold_back()
+        server.hold_back(CALL.n_tokens)
+    server.close()
+
+
+def test_a_call_that_would_be_too_much_waits_before_it_is_begun() -> None:
+    """One alone may be as long as it likes."""
+    backend = Backend()
+    server = SlabServer(backend)
+    offer(server, "pinned")
+    (slab,) = backend.slabs
+    waits = []
+    for n_tokens in (2048, 2048, 1, 4096, 8192, 1):
+        call = msgspec.structs.replace(CALL, n_tokens=n_tokens)
+        server.prepare(call)
+        server.compute(call, NeverDue())
+        waits.append(slab.n_waits)
+    assert waits == [0, 0, 1, 2, 3, 4]
+    server.close()
+
+
+def test_the_host_computes_a_slabs_call_in_steps() -> None:
+    """What its pause raises passes, and the call is not done then."""
+    server = SlabServer(SteppingArithmetic(lambda _layer, _tag: None))
+    offer(server, "pinned")
+    assert server._segment is not None
+    memory, data = server._segment.memory, server._segment.data
+    hidden, ids, weights = (np.frombuffer(data, np.float32, 3 * n, at) for n, at in AREAS[:3])
+    _, hidden_states, topk_ids, topk_weights = inputs = make_inputs(STEPPED, 5)
+    hidden[:], weights[:] = hidden_states.ravel(), topk_weights.ravel()
+    ids.view(np.int32)[:] = topk_ids.ravel()
+    call = msgspec.structs.replace(
+        CALL, layer=STEPPED, n_tokens=3, places=Places(3, *(at for _, at in AREAS))
+    )
+
+    def stop() -> None:
+        raise TimeoutError("enough")
+
+    with pytest.raises(TimeoutError, match="enough"):
+        server.compute(call, AlwaysDue(stop))
+    assert load_word(memory, 3 * SLOT_BYTES + DONE) == 0
+    due = AlwaysDue()
+    server.compute(call, due)
+    assert due.n == 2
+    assert load_word(memory, 3 * SLOT_BYTES + DONE) == call.sequence
+    out = np.frombuffer(data, np.float32, 3 * HIDDEN_SIZE, AREAS[3][1]).reshape(3, HIDDEN_SIZE)
+    assert_exact(out.copy(), inputs)
+    del hidden, ids, weights, out, memory, data
     server.close()

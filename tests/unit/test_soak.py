@@ -184,13 +184,15 @@ class Client:
         *,
         view: HeldView | None = None,
         global_ids: bool = False,
+        out: Any = None,
         **_options: Any,
     ) -> Any:
         experts = (view or self.view).layers[layer].experts
         if topk_ids.max(initial=-1) >= len(experts) and not global_ids:
             raise InvalidCall("no such expert")
         ids = topk_ids if global_ids else np.array([*experts, -1], np.int32)[topk_ids]
-        out = np.empty_like(hidden_states)
+        if out is None:
+            out = np.empty_like(hidden_states)
         BACKEND.ffn(layer, hidden_states, ids, topk_weights, out)
         return self._lie(out)
 
@@ -263,6 +265,36 @@ def test_a_wrong_result_is_told_with_the_call_and_the_difference(
     assert ledger.wrong_results == 1
     assert wrong[0].difference in ledger.failures[0]
     assert "worker killed: w" in ledger.failures[0]
+
+
+def words_of(books: Books, told: list[Message], client: Client) -> set[str]:
+    talk, rng = talk_of(books, client, 0.0), random.Random(4)
+    for _ in range(40):
+        talk.step(rng)
+    assert {type(message) for message in found(told)} == {Wrong}
+    return {message.difference for message in told if isinstance(message, Wrong)}
+
+
+def test_no_result_at_all_is_wrong(books: Books, told: list[Message]) -> None:
+    assert words_of(books, told, Client(lambda _result: None)) == {"None instead of a result"}
+
+
+def test_a_result_elsewhere_than_in_out_is_wrong(books: Books, told: list[Message]) -> None:
+    words = words_of(books, told, Client(lambda result: result.copy()))
+    assert words == {"the result is not the `out` that was given"}
+
+
+def test_a_result_that_changes_later_is_wrong(books: Books, told: list[Message]) -> None:
+    last: list[Any] = []
+
+    def write_into_the_last(result: Any) -> Any:
+        for earlier in last:
+            earlier[...] = 0
+        last[:] = [result]
+        return result
+
+    words = words_of(books, told, Client(write_into_the_last))
+    assert "its result changed with a later call" in words
 
 
 def test_a_result_of_ids_that_no_layer_has_is_wrong(books: Books, told: list[Message]) -> None:
@@ -346,6 +378,13 @@ def test_errors_that_must_be(books: Books, told: list[Message], clock: Clock) ->
     call = books.begin(LINE, "a bad call", 1)
     assert books.attempt(call, lambda: raise_it(InvalidCall("meant")), (InvalidCall,)) is None
     assert len(told) == 1
+
+
+def test_what_has_no_result_may_give_none(books: Books, told: list[Message]) -> None:
+    books.do(books.begin(LINE, "a close", 1), lambda: None)
+    assert told == []
+    books.do(books.begin(LINE, "a close", 1), lambda: raise_it(InvalidCall("but it is valid")))
+    assert [type(message) for message in told] == [Unexpected]
 
 
 def raise_it(error: MoeshmError) -> None:
@@ -432,9 +471,9 @@ def test_a_call_that_does_not_end_is_told_once(
 ) -> None:
     begun, over = threading.Event(), threading.Event()
 
-    def hang() -> None:
+    def hang() -> bool:
         begun.set()
-        over.wait(30)
+        return over.wait(30)
 
     call = books.begin(LINE, "a call", 1.0)
     thread = threading.Thread(target=books.attempt, args=(call, hang))

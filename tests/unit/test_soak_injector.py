@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import random
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moeshm.soak.hostile import ATTACKS
 from moeshm.soak.injector import Injector
 from moeshm.soak.ledger import Ledger
 from moeshm.soak.messages import Failed
@@ -25,7 +32,7 @@ class FakeProcess:
         self.pid = 0
         self.own = f"own worker of {name}"
         self.is_kept = is_kept
-        self.is_ready = True
+        self.is_ready = self.is_calling = True
         self.is_stopped = self.is_resting = False
         self.why_gone = ""
         self.heard = 0.0
@@ -63,7 +70,7 @@ def injector(
 ) -> Iterator[Injector]:
     injector = Injector(ledger, workers, callers)  # type: ignore[arg-type]
     yield injector
-    injector.close()
+    injector.end_all()
 
 
 def inject(injector: Injector, kind: str, draw: float = 0.0, for_s: float = math.inf) -> None:
@@ -155,6 +162,76 @@ def test_who_rests_is_left_alone(
     for kind in ("caller killed", "caller stopped", "own worker killed", "own worker stopped"):
         inject(injector, kind)
     assert ledger.n_faults == 0
+
+
+def test_a_caller_that_only_starts_is_left_alone(
+    injector: Injector, ledger: Ledger, callers: list[FakeProcess]
+) -> None:
+    for caller in callers:
+        caller.is_calling = False
+    for kind in ("caller killed", "caller stopped"):
+        inject(injector, kind)
+    assert ledger.n_faults == 0
+
+
+def test_in_some_rounds_no_caller_is_killed(
+    injector: Injector, ledger: Ledger, callers: list[FakeProcess]
+) -> None:
+    injector.spares_callers = True
+    inject(injector, "caller killed")
+    assert ledger.n_faults == 0
+    inject(injector, "caller stopped")
+    assert callers[0].signals == [signal.SIGSTOP]
+
+
+def test_a_callers_worker_that_stands_still_is_not_hit_again(
+    injector: Injector, ledger: Ledger, callers: list[FakeProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import time; print(flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as worker:
+        callers[0].pid = os.getpid()
+        monkeypatch.setattr(callers[0], "own_workers", lambda: [worker.pid])
+        for kind in ("own worker stopped", "own worker killed", "own worker stopped"):
+            inject(injector, kind)
+        assert ledger.faults == {"own worker stopped": 1}
+        injector.end_all()
+        inject(injector, "own worker killed")
+        assert worker.wait(30) == -signal.SIGKILL
+    assert ledger.n_faults == 2
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_counts_once_all_was_sent(tmp_path: Path, name: str) -> None:
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+        with contextlib.closing(Connection(listener, path)) as connection:
+            made = []
+            with contextlib.suppress(TimeoutError):
+                for _ in ATTACKS[name](connection, random.Random(1)):
+                    made.append(name)
+    # Only that one waits for an answer before it has sent all.
+    assert made == ([] if name == "broken records" else [name])
+
+
+class Connection(socket.socket):
+    """One whose other end says nothing and leaves."""
+
+    def __init__(self, listener: socket.socket, path: str) -> None:
+        super().__init__(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.connect(path)
+        self._other, _ = listener.accept()
+
+    def recv(self, *_arguments: Any) -> bytes:
+        raise TimeoutError
+
+    def recvmsg(self, *_arguments: Any) -> Any:
+        return b"", [], 0, None
+
+    def close(self) -> None:
+        self._other.close()
+        super().close()
 
 
 def test_an_attack_on_nobody_is_no_fault(injector: Injector, ledger: Ledger) -> None:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from moeshm.soak import schedule
-from moeshm.soak.ledger import PATIENCE_S, Ledger
+from moeshm.soak.ledger import _FORGET_EVERY, _MEMORY_S, PATIENCE_S, Ledger
 from moeshm.soak.messages import (
     MOST_BYTES,
     Counts,
@@ -65,7 +65,7 @@ def settle(ledger: Ledger, clock: Clock) -> int:
 
 
 def test_an_error_without_a_cause_is_unexpected(ledger: Ledger, clock: Clock) -> None:
-    ledger.fault("worker killed", "another", clock.now)
+    ledger.fault("worker killed", "another").end = clock.now
     clock.now += 1
     ledger.told("caller 1", failed(clock.now - 0.5, clock.now))
     assert settle(ledger, clock) == 1
@@ -83,7 +83,7 @@ def test_an_error_with_a_cause(ledger: Ledger, clock: Clock, target: str) -> Non
 def test_a_cause_that_is_over_explains_nothing_that_came_after_an_answer(
     ledger: Ledger, clock: Clock
 ) -> None:
-    ledger.fault("worker stopped", "w", clock.now)
+    ledger.fault("worker stopped", "w").end = clock.now
     clock.now += 1
     ledger.told("caller 1", failed(clock.now - 0.5, clock.now))
     assert settle(ledger, clock) == 1
@@ -103,18 +103,31 @@ def test_a_cause_may_be_heard_of_later(ledger: Ledger, clock: Clock) -> None:
     assert settle(ledger, clock) == 0
 
 
+def test_causes_that_nobody_can_depend_on_any_more_are_forgotten(
+    ledger: Ledger, clock: Clock
+) -> None:
+    lasting = ledger.cause("w", "", clock.now, None)
+    for number in range(100):
+        ledger.cause(f"w, client {number}", "", clock.now, clock.now)
+    clock.now += 2 * _MEMORY_S
+    for _ in range(_FORGET_EVERY):
+        ledger.cause("caller 1", "", clock.now, clock.now)
+    assert ledger._causes.keys() == {"w", "caller 1"}
+    assert ledger._causes["w"] == [lasting]
+
+
 def test_a_late_call_is_counted_and_no_failure(ledger: Ledger) -> None:
     ledger.told("caller 1", Late("a call", 0.03))
     ledger.told("caller 1", Late("a call", 0.5))
     ledger.told("caller 1", Counts({"calls": 5, "error: WorkerDied": 2}))
-    report = report_of(ledger, 1, 10.0, 2, {})
+    report = report_of(ledger, 1, 10.0, 2, {}, {})
     assert (report.deadline_misses, report.latest_ms) == (2, 500.0)
     assert report.errors == {"WorkerDied": 2}
     assert report.is_clean
 
 
 def clean(ledger: Ledger) -> Report:
-    return report_of(ledger, 1, 10.0, 2, {"worker": 3 << 20})
+    return report_of(ledger, 1, 10.0, 2, {"own worker": 1}, {"worker": 3 << 20})
 
 
 @pytest.mark.parametrize(
@@ -125,6 +138,7 @@ def clean(ledger: Ledger) -> Report:
         lambda ledger: ledger.told("c", Unanswered("a call")),
         lambda ledger: ledger.told("c", Unexpected("OSError", "a call", "")),
         lambda ledger: ledger.leak("2 fds"),
+        lambda ledger: ledger.failure("nothing is known of leaks"),
     ],
 )
 def test_what_was_found_decides_the_verdict(

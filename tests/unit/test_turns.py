@@ -12,7 +12,7 @@ import pytest
 
 from moeshm import turns as turns_module
 from moeshm.errors import DeadlineExceeded
-from moeshm.turns import LONG_TURN_NS, MANY_TOKENS, MOST_INTERRUPTED, Place, Turns
+from moeshm.turns import LONG_TURN_NS, MANY_TOKENS, Place, Turns
 
 PATIENCE_S = 20.0
 NO_DEADLINE = 0
@@ -65,6 +65,26 @@ class Session:
             self._house.late.append(self.name)
         finally:
             self.place.leave()
+
+
+class Gate:
+    """A place's, whose wait ends without success when the test says so."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self.is_late = threading.Event()
+
+    def acquire(self, timeout: float = -1.0) -> bool:
+        """As of a lock."""
+        if timeout < 0:
+            return self._lock.acquire(timeout=PATIENCE_S)
+        assert self.is_late.wait(PATIENCE_S)
+        return self._lock.acquire(blocking=False)
+
+    def release(self) -> None:
+        """As of a lock."""
+        self._lock.release()
 
 
 class House:
@@ -171,11 +191,15 @@ def test_who_comes_again_gains_nothing(house: House) -> None:
     assert len(house.turns._clients) <= 3
 
 
-def test_a_waiter_whose_deadline_passes_leaves(house: House) -> None:
+def test_a_waiter_whose_deadline_passes_leaves(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     house.session("holder").call()
-    late = house.session("late")
-    late.call(deadline_ns=time.monotonic_ns() + 10**8)
+    late, gate = house.session("late"), Gate()
+    monkeypatch.setattr(late.place, "_gate", gate)
+    late.call(deadline_ns=2**62)
     house.session("next").call()
+    gate.is_late.set()
     late.join()
     assert house.late == ["late"]
     assert house.seen == ["holder"]
@@ -207,20 +231,48 @@ def test_a_deadline_of_long_ago_does_not_take_a_turn(house: House) -> None:
     assert house.turns._queue == []
 
 
-def test_only_so_many_long_calls_are_interrupted_at_a_time(house: House) -> None:
-    """Each keeps its memory. Short ones go on, and another long one begins once one ended."""
-    for n in range(MOST_INTERRUPTED):
-        house.session(f"long{n}").call(n_steps=3, n_tokens=MANY)
-    house.session("more").call(n_steps=2, n_tokens=MANY)
-    house.run(MOST_INTERRUPTED)
-    house.session("short").call(n_steps=3)
-    seen = house.run(MOST_INTERRUPTED * 2 + 4)
-    assert "more" in seen
-    assert "short" in seen
-    begun = set(house.seen[: house.seen.index("more")]) - {"short"}
-    assert len(begun) == MOST_INTERRUPTED
-    assert max(house.seen.count(name) for name in begun) == 3, "one of them ended before"
-    assert house.seen.index("short") < house.seen.index("more")
+def test_a_deadline_that_passes_in_the_middle_is_told_as_that(house: House) -> None:
+    place, other = house.turns.place("long"), house.session("other")
+    place.take(NO_DEADLINE, MANY)
+    other.call()
+    with pytest.raises(DeadlineExceeded, match="between two steps of the call"):
+        place.offer(1)
+    place.leave()
+
+
+def test_a_client_has_one_long_call_in_its_middle(house: House) -> None:
+    """Each keeps its memory. Short ones of its other sessions go on, and the next long one begins
+    once that ended."""
+    for n in range(3):
+        house.session(f"long{n}", "one").call(n_steps=3, n_tokens=MANY)
+    house.session("short", "one").call(n_steps=2)
+    house.session("other").call(n_steps=20)
+    seen = [name for name in house.run(19) if name != "other"]
+    assert seen == ["short", "long0", "short", "long0", *["long1"] * 3, *["long2"] * 3][: len(seen)]
+    assert "long2" in seen
+
+
+def test_a_client_with_many_long_calls_keeps_no_other_from_beginning_one(house: House) -> None:
+    for n in range(20):
+        house.session(f"many{n}", "many").call(n_steps=9, n_tokens=MANY)
+    house.run(2)
+    for name in ("a", "b"):
+        house.session(name).call(n_steps=9, n_tokens=MANY)
+    assert house.run(5) == ["a", "b", "many0", "a", "b"]
+
+
+def test_a_long_call_does_not_pause_for_one_of_its_client_which_may_not_begin(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [10**9]
+    monkeypatch.setattr(turns_module, "time", SimpleNamespace(monotonic_ns=lambda: clock[0]))
+    long = house.session("long", "one")
+    long.call(n_tokens=MANY)
+    house.session("next", "one").call(n_tokens=MANY)
+    clock[0] += 2 * LONG_TURN_NS
+    assert not long.place.is_wanted()
+    house.session("short", "one").call()
+    assert long.place.is_wanted()
 
 
 def test_long_calls_pause_for_short_ones_at_once_and_for_long_ones_after_a_while(

@@ -17,6 +17,7 @@ import pytest
 from moeshm import protocol
 from moeshm._ring import RingConsumer, RingProducer
 from moeshm._words import load_word, store_word
+from moeshm.access import Peer
 from moeshm.backends import SlabCall
 from moeshm.descriptors import DESCRIPTOR
 from moeshm.errors import DeviceError, DeviceLost, InvalidCall
@@ -104,7 +105,7 @@ class Served:
             transport=transport,
             welcome=SimpleNamespace(max_tokens=8),
             peer_is_gone=lambda: False,
-            control=SimpleNamespace(peer_pid=1),
+            control=SimpleNamespace(peer_pid=1, peer=Peer(1, 0, 0)),
         )
         self._producer, self._consumer = producer, consumer
         views = SessionViews(Holdings(backend))

@@ -50,7 +50,7 @@ CLIENT = [
     Step("call.submit", "moeshm.client:ExpertClient._submit"),
     Step("call.send", "moeshm.link:Link.send"),
     Step("call.at_once", "moeshm.link:Link.call"),
-    Step("call.wait_turn", "moeshm.link:take_turn"),
+    Step("call.post", "moeshm.link:Link._post"),
     Step("result.wait", "moeshm.link:Link.wait"),
     Step("result.others", "moeshm.link:Link._leave_it_to_others"),
     Step("result.receive", "moeshm.link:Link._receive"),
