@@ -1,8 +1,8 @@
 """What one thread does at a time, taken and given back so that no signal comes in between.
 
-A handler of a signal runs between two steps of the interpreter, and what it raises, a KeyboardInterrupt
-most often, may leave a lock taken that `acquire()` and `try` were to guard. `with` and a compiled
-`__enter__` are one step.
+A handler of a signal runs between two steps of the interpreter, and what it raises, most often a
+KeyboardInterrupt, may leave a lock taken that `acquire()` and `try` were to guard. `with` and a
+compiled `__enter__` are one step.
 """
 
 from threading import Lock, get_ident
@@ -21,7 +21,7 @@ cdef class Role:
     # Of the thread, as of threading.get_ident; 0 for none.
     cdef readonly object owner
 
-    def __init__(self):
+    def __cinit__(self):
         self.lock = Lock()
         self.owner = 0
 
