@@ -139,19 +139,21 @@ class GpuBackend:
             locate("topk_weights", topk_weights, WEIGHTS),
             self._locate_rows(held, "out", out, is_written=True),
         )
-        signs = _signs(layer, held, *operands)
-        if self._resident is not None and self._ask_resident(held, operands, signs):
+        # Once, for all that is found by it: other threads add and remove experts meanwhile.
+        n_slots = held.n_slots
+        signs = _signs(layer, n_slots, *operands)
+        if self._resident is not None and self._ask_resident(held, n_slots, operands, signs):
             return
         with self._turn:
             self._device.use()
             self._wait_for_arrays(held, operands)
-            job = self._known.get(signs) or self._find_job(held, *operands)
+            job = self._known.get(signs) or self._find_job(held, n_slots, *operands)
             if job is not None:
                 # Before it runs, as it may come to be forgotten meanwhile.
                 self._know(signs, job)
                 job.run(held, *operands)
                 return
-        self._compute_in_parts(held, operands, between_steps)
+        self._compute_in_parts(held, n_slots, operands, between_steps)
 
     def add(self, layer: int, experts: ExpertLayer) -> list[int]:
         """As `GrowingBackend.add`. OutOfDeviceMemory, or CheckpointError: biases come late."""
@@ -263,19 +265,26 @@ class GpuBackend:
                 self._workspace.resize(host_bytes, device_bytes)
 
     def _find_job(
-        self, layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: Operand
+        self,
+        layer: DeviceLayer,
+        n_slots: int,
+        x: Operand,
+        ids: Operand,
+        weights: Operand,
+        out: Operand,
     ) -> _Job | None:
         """What computes such calls; None for one that is empty, or computed in parts. For whoever
         has the turn."""
         n_tokens, top_k = ids.shape
-        if not 0 < n_tokens <= self._most_tokens(layer, top_k):
+        if not 0 < n_tokens <= self._most_tokens(layer.shape, n_slots, top_k):
             return None
-        kind = _kind(layer, x, ids, weights, out)
+        kind = _kind(layer, n_slots, x, ids, weights, out)
         return self._jobs.get(kind) or self._make_job(kind)
 
     def _compute_in_parts(
         self,
         layer: DeviceLayer,
+        n_slots: int,
         operands: tuple[Operand, Operand, Operand, Operand],
         between_steps: BetweenSteps | None,
     ) -> None:
@@ -287,17 +296,17 @@ class GpuBackend:
                 between_steps()
             with self._turn:
                 self._device.use()
-                end = min(first + self._most_tokens(layer, top_k), n_tokens)
+                end = min(first + self._most_tokens(layer.shape, n_slots, top_k), n_tokens)
                 part = [rows_of(each, first, end) for each in operands]
-                job = self._find_job(layer, *part)
+                job = self._find_job(layer, n_slots, *part)
                 assert job is not None
                 job.run(layer, *part)
             first = end
 
-    def _most_tokens(self, layer: DeviceLayer, top_k: int) -> int:
+    def _most_tokens(self, shape: Shape, n_slots: int, top_k: int) -> int:
         """That are computed at once: in the time of a step, where there is memory for them."""
-        most = self._workspace.most_tokens(layer.shape, top_k, layer.n_slots)
-        return min(most, step_tokens(layer.shape, top_k, layer.n_slots))
+        most = self._workspace.most_tokens(shape, top_k, n_slots)
+        return min(most, step_tokens(shape, top_k, n_slots))
 
     def _know(self, signs: tuple[object, ...], job: _Job) -> None:
         """For whoever has the turn."""
@@ -308,6 +317,7 @@ class GpuBackend:
     def _ask_resident(
         self,
         layer: DeviceLayer,
+        n_slots: int,
         operands: tuple[Operand, Operand, Operand, Operand],
         signs: tuple[object, ...],
     ) -> bool:
@@ -316,7 +326,7 @@ class GpuBackend:
         with self._turn.kept:
             job = self._known.get(signs)
             if job is None:
-                job = self._jobs.get(_kind(layer, *operands))
+                job = self._jobs.get(_kind(layer, n_slots, *operands))
             if not isinstance(job, ResidentJob):
                 return False
             self._know(signs, job)
@@ -388,12 +398,19 @@ class GpuBackend:
                 self._device.wait_for_stream(operand.stream)
 
 
-def _kind(layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: Operand) -> Kind:
+def _kind(
+    layer: DeviceLayer,
+    n_slots: int,
+    x: Operand,
+    ids: Operand,
+    weights: Operand,
+    out: Operand,
+) -> Kind:
     """Of such a call; InvalidCall as `format_of`."""
     n_tokens, top_k = ids.shape
     return Kind(
         layer.shape,
-        Size(n_tokens, top_k, layer.n_slots),
+        Size(n_tokens, top_k, n_slots),
         format_of(x),
         format_of(out),
         Places(place_of(ids), place_of(weights), place_of(x), place_of(out)),
@@ -401,8 +418,8 @@ def _kind(layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: O
 
 
 def _signs(
-    number: int, layer: DeviceLayer, x: Operand, ids: Operand, weights: Operand, out: Operand
+    number: int, n_slots: int, x: Operand, ids: Operand, weights: Operand, out: Operand
 ) -> tuple[object, ...]:
     """What tells the kinds of such calls apart, made in less time than a `Kind`."""
     places = type(x), type(ids), type(weights), type(out)
-    return number, layer.n_slots, ids.shape, format_of(x), format_of(out), places
+    return number, n_slots, ids.shape, format_of(x), format_of(out), places

@@ -167,7 +167,7 @@ class SlabCalls:
             if found is None:
                 return None
             address = found[1]
-        free = self._known.get(_numbers(layer, call, memory))
+        free = self._known.get(_numbers(layer.n_slots, call, memory))
         job = None if free is None else _take(free)
         if free is None or job is None:
             return None
@@ -177,7 +177,9 @@ class SlabCalls:
     def _make_ready(self, call: SlabCall, memory: SlabMemory) -> Ready:
         """As `_find_ready`, with whatever is missing. For whoever has the turn."""
         layer = self._experts.layers[call.layer]
-        kinds = self._kinds(layer, call, memory)
+        # Once, for all that is found by it: other threads add and remove experts meanwhile.
+        n_slots = layer.n_slots
+        kinds = self._kinds(layer, n_slots, call, memory)
         address = self._address(call)
         ready = Ready(call, memory, layer, layer.table, self._stamp, [])
         for first, kind in kinds.items():
@@ -188,10 +190,12 @@ class SlabCalls:
         if len(kinds) == 1:
             if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
-            self._known[_numbers(layer, call, memory)] = free
+            self._known[_numbers(n_slots, call, memory)] = free
         return ready
 
-    def _kinds(self, layer: DeviceLayer, call: SlabCall, memory: SlabMemory) -> dict[int, SlabKind]:
+    def _kinds(
+        self, layer: DeviceLayer, n_slots: int, call: SlabCall, memory: SlabMemory
+    ) -> dict[int, SlabKind]:
         """By the first token of each part: several where there is not memory for all of it."""
         shape, n_tokens, top_k = layer.shape, call.n_tokens, call.top_k
         if shape.hidden != shape.hidden_size:
@@ -199,11 +203,11 @@ class SlabCalls:
                 f"hidden_size={shape.hidden_size} is no multiple of 8; pass arrays in host memory"
             )
         is_pinned = memory.host_data is not None
-        most = self._workspace.most_tokens(shape, top_k, layer.n_slots)
+        most = self._workspace.most_tokens(shape, top_k, n_slots)
         return {
             first: SlabKind(
                 shape,
-                Size(min(most, n_tokens - first), top_k, layer.n_slots),
+                Size(min(most, n_tokens - first), top_k, n_slots),
                 call.dtype,
                 is_pinned,
                 is_last=first + most >= n_tokens,
@@ -261,7 +265,7 @@ def _take(free: _Free) -> _Job | None:
         return None
 
 
-def _numbers(layer: DeviceLayer, call: SlabCall, memory: SlabMemory) -> tuple[int, ...]:
+def _numbers(n_slots: int, call: SlabCall, memory: SlabMemory) -> tuple[int, ...]:
     """What tells the kinds of such calls apart, as something that is soon compared."""
     is_pinned = memory.host_data is not None
-    return call.layer, layer.n_slots, call.n_tokens, call.top_k, call.dtype, is_pinned
+    return call.layer, n_slots, call.n_tokens, call.top_k, call.dtype, is_pinned
