@@ -3,7 +3,7 @@
 #
 # usage: tools/crash_matrix.sh PYTHON [pytest arguments]
 #        tools/crash_matrix.sh PYTHON --runs N [--seed S] [--minutes M] [--shot I]
-# The first is what CI runs: every point once for each side, signal, transport and two reachings.
+# The first takes every point once for each side, signal, transport and two reachings.
 # The second takes N random shots and prints a summary as JSON; docs/crashes.md explains it.
 # The build lives in a temporary copy, so the checkout's own stays as it is.
 set -euo pipefail
