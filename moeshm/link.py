@@ -227,11 +227,11 @@ class Link:
                 call_id = self.new_id()
                 deadline = time.monotonic() + timeout_s
                 call = call_id, layer, hidden_states, topk_ids, topk_weights, dtype
-                bytes_out = self._send_now((*call, int(deadline * 1e9), view, None), deadline)
-                if bytes_out is None:
-                    return None
-                sent_ns = time.perf_counter_ns()
                 try:
+                    bytes_out = self._send_now((*call, int(deadline * 1e9), view, None), deadline)
+                    if bytes_out is None:
+                        return None
+                    sent_ns = time.perf_counter_ns()
                     last = deadline + GRACE_S
                     return self._receive_answer(call_id, dtype, into, last, sent_ns, bytes_out)
                 except BaseException:
