@@ -8,6 +8,7 @@ import fcntl
 import os
 import socket
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ _MOST_BYTES = 107
 #: For others who start in the same folder. Whoever may read the folder may also lock it for ever.
 _LOCK_TIMEOUT_S = 5.0
 _LOCK_PAUSE_S = 0.02
+#: How long closing the socket may take before it is left to itself.
+_CLOSE_S = 1.0
 
 
 class Listener:
@@ -53,7 +56,11 @@ class Listener:
             found = os.stat(self.path.name, dir_fd=self._folder, follow_symlinks=False)
             if os.path.samestat(found, os.fstat(self._file)):
                 os.unlink(self.path.name, dir_fd=self._folder)
-        self.socket.close()
+        # What clients sent that were not accepted goes with it, and may keep who closes it
+        # (`foreign_fds`).
+        closing = threading.Thread(target=self.socket.close, name="moeshm-close", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_S)
         os.close(self._file)
         os.close(self._folder)
 

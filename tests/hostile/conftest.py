@@ -80,14 +80,15 @@ def _victim(folder: Path, arguments: Sequence[str]) -> Iterator[Victim]:
 @pytest.fixture(scope="module")
 def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
     """One for all the attacks of a module: it outlives them all."""
-    with _victim(tmp_path_factory.mktemp("h"), ["tests.hostile.worker", "{address}"]) as started:
+    arguments = ["tests.hostile.worker", "{address}", "talkative"]
+    with _victim(tmp_path_factory.mktemp("h"), arguments) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def hasty_victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
     """One that loses its patience within a second."""
-    arguments = ["tests.hostile.worker", "{address}", "hasty"]
+    arguments = ["tests.hostile.worker", "{address}", "hasty", "talkative"]
     with _victim(tmp_path_factory.mktemp("h"), arguments) as started:
         yield started
 

@@ -1,9 +1,10 @@
 """An ordinary worker of plain sums, its log and its limits as usual but for what is asked.
 
-usage: python -m tests.hostile.worker unix:PATH [hasty|patient]
+usage: python -m tests.hostile.worker unix:PATH [hasty|patient] [talkative]
 
 A hasty one gives a handshake a second, replies that lie unread a part of one, and sessions a second
-to end. A patient one waits for handshakes, and thinks none of them slow.
+to end. A patient one waits for handshakes, and thinks none of them slow. A talkative one logs every
+line, however often one process causes it.
 
 Clients may send it fds, as on a kernel before Linux 6.16, which lets them.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import sys
 
-from moeshm import daemon, limits, listening, worker
+from moeshm import daemon, limits, listening, logs, worker
 from moeshm.daemon import Daemon
 from moeshm.logs import configure
 from moeshm.transport import stream
@@ -23,9 +24,11 @@ def main() -> None:
     """Serve until SIGTERM."""
     configure("info", as_json=False)
     listening._refuse_fds = lambda listener: None  # noqa: ARG005
-    if sys.argv[2:] == ["patient"]:
+    if "talkative" in sys.argv:
+        logs._SAME_LINES = logs._PEER_LINES = logs._USER_LINES = 1e9
+    if "patient" in sys.argv:
         daemon.HANDSHAKE_TIMEOUT_S = limits._SLOW_HANDSHAKE_S = 300.0
-    elif len(sys.argv) > 2:
+    if "hasty" in sys.argv:
         daemon.HANDSHAKE_TIMEOUT_S = daemon.DRAIN_TIMEOUT_S = 1.0
         worker.REPLY_TIMEOUT_S = stream._STALL_S = 0.3
     Daemon(ArithmeticBackend(), sys.argv[1]).run()
