@@ -119,6 +119,8 @@ class PeerLog:
         self._lines: dict[tuple[int, int, str], _Bucket] = {}
         self._peers: dict[tuple[int, int], _Bucket] = {}
         self._users: dict[int, _Bucket] = {}
+        #: How many lines were left out, and of how many kinds, that were forgotten before it was told.
+        self._n_forgotten = self._n_kinds = 0
         self._summarised_at = time.monotonic()
 
     def log(self, peer: Peer, level: int, message: str) -> None:
@@ -138,6 +140,9 @@ class PeerLog:
             is_shown = pid == 0 or (same.take(now) and every.take(now))
             is_shown = is_shown and of_user.take(now)
             same.left_out += not is_shown
+            if len(self._lines) > 2 * _MAX_KNOWN:
+                # A peer may make up lines faster than anybody summarises.
+                self._forget_old()
         if is_shown:
             self._logger.log(level, "process %d: %s", pid, line)
 
@@ -151,14 +156,24 @@ class PeerLog:
             found = [(*key, each.left_out) for key, each in self._lines.items() if each.left_out]
             for each in self._lines.values():
                 each.left_out = 0
-            _forget_old(self._lines)
-            _forget_old(self._peers)
-            _forget_old(self._users)
+            self._forget_old()
+            n_left_out, n_kinds = self._n_forgotten, self._n_kinds + len(found)
+            self._n_forgotten = self._n_kinds = 0
         for _, pid, line, count in found[:_MAX_SUMMARY]:
             self._logger.warning("process %d: %d times more: %s", pid, count, line)
-        if found[_MAX_SUMMARY:]:
-            n_left_out = sum(count for *_, count in found[_MAX_SUMMARY:])
-            self._logger.warning("%d more lines of %d kinds were left out", n_left_out, len(found))
+        n_left_out += sum(count for *_, count in found[_MAX_SUMMARY:])
+        if n_left_out:
+            self._logger.warning("%d more lines of %d kinds were left out", n_left_out, n_kinds)
+
+    def _forget_old(self) -> None:
+        """Holds the lock."""
+        for key in list(self._lines)[:-_MAX_KNOWN]:
+            left_out = self._lines.pop(key).left_out
+            if left_out:
+                self._n_forgotten += left_out
+                self._n_kinds += 1
+        _drop_old(self._peers)
+        _drop_old(self._users)
 
 
 class _Bucket:
@@ -179,6 +194,6 @@ class _Bucket:
         return True
 
 
-def _forget_old(buckets: dict[_Key, _Bucket]) -> None:
+def _drop_old(buckets: dict[_Key, _Bucket]) -> None:
     for key in list(buckets)[:-_MAX_KNOWN]:
         del buckets[key]

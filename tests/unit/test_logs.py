@@ -283,3 +283,17 @@ def test_lines_of_nobody_in_particular(capsys: pytest.CaptureFixture[str], clock
 def test_what_clients_give_cause_for_is_limited(name: str) -> None:
     importlib.import_module("moeshm.daemon")
     assert any(isinstance(each, logs._Limit) for each in logging.getLogger(name).filters)
+
+
+def test_lines_that_a_peer_makes_up_are_not_kept(
+    capsys: pytest.CaptureFixture[str], clock: Clock, peers: logs.PeerLog
+) -> None:
+    """Without a summary in between; those that were left out are told of all the same."""
+    logs.configure("info", as_json=False)
+    for number in range(8000):
+        peers.log(Peer(7, 1, 1), logging.WARNING, f"refused for the {number}th time")
+        assert len(peers._lines) <= 1025
+    assert len(said(capsys)) == 5
+    clock.now += logs.SUMMARY_S
+    peers.summarise()
+    assert said(capsys)[-1] == "7975 more lines of 7995 kinds were left out"
