@@ -20,7 +20,7 @@ cdef class RingProducer(RingEnd):
 
 
 cdef class RingConsumer(RingEnd):
-    cdef int _pause_skipping(self, int64_t deadline_ns) except -1
+    cdef int _pause_skipping(self, int64_t deadline_ns, object timeout_s) except -1
     cdef bint _has_record(self) except -1
     cdef uint64_t _check_header(self, Header *header) except 0
 

@@ -44,7 +44,7 @@ cdef enum:
     MAX_PARTS = 8
 
 cdef enum:
-    # Records taken back that are passed over in one go: some 10 us.
+    # Records taken back that are passed over in one go.
     MOST_SKIPPED = 256
 
 # Flags from here on belong to the ring.
@@ -320,7 +320,7 @@ cdef class RingConsumer(RingEnd):
                     if skipped % MOST_SKIPPED == 0:
                         if deadline_ns < 0:
                             deadline_ns = deadline_of(timeout_s)
-                        self._pause_skipping(deadline_ns)
+                        self._pause_skipping(deadline_ns, timeout_s)
                     continue
             if deadline_ns < 0:
                 deadline_ns = deadline_of(timeout_s)
@@ -346,12 +346,13 @@ cdef class RingConsumer(RingEnd):
         record.is_open = True
         return record
 
-    cdef int _pause_skipping(self, int64_t deadline_ns) except -1:
+    cdef int _pause_skipping(self, int64_t deadline_ns, object timeout_s) except -1:
         """A producer that takes back without end must not keep other threads from running, nor
         signals from being seen, nor the deadline."""
         PyErr_CheckSignals()
         if moeshm_now_ns() >= deadline_ns:
-            raise RingEmpty(f"no record in time, behind {MOST_SKIPPED} that were taken back")
+            raise RingEmpty(f"no record within {timeout_s} s, behind {MOST_SKIPPED} or more that "
+                            "were taken back; ask again for what comes after them")
         with nogil:
             moeshm_give_way()
         self._check_may_take("records are open; release some")

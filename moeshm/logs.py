@@ -119,7 +119,7 @@ class PeerLog:
         self._lines: dict[tuple[int, int, str], _Bucket] = {}
         self._peers: dict[tuple[int, int], _Bucket] = {}
         self._users: dict[int, _Bucket] = {}
-        #: How many lines were left out, and of how many kinds, that were forgotten before it was told.
+        #: Lines that were left out, and their kinds, of those forgotten before that was told.
         self._n_forgotten = self._n_kinds = 0
         self._summarised_at = time.monotonic()
 

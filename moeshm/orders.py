@@ -17,7 +17,6 @@ from .protocol import Message
 
 #: Room for an order that lists every expert of the largest models, three bytes each.
 MAX_ORDER_BYTES = 128 << 10
-MAX_ANSWER_BYTES = protocol.MAX_ANSWER_BYTES
 #: Views that one session may have at a time, those that are being loaded included.
 MAX_VIEWS = 8
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from . import protocol, segment
 from .dtypes import DType
 from .layers import LayerInfo
-from .orders import MAX_ANSWER_BYTES, MAX_ORDER_BYTES
+from .orders import MAX_ORDER_BYTES
 from .transport import slab
 
 #: Rings are made no larger than this; longer calls are cut.
@@ -24,7 +24,7 @@ def ring_sizes(layers: Mapping[int, LayerInfo], max_tokens: int) -> tuple[int, i
     order."""
     sizes = [_call_sizes(info, max_tokens) for info in layers.values()]
     calls, replies = (max(each) for each in zip(*sizes, strict=True))
-    calls, replies = max(calls, MAX_ORDER_BYTES), max(replies, MAX_ANSWER_BYTES)
+    calls, replies = max(calls, MAX_ORDER_BYTES), max(replies, protocol.MAX_ANSWER_BYTES)
     return min(calls, MAX_RING_BYTES), min(replies, MAX_RING_BYTES)
 
 

@@ -22,8 +22,8 @@ from .backends import (
     BetweenSteps,
     SlabCall,
     SlabUser,
-    SteppingBackend,
     WorkerSlab,
+    in_steps,
 )
 from .descriptors import Descriptor
 from .dtypes import Array, DType
@@ -81,6 +81,7 @@ class SlabServer:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self._ffn = in_steps(backend)
         self._segment: Segment | None = None
         self._data_bytes = 0
         #: Why the host serves it though the backend has a device.
@@ -310,16 +311,14 @@ class SlabServer:
         # Copied before they are checked: the client could change them in between.
         slots = _slots(ids.copy(), call)
         shape = call.n_tokens, call.hidden_size
-        arrays = (
+        self._ffn(
+            call.layer,
             self._array(call.places.hidden_states, call.dtype.numpy, *shape),
             slots,
             self._array(call.places.topk_weights, _FLOAT32, call.n_tokens, call.top_k),
             self._array(call.places.out, call.dtype.numpy, *shape),
+            between_steps,
         )
-        if isinstance(self._backend, SteppingBackend):
-            self._backend.ffn_in_steps(call.layer, *arrays, between_steps)
-        else:
-            self._backend.ffn(call.layer, *arrays)
 
     def _array(self, offset: int, dtype: np.dtype[np.generic], rows: int, columns: int) -> Array:
         assert self._segment is not None

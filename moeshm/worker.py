@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import descriptors, orders, protocol
-from .backends import SlabCall, SteppingBackend
+from .backends import SlabCall, in_steps
 from .descriptors import DESCRIPTOR, Descriptor
 from .errors import (
     CallError,
@@ -111,15 +111,13 @@ class SessionServer:
         self._peers = peers or PeerLog(_log)
         self._transport = session.transport
         self._max_tokens = session.welcome.max_tokens
-        self._backend = views.backend
         self._views = views
         self._shapes = views.shapes
         self._orders = views.queue
         # Not every process has a number here: one of another namespace has 0.
         self._place = turns.place(session.control.peer_pid or session)
         self._between_steps = _BetweenSteps(session, self._place)
-        backend = views.backend
-        self._ffn_in_steps = backend.ffn_in_steps if isinstance(backend, SteppingBackend) else None
+        self._ffn = in_steps(views.backend)
         self._draining = draining
         self._slab = slab or SlabServer(views.backend)
         self._compute_ns = 0
@@ -327,15 +325,12 @@ class SessionServer:
         )
         try:
             rows = reply.array(call.dtype.numpy, (n_tokens, hidden_size), protocol.HEADER_BYTES)
-            arrays = call.layer, call.hidden_states, call.topk_ids, call.topk_weights, rows
-            if self._ffn_in_steps is None:
-                self._in_turn(call.deadline_ns, n_tokens, call.layer, self._backend.ffn, *arrays)
-            else:
-                self._in_turn(
-                    call.deadline_ns, n_tokens, call.layer, self._ffn_in_steps, *arrays,
-                    self._between_steps,
-                )  # fmt: skip
-            del arrays, rows
+            self._in_turn(
+                call.deadline_ns, n_tokens, call.layer, self._ffn,
+                call.layer, call.hidden_states, call.topk_ids, call.topk_weights, rows,
+                self._between_steps,
+            )  # fmt: skip
+            del rows
             protocol.pack_reply(
                 reply, call.call_id, n_tokens, hidden_size, call.dtype, self._compute_ns
             )

@@ -5,7 +5,7 @@ Every backend is a `Backend`; the serve loop, the fallback and the tests know no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import msgspec
@@ -85,6 +85,24 @@ class SteppingBackend(Backend, Protocol):
         call needs, such as threads or a workspace.
         """
         ...
+
+
+def in_steps(backend: Backend) -> Callable[..., None]:
+    """Its `ffn_in_steps`; of one that has none, `ffn` with that's arguments, which never pauses."""
+    if isinstance(backend, SteppingBackend):
+        return backend.ffn_in_steps
+
+    def at_once(
+        layer: int,
+        hidden_states: npt.NDArray[Any],
+        topk_ids: Ids,
+        topk_weights: Weights,
+        out: npt.NDArray[Any],
+        _: BetweenSteps,
+    ) -> None:
+        backend.ffn(layer, hidden_states, topk_ids, topk_weights, out)
+
+    return at_once
 
 
 class UsedMemory(Protocol):

@@ -16,6 +16,8 @@ class SharedTransport:
     """
 
     name = "shared"
+    #: As `Transport.has_unread`.
+    has_unread = False
 
     def __init__(
         self, tx: RingProducer, rx: RingConsumer, watch_socket: int, watch_pidfd: int
@@ -63,9 +65,6 @@ class SharedTransport:
             tx.close()
             raise
         return cls(tx, rx, watch_socket, watch_pidfd)
-
-    #: As `Transport.has_unread`.
-    has_unread = False
 
     def memory(self) -> list[memoryview]:
         """As `Transport.memory`."""
