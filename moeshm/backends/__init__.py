@@ -54,7 +54,7 @@ class BetweenSteps(Protocol):
     """What a call that takes long is interrupted by."""
 
     def is_due(self) -> bool:
-        """Whether somebody waits, or the call is of no more use. Costs 3 us."""
+        """Whether somebody waits, or the call is of no more use; asks the kernel."""
         ...
 
     def __call__(self) -> None:

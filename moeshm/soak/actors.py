@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import signal
@@ -30,7 +31,7 @@ def python_flags() -> list[str]:
     return ["-P"] if sys.version_info >= (3, 11) and not is_there else []
 
 
-class Process:
+class Process(abc.ABC):
     """A child in a session of its own, whose output goes to a file."""
 
     def __init__(self, name: str, role: str, is_kept: bool, log: Path) -> None:
@@ -49,9 +50,9 @@ class Process:
         self.n_bad_ends = 0
 
     @property
+    @abc.abstractmethod
     def is_used(self) -> bool:
         """True once it does what it was started for."""
-        raise NotImplementedError
 
     @property
     def pid(self) -> int:
@@ -127,8 +128,8 @@ class Process:
             return log.read().decode(errors="replace").strip()
         return ""
 
-    def close(self) -> None:
-        """Free what this process has of it."""
+    def close(self) -> None:  # noqa: B027
+        """Free what this process has of it: nothing, of most."""
 
 
 class Worker(Process):

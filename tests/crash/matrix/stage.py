@@ -6,6 +6,7 @@ of it.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import logging
@@ -47,7 +48,7 @@ ROUNDS_TO_SHUTDOWN = 2
 MOST_GROWTH = 32 << 20
 
 
-class Stage:
+class Stage(abc.ABC):
     """What both sides share; one shot after the other."""
 
     side = ""
@@ -78,8 +79,9 @@ class Stage:
         hit.tally = dict(self.tally)
         return hit
 
+    @abc.abstractmethod
     def _shoot(self, shot: Shot, hit: Hit) -> None:
-        raise NotImplementedError
+        """Let it happen, and note what came of it."""
 
     # --- parts of shots ---------------------------------------------------------------------
 
