@@ -14,6 +14,7 @@ from ..checkpoint.layer import ExpertLayer
 from ..dtypes import Array, DType, FloatArray, dtype_of, narrow, widen
 from ..layers import LayerInfo
 from . import BetweenSteps, Ids, Weights
+from .cpu_blas import ONE_THREAD
 from .cpu_layer import Layer, SmallLayer, bytes_as_float32
 from .cpu_matmul import MOST_ROWS
 from .cpu_team import Pace, Task, Team
@@ -46,9 +47,9 @@ class CpuBackend:
     threads at a time, also while another adds or removes experts: it is a `GrowingBackend`, and a
     `SteppingBackend`.
 
-    Threads take whole experts; so that they do not fight over the BLAS's own, set
-    OPENBLAS_NUM_THREADS=1 before NumPy is imported when `threads` is more than one. Every run
-    of a call gives the same bits, whatever `threads` is and however often it pauses. In another
+    Threads take whole experts. While a call is computed, NumPy's BLAS has one thread for the whole
+    process (`cpu_blas`): its own would fight these, and may be wrong beside them. Every run of a
+    call gives the same bits, whatever `threads` is and however often it pauses. In another
     batch a token's result may differ in its last bits, because BLAS sums in another order for
     another number of rows; the weighted sum over its experts always goes slot by slot.
     ValueError: `threads` below 1.
@@ -94,7 +95,7 @@ class CpuBackend:
         held = self._layers[layer]
         dtype = dtype_of(out)
         # Infinities and NaN of the input belong into the output, not into a warning.
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), ONE_THREAD:
             if isinstance(held, SmallLayer) and len(hidden_states) <= FEW_TOKENS:
                 x = widen(hidden_states)
                 result = np.empty(x.shape, np.float32)

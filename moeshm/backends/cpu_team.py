@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 
 from . import BetweenSteps
+from .cpu_blas import ONE_THREAD
 
 #: Multiply-adds of a thread after which the call looks whether somebody waits: 1.4 ms of a core
 #: that does 47e9 a second, as those of the machine that `cpu_matmul` was measured on. What it is in
@@ -133,16 +134,16 @@ class _Job:
 
     def help(self) -> None:
         """Of every other. An error is the end of the job for all."""
-        try:
-            with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), ONE_THREAD:
+            try:
                 for task in self._tasks():
                     for _ in task:
                         if self.is_stopped:
                             self._queue.appendleft(task)
                             return
-        except BaseException:
-            self.is_stopped = True
-            raise
+            except BaseException:
+                self.is_stopped = True
+                raise
 
     def _tasks(self) -> Iterator[Task]:
         while not self.is_stopped:

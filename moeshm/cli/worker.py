@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..checkpoint import ExpertLayer, ModelDirectory
 
 _log = logging.getLogger("moeshm")
-#: The worker's own threads take whole experts; a BLAS with threads of its own would fight them.
+#: The worker's own threads take whole experts; a BLAS need not even start any of its own.
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
@@ -95,7 +95,7 @@ def worker(
     once. It exits with 70 when its GPU computes no more in this process: start it anew.
     """
     threads = threads or usable_cpus()
-    if threads > 1 and "numpy" not in sys.modules:
+    if "numpy" not in sys.modules:
         for variable in _BLAS_THREADS:
             os.environ.setdefault(variable, "1")
     from ..access import own_group

@@ -28,6 +28,7 @@ _TRANSFORMERS = "pip install 'moeshm[transformers]'; only models of transformers
 PACKAGES = (
     Package("numpy", "1.26", "pip install 'numpy>=1.26'", is_essential=True),
     Package("msgspec", "0.18", "pip install 'msgspec>=0.18'", is_essential=True),
+    Package("threadpoolctl", "3.5", "pip install 'threadpoolctl>=3.5'", is_essential=True),
     Package("posix_ipc", "1.1", "pip install 'posix_ipc>=1.1'", is_essential=True),
     Package("safetensors", "0.4.3", "pip install 'safetensors>=0.4.3'", is_essential=True),
     Package(
