@@ -34,7 +34,7 @@
 byte mem[LOCATIONS];
 byte waiting[THREADS * LOCATIONS] = NONE;   /* stores in the buffers */
 byte asleep_on[THREADS] = NONE;             /* the location whose futex a thread sleeps on */
-bit may_wake_for_nothing[LOADERS];          /* once: a signal, or a waker that came late */
+bit woke_for_nothing[LOADERS];              /* may happen once: by a signal, or a late waker */
 hidden byte _i;
 
 #if defined(TSO)
@@ -70,7 +70,7 @@ short buffer[THREADS];                      /* the locations of the stores that 
 short wait_for[THREADS * SYNCS];            /* those that must reach memory before this one */
 byte exchanger[SYNCS] = NONE;               /* the thread that has loaded it and is to store it */
 byte earlier[LOADERS * LOCATIONS];          /* memory at the thread's last acquire */
-short under_way[LOADERS];                   /* the locations of plain loads that may be done yet */
+short under_way[THREADS];                   /* the locations of plain loads that may be done yet */
 
 #define is_drained(thread) (buffer[thread] == 0)
 #define buffered(thread) buffer[thread]
@@ -79,9 +79,7 @@ short under_way[LOADERS];                   /* the locations of plain loads that
 #define after_of(thread, location) wait_for[(thread) * SYNCS + (location) % SYNCS]
 #define exchanger_of(location) exchanger[(location) % SYNCS]
 
-inline finish_loads(thread) {
-    if :: thread < LOADERS -> under_way[(thread) % LOADERS] = 0 :: else fi
-}
+#define finish_loads(thread) under_way[thread] = 0
 
 inline acquire(thread) {
     d_step {
@@ -260,14 +258,14 @@ inline futex_wait(thread, location, value) {
         is_drained(thread) ->
         if
         :: mem[location] == (value) -> asleep_on[thread] = location; reached(SLEEPS)
-        :: else
+        /* As nobody sees it asleep, it is the same whether it wakes for nothing now or later. */
+        :: mem[location] == (value) && !woke_for_nothing[thread] -> woke_for_nothing[thread] = 1
+        :: mem[location] != (value)
         fi
     };
     atomic {
         if
         :: asleep_on[thread] == NONE
-        :: may_wake_for_nothing[thread] ->
-            may_wake_for_nothing[thread] = 0; asleep_on[thread] = NONE
 #ifdef SLICE
         :: timeout -> asleep_on[thread] = NONE
 #endif

@@ -1,4 +1,4 @@
-"""The part of docs/model.md that is made: the line of the ring of each step of the model.
+"""The part of docs/model.md that is made: each step's memory order, and its line in the ring.
 
 usage: python -m tests.models.page
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from .steps import ROOT, STEPS, Moved
+from . import orders
+from .source import ROOT
+from .steps import STEPS, Moved, Step
 
 PAGE = ROOT / "docs/model.md"
 _MARK = "<!-- From here on made by `make model-page`. -->\n"
@@ -15,13 +17,23 @@ _MARK = "<!-- From here on made by `make model-page`. -->\n"
 
 def render() -> str:
     """Everything after the mark. Raises Moved."""
-    lines = ["| step | | line | in |", "| --- | --- | --- | --- |"]
+    lines = ["| step | | operation, order | line | in |", "| --- | --- | --- | --- | --- |"]
     lines += [
-        f"| {step.number} | {step.what} | {step.file}:{step.line()} | "
+        f"| {step.number} | {step.what} | {_operation(step)} | {step.file}:{step.line()} | "
         f"`{step.function}`: `{step.snippet}` |"
         for step in STEPS
     ]
     return "\n".join(lines) + "\n"
+
+
+def _operation(step: Step) -> str:
+    """As the code has it; of plain loads and stores, as the model has it."""
+    function = step.operation()
+    if function:
+        name, order = function.removeprefix("moeshm_"), orders.orders()[function]
+        return f"{name}, after the kernel's barrier" if order == name else f"{name}, {order}"
+    modelled = orders.operations().get(step.number, "")
+    return f"{modelled}, {orders.MEANT[modelled].order}" if modelled else ""
 
 
 def written() -> str:

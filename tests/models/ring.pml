@@ -22,7 +22,11 @@
 
 #define PRODUCER 0
 #define CONSUMER 1
+#if defined(PRODUCER_IS_CLOSED) || defined(CONSUMER_IS_CLOSED)
 #define THREADS 4
+#else
+#define THREADS 2
+#endif
 #define LOADERS 2
 #define closer_of(end) ((end) + 2)
 
@@ -259,12 +263,14 @@ inline close(thread, end, old) {
     old = 0
 }
 
+#if THREADS > 2
 proctype Closer(byte end) {
     byte old;
     take_gil(closer_of(end), end);
     if :: !is_closed[end] -> close(closer_of(end), end, old) :: else fi;
     drop_gil(closer_of(end), end)
 }
+#endif
 
 /* --- RingProducer -------------------------------------------------------------------- */
 
@@ -457,8 +463,6 @@ proctype Consumer() {
 
 init {
     atomic {
-        if :: may_wake_for_nothing[PRODUCER] = 1 :: skip fi;
-        if :: may_wake_for_nothing[CONSUMER] = 1 :: skip fi;
         run Buffer(PRODUCER);
         run Buffer(CONSUMER);
 #ifdef PRODUCER_IS_CLOSED

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from . import page, spin, steps
+from . import orders, page, source, spin, steps
 from .cases import BROKEN, SOUND, Case
 
 needs_spin = pytest.mark.skipif(spin.why_none() is not None, reason=str(spin.why_none()))
@@ -63,3 +63,32 @@ def test_the_table_has_every_step_of_the_model() -> None:
 
 def test_every_atomic_of_the_ring_is_a_step_or_left_out() -> None:
     assert steps.unaccounted() == []
+
+
+def test_each_step_calls_what_the_model_has_for_it() -> None:
+    modelled = orders.operations()
+    for step in steps.STEPS:
+        operation = modelled.get(step.number)
+        meant = "" if operation is None else orders.MEANT[operation].function
+        assert step.operation() == meant, f"step {step.number}, {step.what}"
+
+
+def test_each_operation_has_the_memory_order_that_the_model_gives_it() -> None:
+    meant = {each.function: each.order for each in orders.MEANT.values() if each.function}
+    assert orders.orders() == {**meant, **orders.OF_OTHERS}
+
+
+def test_no_atomic_of_the_ring_is_written_past_atomics_h() -> None:
+    found = [
+        path.name for path in source.ROOT.glob("moeshm/_*.pyx") if "__atomic" in path.read_text()
+    ]
+    assert found == []
+
+
+def test_what_is_copied_past_the_caches_is_fenced_before_it_is_published() -> None:
+    """Such stores are not ordered by a release, on x86 either."""
+    copy = source.code_of(source.ATOMICS).partition("moeshm_copy(")[2].partition("#endif")[0]
+    assert copy.count("_mm_stream_si128(") == 4
+    after = copy.rpartition("_mm_stream_si128(")[2].partition("return;")
+    assert after[1]
+    assert "_mm_sfence();" in after[0]
