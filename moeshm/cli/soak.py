@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ..soak.director import Soak
     from ..soak.report import Report
 
+#: Between two lines about the moment, where nobody watches.
+_TELL_S = 30.0
+
 
 def _finite(_context: click.Context, _option: click.Parameter, value: float) -> float:
     if not math.isfinite(value):
@@ -108,8 +111,9 @@ def print_report(report: Report, console: Console) -> None:
 
 
 @contextlib.contextmanager
-def _shown(console: Console, as_json: bool) -> Iterator[Callable[[Report], None]]:
-    """A line with the figures of the moment, where there is a terminal for it."""
+def _shown(console: Console, as_json: bool) -> Iterator[Callable[[Report, str], None]]:
+    """A line with the figures of the moment; without a terminal to rewrite it on, one in a while on
+    standard error."""
     from rich.console import Console
     from rich.live import Live
 
@@ -117,16 +121,31 @@ def _shown(console: Console, as_json: bool) -> Iterator[Callable[[Report], None]
 
     terminal = Console(stderr=True) if as_json else console
     if not terminal.is_terminal:
-        yield lambda _report: None
+        yield _told_from_time_to_time()
         return
     with Live(console=terminal, transient=True, auto_refresh=False) as live:
-        yield lambda report: live.update(live_line(report), refresh=True)
+        yield lambda report, doing: live.update(live_line(report, doing), refresh=True)
+
+
+def _told_from_time_to_time() -> Callable[[Report, str], None]:
+    from ..soak.report import live_line
+
+    next_s = 0.0
+
+    def tell(report: Report, doing: str) -> None:
+        nonlocal next_s
+        if report.elapsed_s >= next_s:
+            next_s = report.elapsed_s + _TELL_S
+            with contextlib.suppress(OSError):  # whoever read it may be gone
+                click.echo(live_line(report, doing), err=True)
+
+    return tell
 
 
 @contextlib.contextmanager
 def _ended_by_signals(run: Soak) -> Iterator[None]:
-    """The first SIGINT, SIGTERM or SIGHUP ends the run in good order, the second at once; the end
-    of the clean-up is waited for. What nohup has ignored stays so."""
+    """The first SIGINT, SIGTERM or SIGHUP ends the run in good order, which may take minutes, the
+    second at once; the end of the clean-up is waited for. What nohup has ignored stays so."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
@@ -136,7 +155,8 @@ def _ended_by_signals(run: Soak) -> Iterator[None]:
         for each in numbers:
             signal.signal(each, interrupt)
         with contextlib.suppress(OSError):  # the terminal may be gone
-            click.echo(f"{signal.Signals(number).name}: ending", err=True)
+            name = signal.Signals(number).name
+            click.echo(f"{name}: ending in good order; at once after another", err=True)
 
     def interrupt(_number: int, _frame: object) -> None:
         if not run.is_cleaning_up:

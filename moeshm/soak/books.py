@@ -5,6 +5,7 @@ Threads tell it of every call, and it tells the soak; `tick` is called ten times
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import traceback
@@ -68,6 +69,24 @@ class Line:
     answered: float = field(default_factory=time.monotonic)
     #: True once it is being closed by this process.
     is_closed: bool = False
+    #: Of an offload, what its parts ended with: nothing else may make its calls fail.
+    losses: Losses | None = None
+
+
+class Losses:
+    """The errors that parts of an offload's calls ended with, by their words, as it may hand them
+    on. Any thread may use it."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, float] = {}
+
+    def note(self, error: MoeshmError, at: float) -> None:
+        """A part ended with it."""
+        self._last[str(error)] = at
+
+    def has(self, error: MoeshmError, since: float) -> bool:
+        """Whether a part ended with the same since then."""
+        return self._last.get(str(error), -math.inf) >= since
 
 
 @dataclass(eq=False)
@@ -82,6 +101,8 @@ class Call:
     answered: float
     #: When it was asked last to go on; between, its caller did other things.
     asked: float
+    #: The thread that asked.
+    thread: int = 0
     #: Whether this process computed some of it.
     is_own_work: bool = False
     is_overdue: bool = False
@@ -95,7 +116,9 @@ class OwnWork:
         self._clock = clock
         self.layers = backend.layers
         self._backend = backend
-        self._spans = threading.local()
+        #: By thread, when it computed, and since when it does.
+        self._spans: dict[int, list[tuple[float, float]]] = {}
+        self._since: dict[int, float] = {}
 
     def ffn(
         self,
@@ -106,21 +129,23 @@ class OwnWork:
         out: npt.NDArray[Any],
     ) -> None:
         """As `Backend.ffn`."""
-        start = self._clock()
-        self._backend.ffn(layer, hidden_states, topk_ids, topk_weights, out)
-        self._of_thread().append((start, self._clock()))
+        thread = threading.get_ident()
+        self._since[thread] = start = self._clock()
+        try:
+            self._backend.ffn(layer, hidden_states, topk_ids, topk_weights, out)
+        finally:
+            self._spans.setdefault(thread, []).append((start, self._clock()))
+            del self._since[thread]
 
     def take(self) -> list[tuple[float, float]]:
         """When this thread computed since it asked last."""
-        spans = self._of_thread()
-        self._spans.list = []
-        return spans
+        return self._spans.pop(threading.get_ident(), [])
 
-    def _of_thread(self) -> list[tuple[float, float]]:
-        if not hasattr(self._spans, "list"):
-            self._spans.list = []
-        spans: list[tuple[float, float]] = self._spans.list
-        return spans
+    def until_now(self, thread: int) -> list[tuple[float, float]]:
+        """When another thread computed since it asked last; it may do so still."""
+        since = self._since.get(thread)
+        spans = list(self._spans.get(thread, ()))
+        return spans if since is None else [*spans, (since, self._clock())]
 
 
 class Books:
@@ -164,7 +189,7 @@ class Books:
         with."""
         if self._own_work is not None:
             self._own_work.take()
-        call.asked = self._clock()
+        call.asked, call.thread = self._clock(), threading.get_ident()
         with self._lock:
             self._open.add(call)
         try:
@@ -190,6 +215,25 @@ class Books:
             return True
 
         self.attempt(call, done)
+
+    def part(
+        self,
+        call: Call,
+        run: Callable[[], _Result],
+        losses: Losses,
+        is_answer: bool = True,
+    ) -> _Result:
+        """What one worker does of another call, which goes on by itself if that fails: the error is
+        raised, but must have its cause, too. `is_answer`: a result tells that the worker lives."""
+        try:
+            result = run()
+        except MoeshmError as error:
+            losses.note(error, self._clock())
+            self._judge(call, error)
+            raise
+        if is_answer:
+            call.line.answered = max(call.line.answered, call.began)
+        return result
 
     def _end(self, call: Call) -> None:
         spans = [] if self._own_work is None else self._own_work.take()
@@ -236,7 +280,9 @@ class Books:
             if late_s > LATE_S:
                 self._tell(Late(shortened(call.what), late_s))
         for call in still:
-            late_s = self._late_s(call, call.asked, now, [])
+            own_work = self._own_work
+            spans = [] if own_work is None else own_work.until_now(call.thread)
+            late_s = self._late_s(call, call.asked, now, spans)
             if late_s > HANG_S:
                 call.is_overdue = True
                 self._tell(Overdue(shortened(call.what), late_s))
@@ -251,9 +297,12 @@ class Books:
         return ended - due - _covered([*self._pauses, *spans], due, ended)
 
     def _note_error(self, call: Call, error: MoeshmError) -> None:
+        self.count(f"error: {type(error).__name__}")
+        self._judge(call, error)
+
+    def _judge(self, call: Call, error: MoeshmError) -> None:
+        """Tell what the error must have come of, or that it may not be."""
         now, line = self._clock(), call.line
-        name = type(error).__name__
-        self.count(f"error: {name}")
         # To open a client may also take too long.
         may_be_late = isinstance(error, DeadlineExceeded | SessionError)
         if may_be_late and now >= call.deadline - _EARLY_S:
@@ -262,8 +311,12 @@ class Books:
                 self.unanswered(call, f"{error}")
         elif isinstance(error, ClientClosed) and line.is_closed:
             pass
+        elif line.losses is not None and isinstance(error, WorkerDied):
+            # Its part was judged by what happened to that worker.
+            if not line.losses.has(error, call.began):
+                self._unexpected(call, error, "none of its parts ended so")
         elif isinstance(error, _LOSSES) and not isinstance(error, ProtocolError):
-            what = shortened(f"{call.what}: {error}")
+            what, name = shortened(f"{call.what}: {error}"), type(error).__name__
             self._tell(Failed(name, what, line.name, line.targets, call.answered, now))
         else:
             self._unexpected(call, error, "")

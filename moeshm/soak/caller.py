@@ -23,7 +23,6 @@ import msgspec
 
 from .. import checkpoint, settings
 from ..backends.cpu import CpuBackend
-from ..client import ExpertClient
 from ..connecting import connect
 from ..supervisor import spawn_worker
 from . import messages, pool
@@ -201,7 +200,7 @@ class Caller:
 
     def _offload_steps(self, stack: contextlib.ExitStack) -> list[Step]:
         target = self._rng.choice(sorted(self._order.addresses))
-        clients: dict[str, list[ExpertClient]] = {"a": [], "b": []}
+        lines: dict[str, list[OpenLine]] = {"a": [], "b": []}
         opens = [("a", functools.partial(self._open_at, target, way, False)) for way in _ways()]
         for name, open_line in [*opens, ("b", functools.partial(self._open_own, False))]:
             opened = self._insist(open_line)
@@ -209,14 +208,15 @@ class Caller:
                 return []
             stack.callback(close_line, self._books, opened)
             # Another engine may have moved experts since the first way was opened.
-            if all(opened.client.view.experts == each.view.experts for each in clients[name]):
-                clients[name].append(opened.client)
+            experts = opened.client.view.experts
+            if all(experts == each.client.view.experts for each in lines[name]):
+                lines[name].append(opened)
         line = self._line(target, self._order.own)
         call = self._books.begin(line, f"make {line.name}", _OPEN_S)
         has_fallback = self._rng.random() < 0.5
         moves = self._books.attempt(
             call,
-            lambda: Moves(self._books, self._cases, line, clients, self._own_work, has_fallback),
+            lambda: Moves(self._books, self._cases, line, lines, self._own_work, has_fallback),
         )
         if moves is None:
             return []

@@ -48,7 +48,7 @@ _ROUND_S, _ROUNDS = (4.0, 30.0), 6
 
 
 class Soak:
-    """One run. `show`: is given the figures twice a second.
+    """One run. `show`: is given the figures twice a second, and what it does, in words.
 
     CheckpointError, SettingError, ConnectError: it cannot begin.
     """
@@ -60,7 +60,7 @@ class Soak:
         seed: int,
         device: str = "cpu",
         n_callers: int = len(ROLES),
-        show: Callable[[Report], None] = lambda _report: None,
+        show: Callable[[Report, str], None] = lambda _report, _doing: None,
     ) -> None:
         if settings.current().transport == "device":
             raise SettingError(
@@ -74,6 +74,8 @@ class Soak:
         self._n_callers = n_callers
         self._show = show
         self._shown = self._noticed = 0.0
+        self._doing = ""
+        self._awaited: Callable[[], list[str]] = list
         #: Its clean-up must not be interrupted.
         self.is_cleaning_up = False
         self._is_stopped = self._is_round = False
@@ -95,11 +97,21 @@ class Soak:
         self._is_stopped = True
 
     def run(self) -> Report:
-        """Until the time is over; what was found. No process or file of it is left then."""
+        """Until the time is over; what was found. No process or file of it is left then.
+
+        KeyboardInterrupt, after `stop`: it ends at once, which is a failure among the others.
+        """
         try:
-            self._begin()
-            self._call_and_rest()
-            self._end()
+            try:
+                self._begin()
+                self._call_and_rest()
+                self._end()
+            except KeyboardInterrupt:
+                if not self._is_stopped:
+                    raise
+                self._ledger.failure(
+                    f"it was ended at once by a second signal, {self._doing_now()}"
+                )
             self._ledger.settle(is_end=True)
             return self._report()
         finally:
@@ -111,6 +123,9 @@ class Soak:
                     self._guard.close()
 
     def _call_and_rest(self) -> None:
+        self._now(
+            "waiting until all call", lambda: [c.name for c in self._callers if not c.is_calling]
+        )
         self._go()
         # However long a large model takes to load, its time begins with the calls.
         if not self._wait(self._all_call, _START_LIMIT_S):
@@ -124,6 +139,7 @@ class Soak:
         while time.monotonic() < end and not self._is_stopped:
             begin = time.monotonic()
             self._injector.spares_callers = is_quiet
+            self._now("calling")
             while time.monotonic() < min(begin + round_s, end) and not self._is_stopped:
                 while fault.at_s <= injected_s + time.monotonic() - begin:
                     self._injector.inject(fault)
@@ -131,6 +147,7 @@ class Soak:
                 self._step()
             injected_s += time.monotonic() - begin
             if self._rest():
+                self._now("looking for leaks")
                 self._inspection.look(self._workers, self._callers, is_quiet)
             # In every other round, so that what a caller held before can be compared.
             is_quiet = not is_quiet
@@ -164,10 +181,19 @@ class Soak:
 
     def _rest(self) -> bool:
         """Let everything come to an end; False when something does not, which is a hang."""
+        self._now("ending what stands still, and attacks")
         self._injector.end_all()
+        self._now(
+            "waiting until all workers are ready",
+            lambda: [worker.name for worker in self._workers if not worker.is_ready],
+        )
         # Calls that are on their way should find a worker.
         if not self._wait(self._all_serve, _START_LIMIT_S):
             self._ledger.hang("workers", f"not all are ready within {_START_LIMIT_S:g} s")
+        self._now(
+            "waiting until all calls end",
+            lambda: [c.name for c in self._callers if not c.is_resting],
+        )
         self._is_round = False
         for caller in self._callers:
             caller.say("rest")
@@ -186,10 +212,12 @@ class Soak:
         self._check_folder()
         self._folder.mkdir(0o700)
         self._guard = Guard(self._run, str(self._folder))
+        self._now("making the calls and their results")
         self._layers = _choose_layers(self._model)
         loaded = checkpoint.load(self._model, self._layers).layers
         cases = pool.draw(loaded, self._seed, coarsest=_coarsest_of_settings())
         pool.save(cases, self._folder / "cases.npz")
+        self._now("starting workers")
         options = ["--model", self._model, "--device", self._device, "--threads", "1"]
         options += ["--layers", ",".join(map(str, self._layers))]
         for name, is_kept in (("kept worker", True), ("worker", False)):
@@ -221,6 +249,8 @@ class Soak:
 
     def _end(self) -> None:
         """Everything ends in good order."""
+        processes = (*self._callers, *self._workers)
+        self._now("ending all processes", lambda: [each.name for each in processes if each.pid])
         for caller in self._callers:
             caller.why_gone = "the end"
             caller.hang_up()
@@ -284,8 +314,20 @@ class Soak:
             self._noticed = now
             self._inspection.notice()
         if now - self._shown > _SHOW_S:
-            self._shown = now
-            self._show(self._report())
+            self._show_moment()
+
+    def _now(self, doing: str, awaited: Callable[[], list[str]] = list) -> None:
+        """What it does from now on, which may take long, and for whom it waits."""
+        self._doing, self._awaited = doing, awaited
+        self._show_moment()
+
+    def _show_moment(self) -> None:
+        self._shown = time.monotonic()
+        self._show(self._report(), self._doing_now())
+
+    def _doing_now(self) -> str:
+        names = ", ".join(self._awaited())
+        return f"{self._doing}: {names}" if names else self._doing
 
     def _hear(self) -> None:
         for caller in self._callers:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from ..worker import REPLY_TIMEOUT_S
 from .messages import (
     Counts,
     Failed,
@@ -165,6 +166,18 @@ class Ledger:
         return any(
             cause.start <= failed.until
             and (cause.end is None or cause.end + _AFTER_S >= failed.since)
-            for target in (*failed.targets, failed.line, caller)
+            for target in (*failed.targets, failed.line)
             for cause in reversed(self._causes.get(target, ()))
+        ) or self._was_given_up(caller, failed)
+
+    def _was_given_up(self, caller: str, failed: Failed) -> bool:
+        """Whether its own process stood still for so long since then that the worker may have ended
+        a handshake, or a session whose replies nobody took."""
+        least_s = REPLY_TIMEOUT_S if failed.error == "WorkerDied" else 0.0
+        pauses = self._causes.get(caller, ())
+        return any(
+            pause.start <= failed.until
+            and (pause.end is None or pause.end + _AFTER_S >= failed.since)
+            and (failed.until if pause.end is None else pause.end) - pause.start >= least_s
+            for pause in pauses
         )

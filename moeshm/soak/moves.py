@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from ..client import ExpertClient
 from ..layers import LayerInfo
 from ..offload import ExpertOffload, PlacementChange
 from ..placement import LayerPlacement, Placement
-from .books import LONG_S, Books, Line, OwnWork
+from .books import LONG_S, Books, Line, Losses, OwnWork
+from .calls import OpenLine
+from .lent import LentClient
 from .pool import Case
 
 #: Deadlines of forwards, by how often.
@@ -23,14 +25,14 @@ _AFTER_ERROR_S = 0.05
 
 
 class Moves:
-    """One offload over two workers. `clients`: by worker, what reaches it."""
+    """One offload over two workers. `opened`: by worker, the clients that reach it."""
 
     def __init__(
         self,
         books: Books,
         cases: Sequence[Case],
         line: Line,
-        clients: Mapping[str, Sequence[ExpertClient]],
+        opened: Mapping[str, Sequence[OpenLine]],
         own_work: OwnWork,
         has_fallback: bool,
     ) -> None:
@@ -38,10 +40,14 @@ class Moves:
         self._cases = cases
         self._line = line
         self._layers: Mapping[int, LayerInfo] = own_work.layers
-        self._workers = sorted(clients)
-        held = {name: each[0].view.experts for name, each in clients.items()}
+        self._workers = sorted(opened)
+        held = {name: each[0].client.view.experts for name, each in opened.items()}
+        line.losses = losses = Losses()
+        lent: dict[str, Any] = {
+            name: [LentClient(books, way, losses) for way in ways] for name, ways in opened.items()
+        }
         self._offload = ExpertOffload(
-            {name: list(each) for name, each in clients.items()},
+            lent,
             _as_held(held, self._layers),
             local=own_work,
             fallback=own_work if has_fallback else None,
@@ -61,9 +67,6 @@ class Moves:
         if result is None:
             time.sleep(_AFTER_ERROR_S)
         else:
-            # It may have needed one of the workers alone, and says nothing of the other: a client
-            # that was refused leaves its worker alone for up to a minute, with WorkerDied.
-            call.is_own_work = True
             self._books.check(call, case, result)
 
     def move(self, rng: random.Random) -> None:

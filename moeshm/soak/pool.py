@@ -108,10 +108,8 @@ class Case:
         return allowed
 
 
-def draw(
-    layers: Mapping[int, ExpertLayer], seed: int, size: int = SIZE, coarsest: DType = DType.F32
-) -> list[Case]:
-    """So many cases of these layers, whose ids are all of the model's; the same for a seed.
+def draw(layers: Mapping[int, ExpertLayer], seed: int, coarsest: DType = DType.F32) -> list[Case]:
+    """SIZE cases of these layers, whose ids are all of the model's; the same for a seed.
 
     `coarsest`: a format that the rows of any call may travel in besides.
     """
@@ -119,7 +117,7 @@ def draw(
     numbers = sorted(layers)
     return [
         _draw_one(number, rng, numbers[number % len(numbers)], layers, coarsest)
-        for number in range(size)
+        for number in range(SIZE)
     ]
 
 

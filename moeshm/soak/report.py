@@ -98,12 +98,12 @@ def report_of(
     )
 
 
-def live_line(report: Report) -> str:
-    """The figures of a moment."""
+def live_line(report: Report, doing: str) -> str:
+    """The figures of a moment, and what is done in it."""
     return (
         f"{report.elapsed_s:,.0f} s: {report.calls:,} calls, {report.faults:,} faults, "
         f"{report.wrong_results} wrong, {report.hangs} hangs, {report.leaks} leaks, "
-        f"{report.unexpected_errors} unexpected errors; {report.deadline_misses} late"
+        f"{report.unexpected_errors} unexpected errors; {report.deadline_misses} late; {doing}"
     )
 
 

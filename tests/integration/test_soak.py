@@ -19,8 +19,10 @@ from click.testing import CliRunner
 
 from moeshm import process
 from moeshm.cli.soak import _ended_by_signals, soak
+from moeshm.demo import tiny_moe_path
 from moeshm.errors import CheckpointError, SettingError
 from moeshm.soak import leaks, pool
+from moeshm.soak.director import Soak
 from moeshm.soak.pool import Case
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +32,8 @@ PATIENCE_S = 150.0
 
 def run(*arguments: str) -> tuple[int, dict[str, Any]]:
     result = CliRunner().invoke(soak, ["--json", *arguments])
-    printed: dict[str, Any] = msgspec.json.decode(result.stdout)
+    # Before it are lines about the moment, with a click that has one output for both.
+    printed: dict[str, Any] = msgspec.json.decode(result.stdout.splitlines()[-1])
     print(printed)
     return result.exit_code, printed
 
@@ -108,6 +111,41 @@ def test_ctrl_c_ends_it_with_what_was_found() -> None:
     assert printed["failures"] == []
     assert running.returncode == (0 if printed["calls"] else 1)
     assert printed["elapsed_s"] < 60 * 60
+
+
+def test_it_tells_whom_it_waits_for() -> None:
+    told = []
+    run = Soak(tiny_moe_path(), 1.0, 1, show=lambda _report, doing: told.append(doing))
+    run._now("calling")
+    run._now("waiting until all calls end", lambda: ["caller 0", "caller 2"])
+    assert told == ["calling", "waiting until all calls end: caller 0, caller 2"]
+
+
+def test_a_second_ctrl_c_ends_it_at_once_and_still_tells_what_was_found() -> None:
+    command = [sys.executable, "-m", "moeshm", "soak", "--minutes", "60", "--json"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
+        try:
+            wait_until(lambda: len(processes_of_the_run(running.pid)) == 5)
+            # A caller that stands still does not come to rest, and the run not to its end.
+            os.kill(processes_of_the_run(running.pid)[-1], signal.SIGSTOP)
+            running.send_signal(signal.SIGINT)
+            assert running.stderr is not None
+            told: list[bytes] = []
+            while not told or b"SIGINT: ending" not in told[-1]:
+                told.append(running.stderr.readline())
+                assert told[-1]
+            running.send_signal(signal.SIGINT)
+            stdout, _ = running.communicate(timeout=PATIENCE_S)
+        finally:
+            running.kill()
+    assert running.returncode == 1
+    (failure,) = msgspec.json.decode(stdout)["failures"]
+    assert "it was ended at once by a second signal, " in failure
+    # Nobody watches: it tells of itself by the line.
+    assert b"0 calls" in told[0]
+    assert told[0].endswith(b"; making the calls and their results\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])

@@ -45,7 +45,7 @@ from moeshm.soak.messages import (
 from moeshm.soak.pool import Case
 
 LAYERS = load(tiny_moe_path()).layers
-CASES = pool.draw(LAYERS, seed=7, size=40)
+CASES = pool.draw(LAYERS, seed=7)
 BACKEND = CpuBackend(LAYERS, threads=1)
 
 
@@ -91,7 +91,7 @@ def compute(case: Case, wire: DType | None = None) -> Any:
 def test_the_cases_mix_layers_formats_and_sizes() -> None:
     assert {case.layer for case in CASES} == set(LAYERS)
     assert {case.dtype for case in CASES} == {case.wire for case in CASES} == set(DType)
-    sizes = [len(case.topk_ids) for case in pool.draw(LAYERS, seed=1, size=96)]
+    sizes = [len(case.topk_ids) for case in pool.draw(LAYERS, seed=1)]
     assert min(sizes) == 1
     assert max(sizes) == 512
     assert any((case.topk_ids == -1).any() for case in CASES)
@@ -103,20 +103,20 @@ def test_a_right_result_is_right_whatever_it_travelled_in() -> None:
 
 
 def test_cases_that_may_be_rounded_on_the_way_allow_for_it() -> None:
-    for case in pool.draw(LAYERS, seed=8, size=20, coarsest=DType.BF16):
+    for case in pool.draw(LAYERS, seed=8, coarsest=DType.BF16):
         assert case.difference(compute(case, DType.BF16)) == "", case
 
 
 def test_a_seed_draws_the_same_cases_and_files_keep_them(tmp_path: Path) -> None:
     pool.save(CASES, tmp_path / "cases.npz")
-    again = pool.draw(LAYERS, seed=7, size=40)
+    again = pool.draw(LAYERS, seed=7)
     for case, other, kept in zip(CASES, again, pool.load(tmp_path / "cases.npz"), strict=True):
         for each in (other, kept):
             assert str(each) == str(case)
             assert each.tolerance == case.tolerance
             for name in ("hidden_states", "topk_ids", "topk_weights", "expected"):
                 np.testing.assert_array_equal(getattr(each, name), getattr(case, name))
-    other_seed = pool.draw(LAYERS, seed=9, size=40)
+    other_seed = pool.draw(LAYERS, seed=9)
     assert [str(case) for case in other_seed] != [str(case) for case in CASES]
 
 
@@ -491,6 +491,44 @@ def test_a_call_that_does_not_end_is_told_once(
     ledger = Ledger(clock)
     ledger.told("caller 1", overdue[0])
     assert ledger.hangs == 1
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_who_computes_by_himself_does_not_hang(
+    told: list[Message], clock: Clock, computes: bool
+) -> None:
+    """As long as it does: a fallback may take long for many tokens."""
+    case, begun, over = CASES[0], threading.Event(), threading.Event()
+
+    class Slow:
+        name, layers = "slow", BACKEND.layers
+
+        def ffn(self, *_arguments: Any) -> None:
+            wait()
+
+    def wait() -> bool:
+        begun.set()
+        return over.wait(30)
+
+    def fall_back() -> bool:
+        own.ffn(case.layer, case.hidden_states, case.topk_ids, case.topk_weights, None)  # type: ignore[arg-type]
+        return True
+
+    own = OwnWork(Slow(), clock)
+    books = Books(told.append, own, clock)
+    call = books.begin(LINE, "a call", 0.0)
+    thread = threading.Thread(target=books.attempt, args=(call, fall_back if computes else wait))
+    thread.start()
+    try:
+        assert begun.wait(30)
+        for _ in range(int((HANG_S + 3) / PAUSE_S)):
+            clock.now += PAUSE_S * 0.99
+            books.tick()
+    finally:
+        over.set()
+        thread.join()
+    overdue = [message for message in told if isinstance(message, Overdue)]
+    assert len(overdue) == (not computes)
 
 
 def test_who_stands_still_is_not_late(books: Books, told: list[Message], clock: Clock) -> None:

@@ -21,6 +21,7 @@ from moeshm.soak.messages import (
     Lost,
     Message,
     Overdue,
+    Paused,
     Unanswered,
     Unexpected,
     Wrong,
@@ -28,6 +29,7 @@ from moeshm.soak.messages import (
     shortened,
 )
 from moeshm.soak.report import Report, lines_of, live_line, report_of
+from moeshm.worker import REPLY_TIMEOUT_S
 
 
 class Clock:
@@ -72,12 +74,32 @@ def test_an_error_without_a_cause_is_unexpected(ledger: Ledger, clock: Clock) ->
     assert "WorkerDied without a cause" in ledger.failures[0]
 
 
-@pytest.mark.parametrize("target", ["w", "w, client 1", "caller 1"])
+@pytest.mark.parametrize("target", ["w", "w, client 1"])
 def test_an_error_with_a_cause(ledger: Ledger, clock: Clock, target: str) -> None:
     ledger.cause(target, "", clock.now, clock.now + 0.1)
     clock.now += 1
     ledger.told("caller 1", failed(clock.now - 0.95, clock.now))
     assert settle(ledger, clock) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "paused_s", "n_unexpected"),
+    [
+        ("WorkerDied", REPLY_TIMEOUT_S - 1, 1),
+        ("WorkerDied", REPLY_TIMEOUT_S + 1, 0),
+        ("ConnectError", 0.3, 0),
+    ],
+)
+def test_who_stands_still_loses_no_session_unless_replies_wait_for_too_long(
+    ledger: Ledger, clock: Clock, error: str, paused_s: float, n_unexpected: int
+) -> None:
+    """But the worker need not wait for a handshake."""
+    start = clock.now
+    clock.now += paused_s
+    ledger.told("caller 1", Paused(start, clock.now))
+    lost = msgspec.structs.replace(failed(start - 1, clock.now), error=error)
+    ledger.told("caller 1", lost)
+    assert settle(ledger, clock) == n_unexpected
 
 
 def test_a_cause_that_is_over_explains_nothing_that_came_after_an_answer(
@@ -178,7 +200,9 @@ def test_words_for_people(ledger: Ledger) -> None:
     assert lines["calls"].startswith("1,234 (123/s)")
     assert "7 placements applied" in lines["besides"]
     assert "worker +3.0 MiB" in lines["memory"]
-    assert "1,234 calls" in live_line(clean(ledger))
+    line = live_line(clean(ledger), "waiting until all calls end")
+    assert "1,234 calls" in line
+    assert line.endswith("; waiting until all calls end")
 
 
 # --- the schedule, and what goes through pipes ---------------------------------------------
