@@ -254,7 +254,8 @@ class Books:
             call.line.answered = max(call.line.answered, call.began)
         difference = case.difference(result)
         if difference:
-            self.wrong(call, f"{case}: {difference}")
+            by = "its caller, in part or whole" if call.is_own_work else "workers alone"
+            self.wrong(call, f"{case}, computed by {by}: {difference}")
 
     def wrong(self, call: Call, difference: str) -> None:
         """A result that must not be."""

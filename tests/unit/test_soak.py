@@ -464,6 +464,9 @@ def test_own_work_is_nobodys_delay(told: list[Message], clock: Clock) -> None:
     before = LINE.answered
     books.check(call, case, compute(case))
     assert LINE.answered == before
+    books.check(call, case, compute(case) + 1)
+    (wrong,) = (each for each in told if isinstance(each, Wrong))
+    assert "computed by its caller" in wrong.difference
 
 
 def test_a_call_that_does_not_end_is_told_once(
