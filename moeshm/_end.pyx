@@ -15,6 +15,7 @@ count modulo 2^63. docs/ring.md has the reasons.
 """
 
 from cpython.exc cimport PyErr_CheckSignals
+from posix.unistd cimport close
 from cpython.memoryview cimport PyMemoryView_FromObject
 from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 
@@ -211,10 +212,11 @@ cdef class RingEnd:
         self.mapping = None
         self.fd = self.pidfd = -1
         self.owns_pidfd = False
+        # Neither makes anybody wait, and os.close lets another thread compute.
         if fd >= 0:
-            os.close(fd)
+            close(fd)
         if pidfd >= 0:
-            os.close(pidfd)
+            close(pidfd)
         return 0
 
     cdef int _check_usable(self) except -1:

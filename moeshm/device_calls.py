@@ -85,8 +85,11 @@ class DeviceCalls:
         with self._submitting.taken(call.deadline):
             part: Part | None = None
             try:
-                with watch.lock:
-                    part = self._begin(call, future, inputs)
+                while part is None:
+                    with watch.lock:
+                        part = self._begin(call, future, inputs)
+                    if part is None:
+                        self._wait_for_room(call.deadline)
                 future.add(part)
                 self._send(call, part, out)
             finally:
@@ -95,32 +98,30 @@ class DeviceCalls:
                         part.release()
                     part.is_begun = True
 
-    def _begin(self, call: DeviceCall, future: DeviceFuture, inputs: DeviceInputs) -> Part:
-        """A part with room in the slab, which is looked after from now on; holds the lock, but for
-        while there is no room. RingFull, WorkerDied."""
+    def _begin(self, call: DeviceCall, future: DeviceFuture, inputs: DeviceInputs) -> Part | None:
+        """A part with room in the slab, which is looked after from now on; None where there is
+        none. Holds the lock. WorkerDied."""
         watch, link = self._watch, call.link
-        while not watch.is_over:
-            part: Part | None = None
-            try:
-                claim = watch.allocator.claim(
-                    inputs.n_tokens, inputs.hidden_size, inputs.top_k, inputs.dtype
+        if watch.is_over:
+            raise another(link.loss or WorkerDied("the session is over"))
+        part: Part | None = None
+        try:
+            claim = watch.allocator.claim(
+                inputs.n_tokens, inputs.hidden_size, inputs.top_k, inputs.dtype
+            )
+            if claim is not None:
+                part = Part(
+                    future, link, watch, claim, inputs, call.fallback, link.new_id(), call.deadline
                 )
-                if claim is not None:
-                    part = Part(
-                        future, link, watch, claim, inputs, call.fallback, link.new_id(),
-                        call.deadline,
-                    )  # fmt: skip
-                    watch.add(part)
-                    return part
-            except BaseException:
-                # An interrupt. Room is given back in the order of parts, and a claim may have none.
-                if part is not None:
-                    part.release()
-                    part.is_begun = True
-                link.lose(WorkerDied("it was interrupted"))
-                raise
-            self._wait_for_room(call.deadline)
-        raise another(link.loss or WorkerDied("the session is over"))
+                watch.add(part)
+            return part
+        except BaseException:
+            # An interrupt. Room is given back in the order of parts, and a claim may have none.
+            if part is not None:
+                part.release()
+                part.is_begun = True
+            link.lose(WorkerDied("it was interrupted"))
+            raise
 
     def _send(self, call: DeviceCall, part: Part, out: int) -> None:
         """Tell the worker, and enqueue what gives the arrays, waits, and takes the output."""
@@ -148,16 +149,11 @@ class DeviceCalls:
             raise
 
     def _wait_for_room(self, deadline: float) -> None:
-        """Let go of the lock for a moment. RingFull: until the deadline."""
-        watch = self._watch
-        watch.lock.release()
-        try:
-            watch.settle()
-            if time.monotonic() > deadline:
-                raise RingFull(
-                    "the slab was full of earlier calls until this one's deadline; wait for their "
-                    "results, or allow more time"
-                )
-            time.sleep(_FULL_PAUSE_S)
-        finally:
-            watch.lock.acquire()
+        """For a moment. RingFull: until the deadline."""
+        self._watch.settle()
+        if time.monotonic() > deadline:
+            raise RingFull(
+                "the slab was full of earlier calls until this one's deadline; wait for their "
+                "results, or allow more time"
+            )
+        time.sleep(_FULL_PAUSE_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import math
 import threading
 import time
 import traceback
@@ -12,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from ._claims import Allocator, sizes
+from ._role import Bell
 from .device_arrays import DeviceInputs
 from .device_future import HostFallback, Part
 from .dtypes import Array
@@ -23,7 +25,7 @@ from .errors import (
     WorkerDied,
     WorkerFailed,
 )
-from .link import Link, another, too_late
+from .link import GRACE_S, Link, another, too_late
 from .transport.slab import DONE, GIVEN, TOLD, Places, Segment
 
 _log = logging.getLogger(__name__)
@@ -33,8 +35,9 @@ _SLICE_S = 0.01
 #: Looks at nothing after which the thread sleeps until it is woken: to wake it for every call would
 #: take longer than the rest of a `submit`.
 _IDLE_LOOKS = 100
-#: A worker that lives tells of a missed deadline itself, so long after it at most.
-_GRACE_S = 0.25
+#: A call whose own stream was late, or one before it, is given to the worker after its deadline. So
+#: long the worker has to come to it and to say so; the session of one that lives must not be lost.
+_LATE_GRACE_S = 0.25
 #: Longer than taking in a reply that was sent takes.
 _REPLY_LIMIT_S = 5.0
 
@@ -93,7 +96,7 @@ class Watch:
         self._segment = segment
         #: Kinds of errors that the log has.
         self._logged: set[str] = set()
-        self._woken = threading.Event()
+        self._bell = Bell()
         self._is_asleep = False
         self._thread = threading.Thread(target=self._run, name="moeshm-slab", daemon=True)
         self._thread.start()
@@ -102,12 +105,12 @@ class Watch:
         """Look after it, too; holds the lock."""
         self.parts.append(part)
         if self._is_asleep:
-            self._woken.set()
+            self._bell.ring()
 
     def end(self) -> None:
         """Take no more, and let go of the slab as soon as nothing is on its way."""
         self.is_over = True
-        self._woken.set()
+        self._bell.ring()
 
     def join(self, timeout_s: float) -> None:
         """Wait until it is let go of."""
@@ -181,10 +184,7 @@ class Watch:
             if n_idle > _IDLE_LOOKS:
                 self._sleep()
                 n_idle = 0
-            if self.parts:
-                time.sleep(_SLICE_S)
-            else:
-                self._woken.wait(_SLICE_S)
+            self._bell.wait(self._pause_s())
             try:
                 self._look()
             except Exception:  # whatever it is, the next look must come
@@ -207,37 +207,48 @@ class Watch:
         self._is_asleep = True
         # Looked at after that was said: whoever adds a part meanwhile sees the one or the other.
         if not (self.parts or self.is_over):
-            self._woken.wait()
+            self._bell.wait(math.inf)
         self._is_asleep = False
-        if not self.is_over:
-            self._woken.clear()
+
+    def _pause_s(self) -> float:
+        """Until the next look: at what is to be given up, in time."""
+        now = time.monotonic()
+        with self.lock:
+            left_s = [part.late_at - now for part in self.parts if part.late_at > now]
+        return min([_SLICE_S, *left_s])
 
     def _look(self) -> None:
         self.settle()
         with self.lock:
             parts = list(self.parts)
-        is_oldest = True
+        are_given = True
         for part in parts:
+            # Before its turn comes, and its arrays are given, the worker cannot do anything:
+            # others' streams, or the caller's own, are late, and it says so when it gets there.
+            are_given = are_given and (part.has_reached(GIVEN) or part.has_reached(DONE))
             if not part.is_begun or part.is_released:
                 continue
             try:
-                self._look_at(part, is_oldest)
+                self._look_at(part, are_given)
             except Exception as error:  # whatever it is, streams must not wait for ever
                 words = traceback.format_exc()
                 _log.error("what is on its way to the worker was not looked after: %s", words)
                 self._fail(part, WorkerDied(f"the call could not be looked after: {error}"))
                 part.release()
-            is_oldest = is_oldest and part.has_reached(DONE)
 
-    def _look_at(self, part: Part, is_oldest: bool) -> None:
+    def _look_at(self, part: Part, is_workers: bool) -> None:
+        """`is_workers`: nobody but the worker keeps it from being done."""
         link = part.link
         if link.loss is None and _is_gone(link):
             link.lose(WorkerDied("its process is gone"))
-        # Before its turn comes, and its arrays are given, the worker cannot do anything: others'
-        # streams, or the caller's own, are late, and it says so when it gets there.
-        if link.loss is None and is_oldest and part.has_reached(GIVEN):
-            part.late_at = part.late_at or max(part.deadline, time.monotonic()) + _GRACE_S
-            if time.monotonic() > part.late_at and not part.has_reached(DONE):
+        if link.loss is None and is_workers:
+            now = time.monotonic()
+            if not part.late_at:
+                # A look later than it was given, at most.
+                is_late = now > part.deadline + _SLICE_S
+                grace_s = _LATE_GRACE_S if is_late else GRACE_S
+                part.late_at = max(part.deadline, now) + grace_s
+            if now >= part.late_at and not part.has_reached(DONE):
                 late = too_late(part.future.timeout_s)
                 part.fail(late)
                 link.lose(late)

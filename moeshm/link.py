@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import process, protocol
-from ._role import Role
+from ._role import Monitor, Role
 from .descriptors import DESCRIPTOR
 from .dtypes import Array, DType
 from .errors import (
@@ -48,7 +48,7 @@ _ORDER_PAUSE_S = 0.005
 #: by then is given up.
 GRACE_S = 0.006
 #: How late a thread may learn that the one that received was interrupted.
-_UNTOLD_S = 0.1
+_UNTOLD_S = 0.01
 #: Longer than copying the largest reply takes; a thread that the interpreter ended never stops.
 _COPY_LIMIT_S = 5.0
 
@@ -131,8 +131,8 @@ class Link:
         self._unsent: collections.deque[bytes] = collections.deque()
         #: The record that is being taken in.
         self._received: collections.deque[Message] = collections.deque()
-        self._state = threading.Lock()
-        self._changed = threading.Condition(self._state)
+        #: Held to change what is below, and to end the session.
+        self._state = Monitor()
         self._pid = os.getpid()
         self._receiving = Role()
         self._n_waiting = 0
@@ -188,8 +188,10 @@ class Link:
                 try:
                     self._pending[call_id] = receiver
                     return write(record, receiver.deadline)
-                except RingFull:
+                except RingFull as error:
                     self._pending.pop(call_id, None)
+                    if self._transport.is_closed:  # a part of it had left
+                        self.lose(error)
                     raise
                 except MoeshmError as error:
                     raise self.lose(error) from error
@@ -259,7 +261,7 @@ class Link:
                 if self.loss is not None:
                     raise another(self.loss)
                 if self._unsent:
-                    self._send_unsent()
+                    self._send_unsent(deadline)
                 try:
                     return self._transport.write_call(*call)
                 except RingFull:
@@ -306,6 +308,9 @@ class Link:
             with self._state:
                 if self._receiving.is_taken and not self._leave_it_to_others(call, deadline):
                     return call.is_done
+                if self.loss is not None and not call.is_done:
+                    # Whoever ended the session was interrupted before all were told.
+                    self._end(self.loss)
                 if call.is_done:
                     return True
             try:
@@ -328,15 +333,19 @@ class Link:
             except MoeshmError as error:
                 self.lose(error)
             with self._state:
+                if self.loss is not None and not order.is_done:
+                    self._end(self.loss)
                 if not order.is_done:
-                    self._changed.wait(min(_ORDER_PAUSE_S, left_s))
+                    self._state.wait(min(_ORDER_PAUSE_S, left_s))
         return True
 
     def lose(self, cause: Exception) -> CallError:
         """End the session and every pending call; what the calls get."""
         with self._state:
             if self.loss is None:
-                said = self.session.farewell()
+                # At a deadline there is no time to look, and a worker that ended it is not late.
+                is_late = isinstance(cause, DeadlineExceeded)
+                said = None if is_late else self.session.farewell()
                 why = f"{said} ({cause})" if said else str(cause)
                 self.loss = WorkerDied(f"the session with the worker is over: {why}")
             return self._end(self.loss)
@@ -352,16 +361,26 @@ class Link:
         """Close the session and tell everyone; holds the lock."""
         self.session.close()
         while self._pending:
-            self._pending.popitem()[1].fail(another(error))
+            for call_id, receiver in list(self._pending.items()):
+                # Told first: an interrupt in between must not leave it with nobody who knows of it.
+                receiver.fail(another(error))
+                self._pending.pop(call_id, None)
         if self.device_calls is not None:
             self.device_calls.end()
-        self._changed.notify_all()
+        self._state.notify_all()
         # Whoever receives may be copying rows into an array that is its caller's again once this
         # returns; with the session closed it cannot take longer than that.
         nobody_else = (0, threading.get_ident())
+        patience_until = time.monotonic() + _COPY_LIMIT_S
         self._n_waiting += 1
-        self._changed.wait_for(lambda: self._receiving.owner in nobody_else, _COPY_LIMIT_S)
-        self._n_waiting -= 1
+        try:
+            while self._receiving.owner not in nobody_else:
+                left_s = patience_until - time.monotonic()
+                if left_s <= 0:
+                    break
+                self._state.wait(min(left_s, _UNTOLD_S))
+        finally:
+            self._n_waiting -= 1
         return another(error)
 
     def check_process(self) -> None:
@@ -375,7 +394,7 @@ class Link:
 
     def _write(self, call: Packable, deadline: float) -> int:
         if self._unsent:
-            self._send_unsent()
+            self._send_unsent(deadline)
         try:
             return self._transport.write_call(*call)
         except RingFull:
@@ -388,7 +407,8 @@ class Link:
 
     def _write_descriptor(self, descriptor: bytes, deadline: float) -> int:
         if self._unsent:
-            self._send_unsent()
+            self._send_unsent(deadline)
+        self._transport.finish_by = deadline
         try:
             self._transport.write((descriptor,), DESCRIPTOR, 0, 0.0)
         except RingFull:
@@ -397,14 +417,16 @@ class Link:
 
     def _write_order(self, order: bytes, deadline: float) -> int:
         # What is to be released first may make room for it at the worker.
-        while not self._send_unsent():
+        while not self._send_unsent(deadline):
             self._write_parts((self._unsent[0],), protocol.ORDER, deadline)
             self._unsent.popleft()
+        self._transport.finish_by = deadline
         self._write_parts((order,), protocol.ORDER, deadline)
         return len(order)
 
-    def _send_unsent(self) -> bool:
-        """Send what there is room for now; True for all. By who may send."""
+    def _send_unsent(self, deadline: float | None) -> bool:
+        """Send what there is room for now; True for all. By who may send, who has until then."""
+        self._transport.finish_by = deadline
         while self._unsent:
             try:
                 self._transport.write((self._unsent[0],), protocol.ORDER, 0, 0.0)
@@ -422,7 +444,7 @@ class Link:
                 try:
                     if self.loss is not None:
                         self._unsent.clear()
-                    elif not self._send_unsent():
+                    elif not self._send_unsent(None):
                         return
                 except MoeshmError as error:
                     self.lose(error)
@@ -459,7 +481,7 @@ class Link:
     def _stopped_receiving(self) -> None:
         if self._n_waiting:
             with self._state:
-                self._changed.notify_all()
+                self._state.notify_all()
 
     def _leave_it_to_others(self, call: Awaited, deadline: float) -> bool:
         """Until the call is done or nobody receives; False at the deadline. Holds the lock."""
@@ -470,7 +492,7 @@ class Link:
                 if left_s <= 0:
                     return False
                 # Whoever is interrupted may not have told.
-                self._changed.wait(min(left_s, _UNTOLD_S))
+                self._state.wait(min(left_s, _UNTOLD_S))
         finally:
             self._n_waiting -= 1
         return True
@@ -486,7 +508,7 @@ class Link:
                 return True
             if self._n_waiting:
                 with self._state:
-                    self._changed.notify_all()
+                    self._state.notify_all()
         return True
 
     def _receive(self, timeout_s: float) -> None:
@@ -551,7 +573,7 @@ class Link:
                 self._received.pop().release()
             if self._n_waiting:
                 with self._state:
-                    self._changed.notify_all()
+                    self._state.notify_all()
 
     def _give(self, reply: Reply, record: Message) -> None:
         receiver = self._pending.get(reply.call_id)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from ._role import Monitor
 from .errors import ClientClosed, WorkerDied
 from .link import Link
 
@@ -22,8 +23,10 @@ FALLBACK_PATIENCE_S = 2.0
 
 class _Attempt:
     def __init__(self) -> None:
+        #: A thread is at it: of several, which an interrupt of who starts one may leave, the first.
+        self.is_begun = False
         #: Not the thread's own end: an interrupted `join` takes a thread for ended.
-        self.is_over = threading.Event()
+        self.is_over = False
         self.link: Link | None = None
         self.error: Exception | None = None
 
@@ -33,7 +36,7 @@ class Reconnector:
 
     def __init__(self, discard: Callable[[], None]) -> None:
         self._discard = discard
-        self._lock = threading.Lock()
+        self._lock = Monitor()
         self._attempt: _Attempt | None = None
         self._is_closed = False
         self._pause_s = 0.0
@@ -64,16 +67,14 @@ class Reconnector:
                 if time.monotonic() < self._retry_at:
                     # Not itself: an exception that is raised again keeps the frames of each call.
                     raise WorkerDied(str(link.loss))
-                attempt = _Attempt()
-                threading.Thread(
-                    target=self._run, args=(attempt, connect), name="moeshm-reconnect", daemon=True
-                ).start()
-                self._attempt = attempt
+                attempt = self._attempt = _Attempt()
                 if has_fallback:
                     patience_s = min(patience_s, FALLBACK_PATIENCE_S)
             elif has_fallback:
                 patience_s = 0.0
-        if not attempt.is_over.wait(max(0.0, patience_s)):
+        if not attempt.is_begun:
+            self._start(attempt, connect)
+        if not self._wait(attempt, patience_s):
             raise WorkerDied(f"{link.loss}; the worker is looked for, and not there yet")
         if attempt.link is None:
             error = attempt.error
@@ -88,7 +89,32 @@ class Reconnector:
         if attempt is not None and attempt.link is not None:
             attempt.link.close(ClientClosed("the client is closed"))
 
+    def _start(self, attempt: _Attempt, connect: Callable[[], Link]) -> None:
+        thread = threading.Thread(
+            target=self._run, args=(attempt, connect), name="moeshm-reconnect", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:
+            # It waits for the thread by a threading.Condition: what a signal's handler raises in
+            # there may leave the lock free, which that finds wrong.
+            raise error.__context__ or error from None
+
+    def _wait(self, attempt: _Attempt, patience_s: float) -> bool:
+        until = time.monotonic() + patience_s
+        with self._lock:
+            while not attempt.is_over:
+                left_s = until - time.monotonic()
+                if left_s <= 0:
+                    return False
+                self._lock.wait(left_s)
+        return True
+
     def _run(self, attempt: _Attempt, connect: Callable[[], Link]) -> None:
+        with self._lock:
+            if attempt.is_begun:
+                return
+            attempt.is_begun = True
         try:
             attempt.link = connect()
         except Exception as error:  # whatever it is, calls must hear of it
@@ -98,7 +124,8 @@ class Reconnector:
             if self._attempt is attempt:
                 self._attempt = None
                 self._note(attempt.error)
-        attempt.is_over.set()
+            attempt.is_over = True
+            self._lock.notify_all()
         if is_closed:
             if attempt.link is not None:
                 attempt.link.close(ClientClosed("the client was closed"))

@@ -18,6 +18,7 @@ from types import TracebackType
 import msgspec
 
 from . import access, foreign_fds, handshake, process, settings
+from ._closing import close_socket
 from ._version import VERSION
 from .errors import (
     ConnectError,
@@ -45,6 +46,9 @@ _PACKET_BYTES = 32 << 10
 _MORE, _LAST = b"\1", b"\0"
 _MAX_FDS = 4
 _LATE = "the peer's part of the handshake did not come in time"
+#: How long to sleep at a time, as in the ring: the system may give a signal to another thread, or
+#: to this one right before it sleeps.
+_SLICE_S = 0.025
 #: That a client has to take the welcome, at least.
 _WELCOME_S = 1.0
 #: Characters of a refusal.
@@ -123,7 +127,7 @@ class ControlSocket:
         fds: list[int] = []
         try:
             while True:
-                packet = self._receive_packet(fds, deadline - time.monotonic())
+                packet = self._receive_packet(fds, deadline)
                 data += packet[1:]
                 is_allowed = len(data) <= max_bytes and len(fds) <= _MAX_FDS
                 if packet[:1] not in (_MORE, _LAST) or not is_allowed:
@@ -141,14 +145,9 @@ class ControlSocket:
             close_fds(fds)
             raise
 
-    def _receive_packet(self, fds: list[int], timeout_s: float) -> bytes:
-        self._socket.settimeout(max(1e-3, timeout_s))
+    def _receive_packet(self, fds: list[int], deadline: float) -> bytes:
         try:
-            try:
-                packet, received, is_cut = foreign_fds.receive(self._socket, _PACKET_BYTES + 1)
-            except ConnectionResetError:
-                # It hung up without reading all; what it had said before is there still.
-                packet, received, is_cut = foreign_fds.receive(self._socket, _PACKET_BYTES + 1)
+            packet, received, is_cut = self._receive(deadline)
         except TimeoutError:
             raise SessionError(_LATE) from None
         except OSError as error:
@@ -160,6 +159,19 @@ class ControlSocket:
             raise SessionError("the peer closed the connection during the handshake")
         return packet
 
+    def _receive(self, deadline: float) -> tuple[bytes, list[int], bool]:
+        while True:
+            left_s = deadline - time.monotonic()
+            self._socket.settimeout(min(max(1e-3, left_s), _SLICE_S))
+            try:
+                return foreign_fds.receive(self._socket, _PACKET_BYTES + 1)
+            except ConnectionResetError:
+                # It hung up without reading all; what it had said before is there still.
+                return foreign_fds.receive(self._socket, _PACKET_BYTES + 1)
+            except TimeoutError:
+                if left_s <= _SLICE_S:
+                    raise
+
     def __del__(self) -> None:
         self.close()
 
@@ -167,10 +179,9 @@ class ControlSocket:
         """Close it; again does nothing."""
         if self._is_worker:
             foreign_fds.hang_up(self._socket)
-        self._socket.close()
-        if self.peer_pidfd >= 0:
-            os.close(self.peer_pidfd)
-            self.peer_pidfd = -1
+        # Forgotten first: an interrupt in between must not have another's fd closed.
+        pidfd, self.peer_pidfd = self.peer_pidfd, -1
+        close_socket(self._socket, False, pidfd)
 
 
 class Session:

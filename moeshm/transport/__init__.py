@@ -30,6 +30,9 @@ class Transport(Protocol):
     receive_capacity: int
     #: Bytes that may be on their way before a sender waits.
     buffer_bytes: int
+    #: Of time.monotonic: when what is sent is of no more use, set by who sends. A record that has
+    #: left in part by then takes the session with it. None for no such time.
+    finish_by: float | None
 
     def write(
         self, parts: Sequence[Any], type: int, flags: int = 0, timeout_s: float | None = None
@@ -61,6 +64,11 @@ class Transport(Protocol):
     @property
     def has_unread(self) -> bool:
         """Records were taken in as room was waited for, and lie in this process's own memory."""
+        ...
+
+    @property
+    def is_closed(self) -> bool:
+        """This end is."""
         ...
 
     def acquire(self, timeout_s: float | None = None) -> Message:

@@ -18,6 +18,8 @@ class SharedTransport:
     name = "shared"
     #: As `Transport.has_unread`.
     has_unread = False
+    #: As `Transport.finish_by`, of no effect: records leave at once.
+    finish_by: float | None = None
 
     def __init__(
         self, tx: RingProducer, rx: RingConsumer, watch_socket: int, watch_pidfd: int
@@ -65,6 +67,11 @@ class SharedTransport:
             tx.close()
             raise
         return cls(tx, rx, watch_socket, watch_pidfd)
+
+    @property
+    def is_closed(self) -> bool:
+        """As `Transport.is_closed`."""
+        return self._tx.closed
 
     def memory(self) -> list[memoryview]:
         """As `Transport.memory`."""

@@ -6,13 +6,11 @@ A record is the ring's header of 32 bytes (length, type, flags, epoch, sequence)
 from __future__ import annotations
 
 import collections
-import contextlib
 import math
 import os
 import select
 import socket
 import struct
-import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import protocol
+from .._closing import close_socket
+from .._role import Role
 from ..dtypes import Array, DType
 from ..errors import Corrupt, PeerDied, RingClosed, RingEmpty, RingError, RingFull
 
@@ -34,8 +34,13 @@ MAX_RECORD_BYTES = 256 << 20
 _STALL_S = 10.0
 #: How long to leave receiving to another thread before looking whether it still does.
 _PATIENCE_S = 0.01
+#: How long a client sleeps at a time, as in the ring: the system may give a signal to another
+#: thread, or to this one right before it sleeps. A worker's threads get none.
+_SLICE_MS = 25.0
 #: Of poll(2), which takes an int.
 _LONGEST_POLL_MS = float((1 << 31) - 1)
+#: How long the rest of a record may come in after a deadline, if it goes on coming.
+_LATE_S = 0.004
 #: What a sender takes in while it waits for room: replies to calls that were sent before.
 _MAX_INBOX_BYTES = MAX_RECORD_BYTES
 #: Of a record in the inbox, beside its bytes.
@@ -76,12 +81,11 @@ class StreamTransport:
         self._drains = drains
         self._watch_pidfd = watch_pidfd
         self._sent = 0
-        #: Of time.monotonic: when the call that is being sent is of no more use; None for others.
-        self._finish_by: float | None = None
+        self.finish_by: float | None = None
         self._inbox: collections.deque[StreamMessage] = collections.deque()
         self._inbox_bytes = 0
         self._reader = _Reader(sock, epoch, receive_capacity)
-        self._reading = threading.Lock()
+        self._reading = Role()
         self._is_closed = False
 
     @classmethod
@@ -113,15 +117,15 @@ class StreamTransport:
         self, parts: Sequence[Any], type: int, flags: int = 0, timeout_s: float | None = None
     ) -> None:
         """As `Transport.write`. A record that has begun to leave is finished whatever the timeout
-        says, or the other side would take the next for the rest of it. When that side takes
-        nothing until a call's deadline, the stream is closed and RingFull raised; without a
-        deadline, PeerDied after 10 s."""
+        says, or the other side would take the next for the rest of it. When that side has not
+        taken all by `finish_by`, the stream is closed and RingFull raised; without that time,
+        PeerDied after 10 s in which it took nothing."""
         views = [memoryview(part).cast("B") for part in parts if len(part)]
         length = sum(map(len, views))
         _check_sendable(length)
         views.insert(0, memoryview(_HEADER.pack(length, type, flags, self._epoch, self._sent)))
         deadline = _deadline(timeout_s)
-        finish_by = self._finish_by if type == protocol.CALL else None
+        finish_by = self.finish_by
         has_begun = False
         try:
             while views:
@@ -130,7 +134,11 @@ class StreamTransport:
                     has_begun = True
                     deadline = finish_by or time.monotonic() + _STALL_S
                     views = _rest(views, sent)
-                elif not self._wait_for_room(deadline):
+                    # However little it takes at a time, and in whatever time.
+                    is_late = bool(views) and _is_past(deadline)
+                else:
+                    is_late = not self._wait_for_room(deadline) or _is_past(deadline)
+                if is_late:
                     if not has_begun or finish_by is not None:
                         raise RingFull(f"no room for {length} bytes within {timeout_s} s")
                     raise PeerDied(f"the other end took nothing for {_STALL_S:g} s; stream closed")
@@ -158,8 +166,9 @@ class StreamTransport:
             call_id, layer, hidden_states, topk_ids, topk_weights, dtype, deadline_ns, view, rows
         )
         # Also for the link, should it write the call again.
-        self._finish_by = deadline_ns / 1e9 if deadline_ns else None
+        self.finish_by = deadline_ns / 1e9 if deadline_ns else None
         self.write(parts, protocol.CALL, 0, 0.0)
+        self.finish_by = None
         n_rows = len(hidden_states) if rows is None else len(rows)
         return protocol.call_bytes(n_rows, topk_ids.shape[1], hidden_states.shape[1], dtype)
 
@@ -172,15 +181,17 @@ class StreamTransport:
     def acquire(self, timeout_s: float | None = None) -> StreamMessage:
         """As `Transport.acquire`."""
         deadline = _deadline(timeout_s)
-        with self._reading:
+        with self._reading.tried(math.inf if deadline is None else deadline) as may_read:
+            if not may_read:
+                raise RingEmpty(f"another thread took records in for {timeout_s} s")
             n_given = self._n_given()
             try:
                 if self._inbox:
                     taken = self._inbox.popleft()
                     self._inbox_bytes -= len(taken) + _MESSAGE_BYTES
                     return taken
-                while (message := self._read()) is None:
-                    if not self._poll(select.POLLIN, deadline):
+                while (message := self._read(deadline)) is None:
+                    if not self._poll(select.POLLIN, deadline) or _is_past(deadline):
                         raise RingEmpty(f"no record within {timeout_s} s")
                 return message
             except BaseException as error:
@@ -198,19 +209,20 @@ class StreamTransport:
         """Records that were read and do not lie here any more."""
         return self._reader.n_read - len(self._inbox)
 
+    @property
+    def is_closed(self) -> bool:
+        """As `Transport.is_closed`."""
+        return self._is_closed
+
     def memory(self) -> list[memoryview]:
         """As `Transport.memory`: none."""
         return []
 
     def close(self) -> None:
         """As `Transport.close`."""
-        if self._is_closed:
-            return
         self._is_closed = True
-        # First for threads that poll it, who then find it closed.
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+        # Also a second time: an interrupt may have come in between.
+        close_socket(self._socket, True)
 
     def _send(self, views: list[memoryview]) -> int:
         try:
@@ -224,43 +236,50 @@ class StreamTransport:
         """Until something may be sent; False at the deadline. Takes in what arrives meanwhile."""
         if not self._drains:
             return self._poll(select.POLLOUT, deadline)
-        if not self._reading.acquire(blocking=False):
-            # Another thread receives; it may stop at any time.
-            soon = time.monotonic() + _PATIENCE_S
-            is_last = deadline is not None and deadline <= soon
-            return self._poll(select.POLLOUT, deadline if is_last else soon) or not is_last
-        try:
-            # A peer that never stops sending must not keep this thread, nor fill the memory.
-            while (message := self._read()) is not None:
-                self._inbox.append(message)
-                self._inbox_bytes += len(message) + _MESSAGE_BYTES
-                if self._inbox_bytes > _MAX_INBOX_BYTES:
-                    self.close()
-                    raise Corrupt(
-                        f"the other end of the stream sent {len(self._inbox)} records of "
-                        f"{self._inbox_bytes} bytes instead of taking one; {_MAX_INBOX_BYTES} is "
-                        "the most"
-                    )
-                if deadline is not None and time.monotonic() > deadline:
-                    return False
-        finally:
-            self._reading.release()
-        return self._poll(select.POLLOUT | select.POLLIN, deadline)
+        with self._reading.tried() as may_read:
+            if may_read:
+                self._take_in(deadline)
+        if may_read:
+            return self._poll(select.POLLOUT | select.POLLIN, deadline)
+        # Another thread receives; it may stop at any time.
+        soon = time.monotonic() + _PATIENCE_S
+        is_last = deadline is not None and deadline <= soon
+        return self._poll(select.POLLOUT, deadline if is_last else soon) or not is_last
+
+    def _take_in(self, deadline: float | None) -> None:
+        """What has arrived, into the inbox. By who may read."""
+        # A peer that never stops sending must not keep this thread, nor fill the memory.
+        while (message := self._read(deadline)) is not None:
+            self._inbox.append(message)
+            self._inbox_bytes += len(message) + _MESSAGE_BYTES
+            if self._inbox_bytes > _MAX_INBOX_BYTES:
+                self.close()
+                raise Corrupt(
+                    f"the other end of the stream sent {len(self._inbox)} records of "
+                    f"{self._inbox_bytes} bytes instead of taking one; {_MAX_INBOX_BYTES} is "
+                    "the most"
+                )
+            if _is_past(deadline):
+                return
 
     def _poll(self, events: int, deadline: float | None) -> bool:
-        timeout_ms = None
-        if deadline is not None:
-            # No longer than poll can: deadlines may be what a peer wrote.
-            timeout_ms = min(max(0.0, (deadline - time.monotonic()) * 1e3), _LONGEST_POLL_MS)
-        ready = self._ready(events, timeout_ms)
-        if ready == {self._watch_pidfd}:
-            # What was sent before the end comes first.
-            ready = self._ready(events, 0.0)
+        """Until there are such; False at the deadline."""
+        while True:
+            slice_ms = _SLICE_MS if self._drains else _LONGEST_POLL_MS
+            if deadline is not None:
+                slice_ms = min(slice_ms, max(0.0, (deadline - time.monotonic()) * 1e3))
+            ready = self._ready(events, slice_ms)
             if ready == {self._watch_pidfd}:
-                raise self._gone()
-        return bool(ready)
+                # What was sent before the end comes first.
+                ready = self._ready(events, 0.0)
+                if ready == {self._watch_pidfd}:
+                    raise self._gone()
+            if ready:
+                return True
+            if _is_past(deadline):
+                return False
 
-    def _ready(self, events: int, timeout_ms: float | None) -> set[int]:
+    def _ready(self, events: int, timeout_ms: float) -> set[int]:
         """Which of the socket and the pidfd have something."""
         poll = select.poll()
         try:
@@ -271,9 +290,10 @@ class StreamTransport:
             poll.register(self._watch_pidfd, select.POLLIN)
         return {fd for fd, _ in poll.poll(timeout_ms)}
 
-    def _read(self) -> StreamMessage | None:
+    def _read(self, deadline: float | None) -> StreamMessage | None:
+        """The next record, once all of it is there; a little after the deadline at most."""
         try:
-            return self._reader.read()
+            return self._reader.read(math.inf if deadline is None else deadline + _LATE_S)
         except BlockingIOError:
             return None
         except (EOFError, OSError) as error:
@@ -306,10 +326,11 @@ class _Reader:
         """Whole records, so far."""
         return self._sequence - (self._message is not None)
 
-    def read(self) -> StreamMessage:
-        """The next whole record, or BlockingIOError; EOFError at the end; Corrupt."""
+    def read(self, until: float) -> StreamMessage:
+        """The next whole record; EOFError at the end; Corrupt. BlockingIOError: not all of it is
+        there, or it still comes in at that time, of time.monotonic."""
         if self._message is None:
-            self._fill(self._header)
+            self._fill(self._header, until)
             length, kind, flags, epoch, sequence = _HEADER.unpack(self._header)
             if length > self._max_bytes or (epoch, sequence) != (self._epoch, self._sequence):
                 raise Corrupt(
@@ -321,12 +342,12 @@ class _Reader:
             self._filled = 0
             self._message = StreamMessage(length)
             self._message.describe(kind, flags, sequence)
-        self._fill(self._message)
+        self._fill(self._message, until)
         message, self._message = self._message, None
         self._filled = 0
         return message
 
-    def _fill(self, buffer: bytearray) -> None:
+    def _fill(self, buffer: bytearray, until: float) -> None:
         with memoryview(buffer) as view:
             while self._filled < len(buffer):
                 # Not left to the socket: whoever gave us this end may make it block.
@@ -334,6 +355,8 @@ class _Reader:
                 if received == 0:
                     raise EOFError
                 self._filled += received
+                if self._filled < len(buffer) and time.monotonic() > until:
+                    raise BlockingIOError
 
 
 class _Buffer(bytearray):
@@ -402,6 +425,10 @@ def _check_sendable(size: int) -> None:
 
 def _deadline(timeout_s: float | None) -> float | None:
     return None if timeout_s is None else time.monotonic() + timeout_s
+
+
+def _is_past(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
 
 
 def _rest(views: list[memoryview], sent: int) -> list[memoryview]:

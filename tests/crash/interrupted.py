@@ -31,8 +31,16 @@ LONG_S = 60.0
 class Scene:
     """A worker that computes GATED calls when it is let go, and a client."""
 
-    def __init__(self, worker: GatedWorker, client: moeshm.ExpertClient, transport: str) -> None:
+    def __init__(
+        self,
+        worker: GatedWorker,
+        client: moeshm.ExpertClient,
+        transport: str,
+        to_main: bool = True,
+    ) -> None:
         self.worker = worker
+        #: Which thread gets the signal: the main one, or another, which wakes nobody.
+        self._to_main = to_main
         self.client = client
         self.transport = transport
         self._threads: list[threading.Thread] = []
@@ -48,6 +56,29 @@ class Scene:
         self._threads.append(thread)
         _wait_until_in(thread, function)
 
+    def interrupt(self, body: Callable[[], object], function: str) -> float:
+        """SIGINT while the main thread sleeps somewhere below the function; seconds until it is
+        here as KeyboardInterrupt."""
+        sent_at: list[float] = []
+
+        def send() -> None:
+            if _wait_until_in(threading.main_thread(), function):
+                sent_at.append(time.perf_counter())
+                if self._to_main:
+                    os.kill(os.getpid(), signal.SIGINT)
+                else:
+                    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        try:
+            body()
+        except KeyboardInterrupt:
+            return time.perf_counter() - sent_at[0]
+        finally:
+            thread.join()
+        raise AssertionError(f"{function} did not wait")
+
     def join(self) -> None:
         """Wait for the other threads."""
         for thread in self._threads:
@@ -61,27 +92,6 @@ def _suppressed(body: Callable[[], object]) -> Callable[[], None]:
             body()
 
     return run
-
-
-def interrupt(body: Callable[[], object], function: str) -> float:
-    """SIGINT while the main thread sleeps somewhere below the function; seconds until it is here
-    as KeyboardInterrupt."""
-    sent_at: list[float] = []
-
-    def send() -> None:
-        if _wait_until_in(threading.main_thread(), function):
-            sent_at.append(time.perf_counter())
-            os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    try:
-        body()
-    except KeyboardInterrupt:
-        return time.perf_counter() - sent_at[0]
-    finally:
-        thread.join()
-    raise AssertionError(f"{function} did not wait")
 
 
 def _wait_until_in(thread: threading.Thread, function: str) -> bool:
@@ -108,18 +118,18 @@ def _sleeps(thread: threading.Thread) -> bool:
 def result(scene: Scene) -> float:
     """Of a call; this thread receives."""
     future = scene.gated()
-    return interrupt(future.result, "_receive")
+    return scene.interrupt(future.result, "_receive")
 
 
 def result_of_another_receiver(scene: Scene) -> float:
     """Another thread receives."""
     scene.elsewhere(scene.gated().result, "_receive")
-    return interrupt(scene.gated().result, "_leave_it_to_others")
+    return scene.interrupt(scene.gated().result, "_leave_it_to_others")
 
 
 def compute(scene: Scene) -> float:
     """Sends and receives at once."""
-    return interrupt(lambda: scene.client.compute(*make_inputs(GATED, 1)), "_receive_answer")
+    return scene.interrupt(lambda: scene.client.compute(*make_inputs(GATED, 1)), "_receive_answer")
 
 
 def _fill(scene: Scene) -> None:
@@ -135,27 +145,31 @@ _NO_ROOM = {"shared": "_write_parts", "stream": "_wait_for_room"}
 def submit(scene: Scene) -> float:
     """There is no room."""
     scene.gated()
-    return interrupt(lambda: _fill(scene), _NO_ROOM[scene.transport])
+    return scene.interrupt(lambda: _fill(scene), _NO_ROOM[scene.transport])
 
 
 def submit_behind_another(scene: Scene) -> float:
     """Another thread waits for room."""
     scene.gated()
     scene.elsewhere(lambda: _fill(scene), _NO_ROOM[scene.transport])
-    return interrupt(lambda: scene.client.submit(*make_inputs(FREE, 1)), "_post")
+    return scene.interrupt(lambda: scene.client.submit(*make_inputs(FREE, 1)), "_post")
 
 
 def hold(scene: Scene) -> float:
     """The worker does not answer."""
     scene.gated()
-    return interrupt(lambda: scene.client.hold({FREE: (1, 0)}, timeout_s=LONG_S), "await_order")
+    return scene.interrupt(
+        lambda: scene.client.hold({FREE: (1, 0)}, timeout_s=LONG_S), "await_order"
+    )
 
 
 def connect(scene: Scene) -> float:
     """The worker does not answer."""
     scene.worker.process.stop()
     try:
-        return interrupt(lambda: _connect(scene.worker.address, scene.transport), "_receive_packet")
+        return scene.interrupt(
+            lambda: _connect(scene.worker.address, scene.transport), "_receive_packet"
+        )
     finally:
         scene.worker.process.signal(signal.SIGCONT)
 
@@ -180,7 +194,7 @@ def connect_to_a_full_queue(scene: Scene) -> float:
     """Nobody accepts."""
     with _deaf() as path, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as first:
         first.connect(path)
-        return interrupt(lambda: _connect(f"unix:{path}", scene.transport), "_connect")
+        return scene.interrupt(lambda: _connect(f"unix:{path}", scene.transport), "_connect")
 
 
 def reconnect_(scene: Scene) -> float:
@@ -193,7 +207,7 @@ def reconnect_(scene: Scene) -> float:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(scene.worker.path))
         listener.listen()
-        return interrupt(lambda: scene.client.compute(*inputs), "_live_link")
+        return scene.interrupt(lambda: scene.client.compute(*inputs), "_live_link")
 
 
 class Wait(NamedTuple):

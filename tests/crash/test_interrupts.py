@@ -20,16 +20,18 @@ from tests.crash.processes import GatedWorker, running, within
 SOON_S = 15.0
 
 
+@pytest.mark.parametrize("to_main", [True, False], ids=["", "another thread gets it"])
 @pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
 def test_an_interrupt_ends_the_wait(
     worker: GatedWorker,
     client: moeshm.ExpertClient,
     transport: str,
     wait: Wait,
+    to_main: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("moeshm.reconnect.FIRST_PAUSE_S", 0.0)
-    scene = Scene(worker, client, transport)
+    scene = Scene(worker, client, transport, to_main)
     assert wait.meet(scene) < SOON_S
     if wait.has_worker:
         worker.let_go(100)
@@ -112,6 +114,94 @@ print("done", flush=True)
 """
 
 
+#: Two threads call while the main thread, which does as well, is interrupted at random moments.
+CROWD = """
+import random, signal, sys, threading, time
+import moeshm
+from moeshm import reconnect
+from moeshm.errors import WorkerDied
+from tests.crash.arithmetic import FREE, assert_exact, make_inputs
+
+TIMEOUT_S = 30
+address, transport, seed = sys.argv[1:]
+rng = random.Random(seed)
+reconnect.FIRST_PAUSE_S = 0.0
+client = moeshm.connect(address, transport=transport)
+armed = is_over = False
+wrong, exact, lost = [], 0, 0
+
+def interrupt(*_):
+    global armed
+    if armed:
+        armed = False
+        raise KeyboardInterrupt
+
+def call(rng):
+    inputs = [make_inputs(FREE, rng.randrange(1000)) for _ in range(2)]
+    futures = [client.submit(*each, timeout_s=TIMEOUT_S) for each in inputs]
+    assert_exact(client.compute(*inputs[0], timeout_s=TIMEOUT_S), inputs[0])
+    for future, each in zip(futures, inputs, strict=True):
+        assert_exact(future.result(), each)
+
+def check(error):
+    # Nobody knows how much of a reply, or over a socket of a call, was dealt with.
+    assert "interrupted" in str(error) or transport == "stream", error
+
+def go_on(seed):
+    global exact, lost
+    rng = random.Random(seed)
+    try:
+        while not is_over:
+            try:
+                call(rng)
+                exact += 1
+            except WorkerDied as error:
+                check(error)
+                lost += 1
+    except BaseException as error:
+        wrong.append(error)
+        raise
+
+call(rng)  # NumPy imports parts of it late, and an interrupted import leaves its lock taken
+threads = [threading.Thread(target=go_on, args=(rng.random(),)) for _ in range(2)]
+for thread in threads:
+    thread.start()
+signal.signal(signal.SIGALRM, interrupt)
+start = time.monotonic()
+n_interrupts = 0
+while n_interrupts < 300 and not wrong:
+    try:
+        armed = True
+        signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 5e-3))
+        while armed:
+            try:
+                call(rng)
+            except WorkerDied as error:
+                check(error)
+    except KeyboardInterrupt:
+        n_interrupts += 1
+    finally:
+        armed = False
+is_over = True
+for thread in threads:
+    thread.join(TIMEOUT_S)
+    assert not thread.is_alive(), "a thread hangs"
+assert not wrong, wrong
+assert time.monotonic() - start < 2 * TIMEOUT_S, "calls waited for nobody"
+assert exact > lost, (exact, lost)
+for _ in range(2):  # the first may find the session lost
+    try:
+        call(rng)
+    except WorkerDied as error:
+        check(error)
+call(rng)
+link = client._link
+assert not (link._sending.is_taken or link._receiving.is_taken or link._n_waiting)
+client.close()
+print("done", flush=True)
+"""
+
+
 #: Tells nobody of its calls, which are many.
 QUIET_WORKER = """
 import sys
@@ -124,12 +214,13 @@ daemon.run()
 """
 
 
-def test_many_interrupts_at_any_moment(tmp_path: Path, transport: str) -> None:
+@pytest.mark.parametrize("program", [STORM, CROWD], ids=["alone", "other threads call, too"])
+def test_many_interrupts_at_any_moment(tmp_path: Path, transport: str, program: str) -> None:
     seed = str(random.randrange(1 << 30))
     address = f"unix:{tmp_path}/w.sock"
     with running(["-c", QUIET_WORKER, address]) as worker:
         worker.output.read_until("listens")
-        with running(["-c", STORM, address, transport, seed]) as process:
+        with running(["-c", program, address, transport, seed]) as process:
             assert process.wait(90) == 0, f"seed {seed}: {process.log.read_rest()}"
             assert process.output.read_rest() == "done\n"
         worker.signal(signal.SIGTERM)

@@ -17,6 +17,7 @@ LAYERS = {
     "L0 ground": (
         "errors settings process signals files printable layers dtypes segment kernels"
         " _version _atomics _crash_points _formats _inputs _mapping _end _ring _words _role _totals"
+        " _closing"
     ),
     "L1 session": (
         "_wire _descriptors _claims protocol orders descriptors _device_arrays device_arrays"

@@ -25,7 +25,8 @@ class FakeTransport:
         self.room = 0
         self.error: Exception | None = None
         self.sent: list[Any] = []
-        self.has_unread = False
+        self.has_unread = self.is_closed = False
+        self.finish_by: float | None = None
         #: Before a call is written.
         self.meanwhile: Callable[[], object] = lambda: None
 

@@ -59,7 +59,7 @@ def scene(folder: Path, transport: str, what: tuple[int, float], refusal: Refusa
         patch.setattr(stream, "_MAX_INBOX_BYTES", most)
         if timeout_s < 1:
             # Faster than any test can send: there is always another.
-            patch.setattr(stream._Reader, "read", lambda _: stream.StreamMessage(64))
+            patch.setattr(stream._Reader, "read", lambda *_: stream.StreamMessage(64))
         # Larger than the socket's buffers: its sender has to wait for room in the midst of it.
         inputs = make_inputs(WIDE, 1, MANY_TOKENS)
         with pytest.raises(refusal.error or MoeshmError, match=refusal.says):
