@@ -2,7 +2,9 @@
 
 MOESHM_SANITIZE=address|thread|undefined builds with that sanitizer, or with several, like
 address,undefined.
-MOESHM_CRASHPOINTS=1 builds with the crash points of moeshm/_crash_points.h, for tests.
+MOESHM_CRASHPOINTS=1 builds with the crash points of moeshm/_crash_points.h, for tests: only the
+modules that have any.
+ONLY_MODULES="_ring _end" builds only those, by name.
 """
 
 import os
@@ -14,8 +16,9 @@ from setuptools import Extension, find_packages, setup
 
 SANITIZERS = ("address", "thread", "undefined")
 
-sources = Path("moeshm")
-headers = sorted(str(path) for pattern in ("*.h", "*.pxd") for path in sources.glob(pattern))
+package = Path("moeshm")
+sources = sorted(package.rglob("*.pyx"))
+headers = sorted(str(path) for pattern in ("*.h", "*.pxd") for path in package.glob(pattern))
 compile_args = ["-std=gnu11", "-O3", "-g1", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 link_args: list[str] = []
 macros = [("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")]
@@ -35,6 +38,13 @@ if crash_points:
     if crash_points != "1":
         raise SystemExit(f"MOESHM_CRASHPOINTS={crash_points!r}; choose 1, or leave it out")
     macros.append(("MOESHM_CRASHPOINTS", "1"))
+    sources = [source for source in sources if "_crash_points" in source.read_text()]
+
+if names := set(os.environ.get("ONLY_MODULES", "").split()):
+    if unknown := names - {source.stem for source in sources}:
+        known = ", ".join(source.stem for source in sources)
+        raise SystemExit(f"ONLY_MODULES has {', '.join(sorted(unknown))}; choose of {known}")
+    sources = [source for source in sources if source.stem in names]
 
 setup(
     packages=[
@@ -54,7 +64,7 @@ setup(
                 extra_compile_args=compile_args,
                 extra_link_args=link_args,
             )
-            for source in sorted(sources.rglob("*.pyx"))
+            for source in sources
         ],
         compiler_directives={
             "language_level": 3,
@@ -65,5 +75,7 @@ setup(
         },
     ),
     # A build is judged up to date by its sources alone, and the flags are not among them.
-    options={"build_ext": {"force": bool(sanitizer or crash_points)}},
+    options={
+        "build_ext": {"force": bool(sanitizer or crash_points), "parallel": os.cpu_count() or 1}
+    },
 )

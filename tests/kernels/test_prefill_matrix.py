@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -95,12 +96,14 @@ def one_expert(layer: ExpertLayer, seed: int, n_tokens: int) -> tuple[Array, Ids
 # --- numbers ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", Activation)
-@pytest.mark.parametrize("weight_dtype", FORMATS)
+@pytest.mark.parametrize(
+    ("activation", "weight_dtype"), list(zip(Activation, FORMATS * 2, strict=True)), ids=str
+)
 @one_of_each
 def test_activations_and_formats(
-    variant: Variant, weight_dtype: DType, activation: Activation
+    variant: Variant, activation: Activation, weight_dtype: DType
 ) -> None:
+    """Not each with each: what is activated are sums, in float32 whatever the weights' format."""
     has_bias = activation is Activation.SWIGLU_CLAMPED
     layer = random_layer(
         1,
@@ -121,11 +124,20 @@ def test_answer_in_another_format(out_dtype: DType) -> None:
     assert_close(found, reference_ffn(layer, *call), max(out_dtype, DType.F16))
 
 
+ODD_SHAPES = ((8, 8), (24, 136), (200, 64), (328, 200), (520, 264))
+
+
 @pytest.mark.parametrize(
-    ("hidden_size", "intermediate_size"), [(8, 8), (24, 136), (200, 64), (328, 200), (520, 264)]
+    ("variant", "shape"),
+    [
+        *itertools.product((mma(64), wgmma(64, 2)), ODD_SHAPES),
+        # The heights of tiles have no part in how rows of weights are cut.
+        *itertools.product((mma(32), mma(128)), ODD_SHAPES[-1:]),
+    ],
+    ids=str,
 )
-@every_variant
-def test_odd_shapes(variant: Variant, hidden_size: int, intermediate_size: int) -> None:
+def test_odd_shapes(variant: Variant, shape: tuple[int, int]) -> None:
+    hidden_size, intermediate_size = shape
     layer = random_layer(
         5,
         hidden_size=hidden_size,

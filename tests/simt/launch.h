@@ -1,8 +1,8 @@
 // How a launch gets from Python, which calls `simt_run_KERNEL` of a module, to the scheduler.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include <stddef.h>
+#include <stdint.h>
 
 // Who runs first: the lowest thread and block, the highest, or whom chance says.
 enum { SIMT_FORWARD = 0, SIMT_REVERSE = 1, SIMT_RANDOM = 2 };

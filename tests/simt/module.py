@@ -41,6 +41,12 @@ _KERNEL = re.compile(
     r"\s+(\w+)\((\w+)[^,)]*,\s*(\w+)[^,)]*\)",
     re.MULTILINE,
 )
+#: Of a layer's shape, what changes nothing in a file, with what is compiled instead: so that it is
+#: compiled once for all shapes. tests/unit/test_simt_compiling.py compares what comes of it.
+UNUSED: Mapping[str, Mapping[str, object]] = {
+    "combine.cu": {"INNER": 64, "ACTIVATION": 0, "HAS_BIAS": 0},
+    "route.cu": {"WEIGHT": "float", "HIDDEN": 8, "INNER": 64, "ACTIVATION": 0, "HAS_BIAS": 0},
+}
 _ERROR_BYTES = 4096
 _ORDERS = {"forward": 0, "reverse": 1}
 _RANDOM = 2
@@ -143,17 +149,28 @@ def _lines_of(path: Path, code: int) -> list[int]:
 
 def compile(name: str, macros: Mapping[str, object], warp: int = 32) -> Module:
     """The kernels of `name`, as `decode_mma.cu`, with these macros and `warp` lanes."""
-    return compile_text(source(name), macros, warp, name=name)
+    return compile_text(source(name), {**macros, **UNUSED.get(name, {})}, warp, name=name)
 
 
 def compile_text(
     text: str, macros: Mapping[str, object], warp: int = 32, *, name: str = "text.cu"
 ) -> Module:
     """The kernels of a source that includes nothing; each has two structs for arguments."""
-    flags = [*_FLAGS, *_KERNEL_FLAGS, f"-I{_FOLDER}", f"-DWARP={warp}"]
-    flags += [f"-D{macro}={value}" for macro, value in macros.items()]
+    flags = _kernel_flags(macros, warp)
     text = _KERNEL.sub(r"SIMT_KERNEL(\1, \2, \3) \g<0>", text)
     return Module(_build(text, flags, [str(_scheduler(warp))], Path(name).stem))
+
+
+def assembly(name: str, macros: Mapping[str, object], warp: int = 32) -> str:
+    """What becomes of the kernels of `name` with these macros and no other."""
+    command = [_find_compiler(), *_kernel_flags(macros, warp), "-x", "c++", "-S", "-", "-o", "-"]
+    text = source(name)
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+
+
+def _kernel_flags(macros: Mapping[str, object], warp: int) -> list[str]:
+    flags = [*_FLAGS, *_KERNEL_FLAGS, f"-I{_FOLDER}", f"-DWARP={warp}"]
+    return [*flags, *(f"-D{macro}={value}" for macro, value in macros.items())]
 
 
 @functools.cache

@@ -2,9 +2,15 @@
 // block is a fiber: the language, barriers, shuffles, atomics, arithmetic.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <stdint.h>
+#include <string.h>
+
+// All that kernels have of <cmath>, which takes longer to read than most of them to be compiled.
+extern "C" {
+float erff(float) noexcept;
+float expf(float) noexcept;
+float tanhf(float) noexcept;
+}
 
 #define __global__ __attribute__((visibility("default")))
 #define __device__

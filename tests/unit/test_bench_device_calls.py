@@ -23,6 +23,7 @@ from moeshm.bench import (
     device_calls_report,
     gpu_worker,
     harness,
+    kernels_work,
 )
 from moeshm.bench.device_calls import Asked
 from moeshm.bench.device_calls_client import (
@@ -49,16 +50,18 @@ from tests.engine_gpu import GpuArray, Movers, Stream
 from .test_bench_kernels import GPU, TINY, ShimGpu
 
 ROOT = Path(__file__).parents[2]
+FEW_CALLS = 3  # of a graph, in place of CALLS
 PLAN = Plan(*harness.choose_cpus(), 1, 0.0, None, 3)
 #: The worker's program, on the shim instead of a GPU.
 ON_THE_SHIM = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from moeshm.bench import gpu_worker
+from moeshm.bench import gpu_worker, kernels_work
 from tests.unit.test_bench_device_calls import DescribedGpu
 from tests.unit.test_bench_kernels import TINY
 from tests.simt.device import SimtDevice
 
+kernels_work.CALLS = gpu_worker.CALLS = {FEW_CALLS}
 gpu_worker.open_device = lambda name: SimtDevice()
 gpu_worker.CupyGpu = DescribedGpu
 gpu_worker.KERNEL_SHAPES = {{"tiny": TINY}}
@@ -78,8 +81,7 @@ class DescribedGpu(ShimGpu):
         return GPU
 
 
-#: What HostEngine's clock says.
-STREAM_NS = 12_345
+STREAM_NS = 12_345  # what HostEngine's clock says
 
 
 class HostEngine:
@@ -141,6 +143,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostEngine]:
     monkeypatch.setattr(device_arrays, "_current_stream", lambda _values: made.stream.ptr)
     monkeypatch.setattr(engine_device, "open_mover", Movers().open)
     monkeypatch.setattr(gpu_worker, "KERNEL_SHAPES", {"tiny": TINY})
+    for module in (kernels_work, device_calls_client):
+        monkeypatch.setattr(module, "CALLS", FEW_CALLS)
 
     def command(address: str, setup: WorkerSetup) -> list[str]:
         return [sys.executable, "-c", ON_THE_SHIM, address, msgspec.json.encode(setup).decode()]
@@ -180,7 +184,7 @@ def test_every_way_is_measured_against_a_worker_that_computes(engine: HostEngine
     assert (found.engine_device, found.worker_device) == ("cuda:0", "simt")
     assert (found.engine_gpu.name, found.worker_gpu) == ("the engine's", GPU)
     # The shim's clock says 160 us for a graph.
-    assert found.kernels_us == {1: 160 / CALLS, 4: 160 / CALLS}
+    assert found.kernels_us == {1: 160 / FEW_CALLS, 4: 160 / FEW_CALLS}
     assert sorted(samples) == sorted(cell_names([1, 4]))
     for cell, each in samples.items():
         if cell.endswith("device"):
@@ -189,7 +193,7 @@ def test_every_way_is_measured_against_a_worker_that_computes(engine: HostEngine
             assert each.error == "out of memory"
         else:
             assert each.error is None
-            assert len(each.durations_ns) == device_calls_client._LEAST_LAPS * CALLS
+            assert len(each.durations_ns) == device_calls_client._LEAST_LAPS * FEW_CALLS
             assert min(each.durations_ns) > 0
             assert (set(each.durations_ns) == {STREAM_NS}) == cell.startswith("stream")
 

@@ -24,6 +24,7 @@ from moeshm.bench import (
     kernels_program,
     kernels_report,
     kernels_shapes,
+    kernels_work,
 )
 from moeshm.bench.kernels import Asked
 from moeshm.bench.kernels_contender import Entry, Gpu, HostTimes, Prepared
@@ -345,6 +346,8 @@ def test_moeshm_computes_what_it_is_timed_with(
     monkeypatch: pytest.MonkeyPatch, shape: KernelShape, dtype: DType
 ) -> None:
     monkeypatch.setattr(kernels_moeshm, "_REST_S", 0)
+    # The shim computes each in tens of milliseconds.
+    monkeypatch.setattr(kernels_work, "CALLS", 3)
     gpu = ShimGpu()
     entries = {"moeshm": Entry(Moeshm, lambda _work: None)}
     row = run(entries, shape=shape, dtype=dtype, n_tokens=(3,), gpu=gpu).rows()[3, "moeshm"]

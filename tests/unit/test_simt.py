@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import shutil
 import signal
@@ -505,18 +504,3 @@ def test_wgmma_is_for_four_warps_and_aligned_tiles(probes_32: Module) -> None:
         probes_32.launch("multiplies_by_some", 1, 128, 9216, Call())
     with pytest.raises(KernelError, match="does not start at a multiple of 1024"):
         probes_32.launch("multiplies_by_some", 1, 128, 9216, Call(n_tokens=128))
-
-
-# --- compiling ---------------------------------------------------------------------------
-
-
-def test_what_does_not_compile_is_an_error_with_the_compilers_words() -> None:
-    with pytest.raises(KernelError, match=r"broken does not compile: .*not_declared"):
-        simt.compile_text("int value = not_declared;", {}, name="broken.cu")
-
-
-def test_the_structs_of_python_and_of_the_kernels_are_compared() -> None:
-    text = 'struct Call { int n; }; struct Route {};\nextern "C" __global__ void f(Call, Route) {}'
-    module = simt.compile_text(text, {})
-    with pytest.raises(KernelError, match=f"{ctypes.sizeof(Call)} and .* bytes in Python, 4 and"):
-        module.launch("f", 1, 1, 0, Call())

@@ -301,7 +301,7 @@ def test_a_slab_that_is_refused_is_left_out_and_shown(
         assert {verdict.transport for verdict in of_host.verdicts} == {"shared", "stream"}
 
 
-@pytest.mark.usefixtures("lanes")
+@pytest.mark.usefixtures("_uncalibrated", "lanes")
 def test_a_worker_that_gives_no_device_memory(tmp_path: Path, movers: Movers) -> None:
     """`device` insists; `shared` does with rings."""
     with gated_worker(tmp_path) as worker:
