@@ -15,7 +15,7 @@ struct Groups {
     int n_active;              // visits: experts with pairs, as they first appear
     int begin[MAX_PAIRS + 1];  // a visit's pairs are pairs[begin[i]] to pairs[begin[i + 1]]
     u64 expert[MAX_PAIRS];     // where each visit's expert is
-    short pairs[MAX_PAIRS];    // in any order, which no result depends on
+    short pairs[MAX_PAIRS];    // of an expert with one visit in any order, else in rising order
     short id[MAX_PAIRS];
     short rank[MAX_PAIRS];     // where each pair is among those of its expert
     int first[MAX_SLOTS];      // the first pair of each slot's expert
@@ -73,6 +73,34 @@ DEVICE void sum_counts(Groups& groups) {
     }
 }
 
+// Puts each pair into its place by its rank.
+DEVICE void place_pairs(Groups& groups, int n_pairs) {
+    const int begin = threadIdx.x, step = blockDim.x;
+    for (int pair = begin; pair < n_pairs; pair += step) {
+        if (groups.id[pair] < 0) continue;
+        const int active = experts_before(groups, groups.first[groups.id[pair]]);
+        groups.pairs[groups.begin[active] + groups.rank[pair]] = (short)pair;
+    }
+    __syncthreads();
+}
+
+// Puts each expert's pairs into rising order. Every block groups them for itself, and they came in
+// whatever order: of an expert with several visits one block may take the first and another the
+// second, which must not both have a pair, nor both leave it to the other.
+DEVICE void sort_pairs(Groups& groups, int n_pairs) {
+    const int begin = threadIdx.x, step = blockDim.x;
+    for (int pair = begin; pair < n_pairs; pair += step) {
+        if (groups.id[pair] < 0) continue;
+        const int active = experts_before(groups, groups.first[groups.id[pair]]);
+        int rank = 0;
+        for (int i = groups.begin[active]; i < groups.begin[active + 1]; ++i)
+            rank += groups.pairs[i] < pair;
+        groups.rank[pair] = (short)rank;
+    }
+    __syncthreads();
+    place_pairs(groups, n_pairs);
+}
+
 // Cuts visits with too many pairs, from the last on: one thread.
 DEVICE void split_visits(Groups& groups) {
     int n_visits = 0;
@@ -124,13 +152,9 @@ DEVICE void group_pairs(const Call& call, Groups& groups) {
     __syncthreads();
     if (begin < WARP) sum_counts(groups);
     __syncthreads();
-    for (int pair = begin; pair < n_pairs; pair += step) {
-        if (groups.id[pair] < 0) continue;
-        const int active = experts_before(groups, groups.first[groups.id[pair]]);
-        groups.pairs[groups.begin[active] + groups.rank[pair]] = (short)pair;
-    }
-    __syncthreads();
+    place_pairs(groups, n_pairs);
     if (!is_any_long) return;
+    sort_pairs(groups, n_pairs);
     if (begin == 0) split_visits(groups);
     __syncthreads();
 }

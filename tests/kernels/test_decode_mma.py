@@ -101,6 +101,17 @@ def test_all_pairs_on_one_expert(n_tokens: int, top_k: int) -> None:
     assert_close(out, reference_ffn(layer, x, ids, weights), F16)
 
 
+@pytest.mark.parametrize("order", (*ORDERS, 3, 4))
+@pytest.mark.parametrize(("n_tokens", "top_k"), [(40, 1), (115, 4)])
+def test_an_expert_that_several_blocks_visit(n_tokens: int, top_k: int, order: Order) -> None:
+    """Each block lists its pairs for itself: what one leaves to another, that must have."""
+    layer = CASES[2].layer(3)
+    x, ids, weights = draw(5, layer, n_tokens, top_k, x_dtype=F16)
+    ids[:, 0], weights = 4, np.nan_to_num(weights)
+    out = run(layer, x, ids, weights, grid=7, order=order)
+    assert_close(out, reference_ffn(layer, x, ids, weights), F16)
+
+
 def test_an_expert_named_twice_by_the_only_token() -> None:
     layer = CASES[2].layer(3)
     x, _ids, weights = draw(3, layer, 1, 5, x_dtype=F16)

@@ -100,3 +100,19 @@ def test_an_expert_with_many_pairs_is_visited_again(
 @pytest.mark.parametrize("n_tokens", [1, 5])
 def test_no_expert_at_all(module: Module, n_tokens: int) -> None:
     assert visits(module, np.full((n_tokens, 4), -1, np.int32), 8, 128, 1) == []
+
+
+@pytest.mark.parametrize("n_tokens", [33, 64, 100])
+@pytest.mark.parametrize("block", [128, 256])
+def test_all_blocks_have_the_same_pairs_in_a_visit(
+    module: Module, n_tokens: int, block: int
+) -> None:
+    """One block takes an expert's first visit, another its second, whoever came first in each."""
+    ids = np.array([[5, 2, -1]] * n_tokens, np.int32)
+    ids[7:40, 1] = 9
+    ids[: n_tokens // 3, 2] = 5
+    found = [
+        [(slot, sorted(pairs)) for slot, pairs in visits(module, ids, 10, block, order)]
+        for order in (*ORDERS, *range(3, 8))
+    ]
+    assert all(each == found[0] for each in found)
