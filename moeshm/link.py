@@ -47,8 +47,9 @@ _ORDER_PAUSE_S = 0.005
 #: A worker says itself when a deadline passed, and the session goes on. One that has not said so
 #: by then is given up.
 GRACE_S = 0.006
-#: How late a thread may learn that the one that received was interrupted.
-_UNTOLD_S = 0.01
+#: How late a thread may learn that the one that received was interrupted, which only the main
+#: thread is; and how often it looks while another receives.
+_UNTOLD_S, _LOOK_S = 0.01, 0.1
 #: Longer than copying the largest reply takes; a thread that the interpreter ended never stops.
 _COPY_LIMIT_S = 5.0
 
@@ -361,7 +362,8 @@ class Link:
         """Close the session and tell everyone; holds the lock."""
         self.session.close()
         while self._pending:
-            for call_id, receiver in list(self._pending.items()):
+            # A copy is one step, a list of its items is not.
+            for call_id, receiver in self._pending.copy().items():
                 # Told first: an interrupt in between must not leave it with nobody who knows of it.
                 receiver.fail(another(error))
                 self._pending.pop(call_id, None)
@@ -492,7 +494,8 @@ class Link:
                 if left_s <= 0:
                     return False
                 # Whoever is interrupted may not have told.
-                self._state.wait(min(left_s, _UNTOLD_S))
+                is_main = self._receiving.owner == threading.main_thread().ident
+                self._state.wait(min(left_s, _UNTOLD_S if is_main else _LOOK_S))
         finally:
             self._n_waiting -= 1
         return True
@@ -537,7 +540,7 @@ class Link:
             return
         receiver = None if reply is None else self._pending.get(reply.call_id)
         if reply is not None and receiver is not None and receiver.is_done:
-            self._pending.pop(reply.call_id)
+            self._pending.pop(reply.call_id, None)
         else:
             self.lose(SessionError("a reply was interrupted as it was taken in"))
 

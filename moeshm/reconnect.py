@@ -98,7 +98,10 @@ class Reconnector:
         except RuntimeError as error:
             # It waits for the thread by a threading.Condition: what a signal's handler raises in
             # there may leave the lock free, which that finds wrong.
-            raise error.__context__ or error from None
+            interrupt = error.__context__
+            if interrupt is None or isinstance(interrupt, Exception):
+                raise
+            raise interrupt from None
 
     def _wait(self, attempt: _Attempt, patience_s: float) -> bool:
         until = time.monotonic() + patience_s

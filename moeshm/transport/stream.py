@@ -181,24 +181,32 @@ class StreamTransport:
     def acquire(self, timeout_s: float | None = None) -> StreamMessage:
         """As `Transport.acquire`."""
         deadline = _deadline(timeout_s)
-        with self._reading.tried(math.inf if deadline is None else deadline) as may_read:
-            if not may_read:
-                raise RingEmpty(f"another thread took records in for {timeout_s} s")
-            n_given = self._n_given()
-            try:
-                if self._inbox:
-                    taken = self._inbox.popleft()
-                    self._inbox_bytes -= len(taken) + _MESSAGE_BYTES
-                    return taken
-                while (message := self._read(deadline)) is None:
-                    if not self._poll(select.POLLIN, deadline) or _is_past(deadline):
-                        raise RingEmpty(f"no record within {timeout_s} s")
-                return message
-            except BaseException as error:
-                # Interrupted with a record in hand, which is lost.
-                if not isinstance(error, Exception) and self._n_given() != n_given:
-                    self.close()
-                raise
+        n_given = None
+        try:
+            with self._reading.tried(math.inf if deadline is None else deadline) as may_read:
+                if not may_read:
+                    raise RingEmpty(f"another thread took records in for {timeout_s} s")
+                n_given = self._n_given()
+                return self._take(deadline, timeout_s)
+        except BaseException as error:
+            # Interrupted with a record in hand, which is lost; also when `with` has ended.
+            if not isinstance(error, Exception) and n_given not in (None, self._n_given()):
+                self.close()
+            raise
+
+    def _take(self, deadline: float | None, timeout_s: float | None) -> StreamMessage:
+        """The next record. By who may read."""
+        if self._inbox:
+            taken = self._inbox.popleft()
+            self._inbox_bytes -= len(taken) + _MESSAGE_BYTES
+            return taken
+        is_last = False
+        while (message := self._read(deadline)) is None:
+            if is_last or not self._poll(select.POLLIN, deadline):
+                raise RingEmpty(f"no record within {timeout_s} s")
+            # What came in time is taken, however late this thread has its turn.
+            is_last = _is_past(deadline)
+        return message
 
     @property
     def has_unread(self) -> bool:
@@ -266,6 +274,8 @@ class StreamTransport:
         """Until there are such; False at the deadline."""
         while True:
             slice_ms = _SLICE_MS if self._drains else _LONGEST_POLL_MS
+            # Before it looks: a thread may have its turn again long after a slice.
+            is_last = _is_past(deadline)
             if deadline is not None:
                 slice_ms = min(slice_ms, max(0.0, (deadline - time.monotonic()) * 1e3))
             ready = self._ready(events, slice_ms)
@@ -276,7 +286,7 @@ class StreamTransport:
                     raise self._gone()
             if ready:
                 return True
-            if _is_past(deadline):
+            if is_last:
                 return False
 
     def _ready(self, events: int, timeout_ms: float) -> set[int]:
