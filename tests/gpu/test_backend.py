@@ -187,3 +187,19 @@ def in_process(backend: Backend) -> ExpertsFn:
 def text(experts: ExpertsFn) -> bytes:
     """What the demo's model writes."""
     return bytes(token for token, _ in generate(Decoder(tiny_moe_path(), experts), PROMPT, 200))
+
+
+@pytest.mark.parametrize("n_tokens", [33, 64, 115, 128])
+def test_an_expert_that_several_blocks_visit(device: Device, n_tokens: int) -> None:
+    """More of its tokens than one visit takes, and each time something else was left behind by
+    another call; blocks list them in orders that only a card mixes."""
+    layer = random_layer(1, hidden_size=128, intermediate_size=64, weight_dtype=DType.BF16)
+    made = GpuBackend({0: layer}, device)
+    hidden, ids, weights = draw_call(2, layer, n_tokens, 4)
+    ids[:, 0] = 3
+    expected = reference_ffn(layer, hidden, ids, weights)
+    others = [draw_call(seed, layer, size, 4) for seed, size in enumerate((7, 40, 128, 300))]
+    for turn in range(200):
+        compute(made, *others[turn % len(others)])
+        found = compute(made, hidden, ids, weights)
+        assert_close(found, expected, TOLERANCE[DType.BF16])
