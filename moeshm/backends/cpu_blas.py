@@ -36,10 +36,15 @@ def _pool(library: Any) -> Pool:
     if library.threading_layer == "openmp":
         return Pool(library.get_num_threads, library.set_num_threads, is_by_thread=True)
     # Not threadpoolctl's setter, which does nothing but in the first thread that called it.
-    affixes = itertools.product(("", "scipy_"), ("", "64_", "_64"))
-    names = [f"{prefix}openblas_set_num_threads{suffix}" for prefix, suffix in affixes]
-    name = next(each for each in names if hasattr(library.dynlib, each))
-    return Pool(library.get_num_threads, getattr(library.dynlib, name), is_by_thread=False)
+    found = library.dynlib
+    for prefix, suffix in itertools.product(("", "scipy_"), ("", "64_", "_64")):
+        get, set_ = (
+            getattr(found, f"{prefix}openblas_{verb}_num_threads{suffix}", None)
+            for verb in ("get", "set")
+        )
+        if get is not None and set_ is not None:
+            return Pool(get, set_, is_by_thread=False)
+    raise AssertionError(f"{library.filepath} has no openblas_set_num_threads")
 
 
 class OneThread:
@@ -60,8 +65,12 @@ class OneThread:
         #: What to go back to: of the process, and of each thread.
         self._before: dict[Pool, int] = {}
         self._before_here = threading.local()
+        #: Each that is made of them is counted before it is made.
+        self._n_changes = 0
 
     def __enter__(self) -> None:
+        if self._is_so_by_itself():
+            return
         with self._lock:
             self._inside.add(threading.get_ident())
             # Every time: somebody else may have set it meanwhile.
@@ -70,7 +79,15 @@ class OneThread:
                 if n_threads > 1:
                     before = self._here() if pool.is_by_thread else self._before
                     before[pool] = n_threads
+                    self._n_changes += 1
                     pool.set(1)
+
+    def _is_so_by_itself(self) -> bool:
+        """As in every worker; not because somebody is within, who may leave before this thread."""
+        n_changes = self._n_changes
+        if any(pool.get() > 1 for pool in self._pools):
+            return False
+        return not self._before and self._n_changes == n_changes
 
     def __exit__(
         self,
@@ -78,10 +95,14 @@ class OneThread:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if threading.get_ident() not in self._inside:
+            return
         with self._lock:
             self._inside.discard(threading.get_ident())
             _restore(self._here())
             if not self._inside:
+                # Who looks meanwhile must see that it changes, or that it did.
+                self._n_changes += 1
                 _restore(self._before)
 
     def _here(self) -> dict[Pool, int]:

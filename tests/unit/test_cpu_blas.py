@@ -67,6 +67,30 @@ def test_a_pool_of_one_thread_is_left_alone() -> None:
     assert blas.n_changes == 0
 
 
+def test_who_enters_as_another_leaves_has_one_thread() -> None:
+    """It saw one thread, but not how it is by itself."""
+    blas = Blas(4)
+    looks = 0
+
+    def look() -> int:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            # Another has set it, and is gone before anything comes of this look.
+            other()
+            return 1
+        return blas.n_threads
+
+    def other() -> None:
+        with one_thread:
+            pass
+
+    one_thread = OneThread((Pool(look, blas.set, is_by_thread=False),))
+    with one_thread:
+        assert blas.n_threads == 1
+    assert blas.n_threads == 4
+
+
 def test_who_leaves_last_gives_the_threads_back() -> None:
     blas, leave = Blas(4), threading.Event()
     one_thread = OneThread((blas.pool,))
