@@ -15,8 +15,9 @@ from ._formats import add_rows
 from .arrays import Inputs
 from .dtypes import Array, DType, FloatArray, narrow, widen
 from .errors import CallError, DeadlineExceeded, InvalidCall, NotReady, WorkerDied
-from .link import GRACE_S, Link, Receiver, too_late
+from .link import Link
 from .protocol import Message, Reply
+from .receivers import GRACE_S, Receiver, too_late
 from .stats import CallTimes
 
 #: `(layer, inputs, output array, cause)`: computes elsewhere what the worker did not.

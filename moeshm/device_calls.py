@@ -14,7 +14,8 @@ from .device_arrays import DeviceInputs
 from .device_future import DeviceCall, DeviceFuture, Part
 from .device_watch import Mover, Watch
 from .errors import ClientClosed, DeviceError, InvalidCall, RingFull, WorkerDied
-from .link import Link, another
+from .link import Link
+from .receivers import another
 from .transport.slab import Segment
 
 #: How long a sender leaves a full slab alone.

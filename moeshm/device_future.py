@@ -13,8 +13,9 @@ from ._claims import Claim
 from .device_arrays import DeviceInputs
 from .dtypes import Array
 from .errors import CallError, DeadlineExceeded, NotReady, ProtocolError, WorkerDied
-from .link import Link, another
+from .link import Link
 from .protocol import Message, Reply
+from .receivers import another
 from .transport.slab import DONE, GIVEN, TAKEN
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class DeviceFuture(msgspec.Struct, eq=False, weakref=True):
 
 
 class Part(msgspec.Struct, eq=False):
-    """One descriptor's part of a call; a `link.Receiver` of what is wrong with it."""
+    """One descriptor's part of a call; a `Receiver` of what is wrong with it."""
 
     future: DeviceFuture
     link: Link

@@ -25,7 +25,8 @@ from .errors import (
     WorkerDied,
     WorkerFailed,
 )
-from .link import GRACE_S, Link, another, too_late
+from .link import Link
+from .receivers import GRACE_S, another, too_late
 from .transport.slab import DONE, GIVEN, TOLD, Places, Segment
 
 _log = logging.getLogger(__name__)

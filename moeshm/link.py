@@ -12,9 +12,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -35,6 +34,7 @@ from .errors import (
 )
 from .held import SessionNumbers
 from .protocol import Message, Reply
+from .receivers import GRACE_S, Answer, Awaited, Nobody, Receiver, another, too_late
 from .session import Session
 
 if TYPE_CHECKING:
@@ -44,27 +44,11 @@ if TYPE_CHECKING:
 _FULL_PAUSE_S = 0.001
 #: How late it may be heard that an order is carried out. Whoever waits for that looks so often.
 _ORDER_PAUSE_S = 0.005
-#: A worker says itself when a deadline passed, and the session goes on. One that has not said so
-#: by then is given up.
-GRACE_S = 0.006
 #: How late a thread may learn that the one that received was interrupted, which only the main
 #: thread is; and how often it looks while another receives.
 _UNTOLD_S, _LOOK_S = 0.01, 0.1
 #: Longer than copying the largest reply takes; a thread that the interpreter ended never stops.
 _COPY_LIMIT_S = 5.0
-
-
-def too_late(timeout_s: float) -> DeadlineExceeded:
-    """Why a session is given up at a deadline."""
-    return DeadlineExceeded(
-        f"no answer within {timeout_s:g} s from the worker; the session is given up: allow more "
-        "time (timeout_s), or look at the worker"
-    )
-
-
-def another(error: CallError) -> CallError:
-    """The same error once more: one that is raised again keeps the frames of every time."""
-    return type(error)(str(error))
 
 
 #: Of a call's tokens, rising.
@@ -73,45 +57,6 @@ Rows: TypeAlias = npt.NDArray[np.int64]
 Packable: TypeAlias = tuple[int, int, Array, Array, Array, DType, int, int, Rows | None]
 
 _Record = TypeVar("_Record")
-
-
-class Receiver(Protocol):
-    """Who a reply is for."""
-
-    #: Of time.monotonic.
-    deadline: float
-
-    @property
-    def is_done(self) -> bool:
-        """It needs no reply any more."""
-        ...
-
-    def take(self, reply: Reply, record: Message) -> None:
-        """Copy the rows out of the record; ProtocolError when they are not what was asked for."""
-        ...
-
-    def fail(self, error: CallError) -> None:
-        """There will be no rows."""
-        ...
-
-
-class Answer(msgspec.Struct, frozen=True, gc=False):
-    """The end of a call: what the worker said was wrong with it, or None; when it had left and
-    when the reply came (ns of time.perf_counter); the worker's time; and lengths."""
-
-    error: CallError | None
-    sent_ns: int
-    arrived_ns: int
-    compute_ns: int
-    bytes_out: int
-    bytes_in: int
-
-
-class Awaited(Protocol):
-    """What a thread waits for."""
-
-    @property
-    def is_done(self) -> bool: ...
 
 
 class Link:
@@ -239,7 +184,7 @@ class Link:
                     return self._receive_answer(call_id, dtype, into, last, sent_ns, bytes_out)
                 except BaseException:
                     # Its reply may still come, and is then nobody's.
-                    self._pending[call_id] = _Nobody()
+                    self._pending[call_id] = Nobody()
                     raise
         except (RingEmpty, RingFull) as error:
             late = too_late(timeout_s)
@@ -295,7 +240,7 @@ class Link:
         """Its reply may still come, and is then nobody's."""
         with self._state:
             if call_id in self._pending:
-                self._pending[call_id] = _Nobody()
+                self._pending[call_id] = Nobody()
 
     # --- receiving --------------------------------------------------------------------------
 
@@ -585,16 +530,3 @@ class Link:
         # Unanswered until it has all: else it is told with the others when the session ends.
         receiver.take(reply, record)
         self._pending.pop(reply.call_id, None)
-
-
-class _Nobody:
-    """Receives for a call that was given up."""
-
-    deadline = 0.0
-    is_done = False
-
-    def take(self, reply: Reply, record: Message) -> None:
-        """As `Receiver.take`."""
-
-    def fail(self, error: CallError) -> None:
-        """As `Receiver.fail`."""

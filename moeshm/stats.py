@@ -9,7 +9,7 @@ from collections import Counter
 import msgspec
 
 from ._totals import Totals
-from .link import Answer
+from .receivers import Answer
 
 
 class CallTimes(msgspec.Struct, frozen=True, gc=False):

@@ -106,7 +106,7 @@ for tag in range(20):
     inputs = make_inputs(FREE, tag)
     assert_exact(client.submit(*inputs, timeout_s=TIMEOUT_S).result(), inputs)
 assert time.monotonic() - start < TIMEOUT_S, "calls waited for nobody"
-left = [each for each in client._link._pending.values() if type(each).__name__ != "_Nobody"]
+left = [each for each in client._link._pending.values() if type(each).__name__ != "Nobody"]
 # An interrupt may come before all is undone.
 assert len(left) < 5, left
 client.close()

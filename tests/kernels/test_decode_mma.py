@@ -101,7 +101,7 @@ def test_all_pairs_on_one_expert(n_tokens: int, top_k: int) -> None:
     assert_close(out, reference_ffn(layer, x, ids, weights), F16)
 
 
-@pytest.mark.parametrize("order", (*ORDERS, 3, 4))
+@pytest.mark.parametrize("order", [*ORDERS, 3, 4])
 @pytest.mark.parametrize(("n_tokens", "top_k"), [(40, 1), (115, 4)])
 def test_an_expert_that_several_blocks_visit(n_tokens: int, top_k: int, order: Order) -> None:
     """Each block lists its pairs for itself: what one leaves to another, that must have."""
