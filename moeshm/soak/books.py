@@ -246,6 +246,13 @@ class Books:
             # A fallback or another worker took over: the session may be given up unseen.
             self._tell(Lost(call.line.name, call.deadline, now))
 
+    def sent(self, call: Call) -> None:
+        """A `submit` returned. With a fallback it may have given the session up at the deadline,
+        which nobody is told before the result is asked for, if it ever is."""
+        now = self._clock()
+        if now > call.deadline:
+            self._tell(Lost(call.line.name, call.deadline, now))
+
     def check(self, call: Call, case: Case, result: Any) -> None:
         """Hold the result of a call that is over against the reference."""
         self.count("checked")

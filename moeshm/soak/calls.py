@@ -152,6 +152,7 @@ class Talk:
             if future is None:
                 time.sleep(_AFTER_ERROR_S)
                 break
+            self._books.sent(call)
             sent.append((call, case, future))
         rng.shuffle(sent)
         for call, case, future in sent:

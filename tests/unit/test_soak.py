@@ -469,6 +469,19 @@ def test_own_work_is_nobodys_delay(told: list[Message], clock: Clock) -> None:
     assert "computed by its caller" in wrong.difference
 
 
+def test_a_submit_that_ends_after_its_deadline_may_have_lost_the_session(
+    books: Books, told: list[Message], clock: Clock
+) -> None:
+    """Though it gives a future: of one with a fallback, whose result may never be asked for."""
+    call = books.begin(LINE, "a submit", 1.0)
+    clock.now += 0.5
+    books.sent(call)
+    assert not told
+    clock.now += 0.501
+    books.sent(call)
+    assert told == [Lost(LINE.name, call.deadline, clock.now)]
+
+
 def test_a_call_that_does_not_end_is_told_once(
     books: Books, told: list[Message], clock: Clock
 ) -> None:
