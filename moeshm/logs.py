@@ -114,9 +114,9 @@ class PeerLog:
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
         self._lock = threading.Lock()
-        #: By process and line, by process, and by user; what was heard last comes last. A process
-        #: is its user and its number.
-        self._lines: dict[tuple[int, int, str], _Bucket] = {}
+        #: By process, line and level, by process, and by user; what was heard last comes last. A
+        #: process is its user and its number.
+        self._lines: dict[tuple[int, int, str, int], _Bucket] = {}
         self._peers: dict[tuple[int, int], _Bucket] = {}
         self._users: dict[int, _Bucket] = {}
         #: Lines that were left out, and their kinds, of those forgotten before that was told.
@@ -124,17 +124,19 @@ class PeerLog:
         self._summarised_at = time.monotonic()
 
     def log(self, peer: Peer, level: int, message: str) -> None:
-        """Log `process PID: MESSAGE`, or count it."""
+        """Log `process PID: MESSAGE`, or count it, where lines of that level are wanted."""
+        if not self._logger.isEnabledFor(level):
+            return
         uid, pid = peer.uid, peer.pid
         line = printable(message, _MOST_CHARACTERS)
         now = time.monotonic()
         with self._lock:
-            same = self._lines.pop((uid, pid, line), None) or _Bucket(
+            same = self._lines.pop((uid, pid, line, level), None) or _Bucket(
                 _SAME_LINES, _SAME_LINES_PER_S
             )
             every = self._peers.pop((uid, pid), None) or _Bucket(_PEER_LINES, _PEER_LINES_PER_S)
             of_user = self._users.pop(uid, None) or _Bucket(_USER_LINES, _USER_LINES_PER_S)
-            self._lines[uid, pid, line], self._peers[uid, pid] = same, every
+            self._lines[uid, pid, line, level], self._peers[uid, pid] = same, every
             self._users[uid] = of_user
             # One without a number may be any of several.
             is_shown = pid == 0 or (same.take(now) and every.take(now))
@@ -159,8 +161,8 @@ class PeerLog:
             self._forget_old()
             n_left_out, n_kinds = self._n_forgotten, self._n_kinds + len(found)
             self._n_forgotten = self._n_kinds = 0
-        for _, pid, line, count in found[:_MAX_SUMMARY]:
-            self._logger.warning("process %d: %d times more: %s", pid, count, line)
+        for _, pid, line, level, count in found[:_MAX_SUMMARY]:
+            self._logger.log(level, "process %d: %d times more: %s", pid, count, line)
         n_left_out += sum(count for *_, count in found[_MAX_SUMMARY:])
         if n_left_out:
             self._logger.warning("%d more lines of %d kinds were left out", n_left_out, n_kinds)

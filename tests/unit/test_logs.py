@@ -223,6 +223,16 @@ def test_at_the_end_the_rest_is_told_at_once(
     assert said(capsys)[3:] == ["process 7: 1 times more: refused\\nINFO all is well"]
 
 
+def test_lines_of_a_level_that_is_not_wanted_are_not_told_of_either(
+    capsys: pytest.CaptureFixture[str], peers: logs.PeerLog
+) -> None:
+    logs.configure("warning", as_json=False)
+    for _ in range(100):
+        peers.log(Peer(7, 1, 1), logging.INFO, "a session")
+    peers.summarise(is_over=True)
+    assert said(capsys) == []
+
+
 def test_lines_that_all_differ_are_counted_as_well(
     capsys: pytest.CaptureFixture[str], clock: Clock, peers: logs.PeerLog
 ) -> None:
