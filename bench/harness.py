@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import msgspec
 import numpy as np
 
 from moeshm.errors import MoeshmError
+from moeshm.process import python_module
 
 from . import native
 from .schema import Meta, Timing
@@ -82,7 +82,7 @@ def choose_cpus() -> tuple[int, int]:
 
 def python_program(module: str, *words: str) -> Callable[[], list[str]]:
     """The program that runs a module of this package in a fresh interpreter."""
-    return lambda: [sys.executable, "-m", f"{__package__}.{module}", *words]
+    return lambda: python_module(f"{__package__}.{module}", *words)
 
 
 def c_program(name: str, *words: str) -> Callable[[], list[str]]:

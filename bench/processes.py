@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import moeshm
 from moeshm.errors import ConnectError
+from moeshm.process import python_module
 
 from .harness import NO_VARIABLES
 
@@ -32,7 +32,7 @@ def worker_process(
     """
     with tempfile.TemporaryDirectory(prefix="moeshm-bench-") as folder:
         address = f"unix:{Path(folder, 'worker.sock')}"
-        command = [sys.executable, "-m", f"{__package__}.{module}", address, *words]
+        command = python_module(f"{__package__}.{module}", address, *words)
         environment = {**os.environ, **variables}
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment) as worker:
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import sys
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -111,3 +112,14 @@ def _left_in(group: Path) -> float:
     except (OSError, ValueError):  # no cgroup v2, or no limit
         return math.inf
     return limit - used + int(stat.get("inactive_file", 0))
+
+
+def python_module(name: str, *words: str) -> list[str]:
+    """The command that runs a module of ours in a fresh interpreter.
+
+    What lies in the current folder is not imported there, as a checkout beside the moeshm that is
+    installed; unless moeshm is. (Python 3.10 cannot be told so.)
+    """
+    is_here = Path(__file__).resolve().parents[1] == Path.cwd()
+    flags = ["-P"] if sys.version_info >= (3, 11) and not is_here else []
+    return [sys.executable, *flags, "-m", name, *words]

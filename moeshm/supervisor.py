@@ -11,7 +11,6 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 import tempfile
 import time
 import weakref
@@ -27,6 +26,7 @@ from .choice import choose
 from .client import ExpertClient, Opened
 from .errors import ConnectError, SessionError
 from .handshake import SlabWish
+from .process import python_module
 from .session import Session
 
 #: Reading and checking a large checkpoint from a slow disk.
@@ -112,8 +112,8 @@ class WorkerProcess:
         self.address = f"unix:{self._folder / 'worker.sock'}"
         session.parse_address(self.address)  # TMPDIR may be too long for a socket
         self._command = [
-            sys.executable,
-            *("-m", "moeshm", "worker", "--until-exit-of", str(os.getpid()), "--quiet"),
+            *python_module("moeshm", "worker", "--until-exit-of", str(os.getpid())),
+            "--quiet",
             *("--model", os.fspath(model), "--device", device, "--listen", self.address),
         ]
         if is_resident:

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import IO
 
 import msgspec
 
+from ..process import python_module
 from . import leaks
 from .ledger import Cause
 from .messages import Lines, Message, Order
@@ -23,12 +23,6 @@ from .messages import Lines, Message, Order
 #: What a process may take to end once it was told to: workers drain for up to 30 s.
 END_LIMIT_S = 60.0
 _LAST_WORDS_BYTES = 1500
-
-
-def python_flags() -> list[str]:
-    """Python's: what lies in the current folder is not to be imported, unless moeshm is there."""
-    is_there = Path(__file__).parents[2] == Path.cwd()
-    return ["-P"] if sys.version_info >= (3, 11) and not is_there else []
 
 
 class Process(abc.ABC):
@@ -67,7 +61,7 @@ class Process(abc.ABC):
         self.is_stopped = False
         with self._log.open("ab") as log:
             self._popen = subprocess.Popen(
-                [sys.executable, *python_flags(), *arguments],
+                python_module(*arguments),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -171,7 +165,7 @@ class Worker(Process):
         self._notify.bind(str(self._notify_path))
         self.is_ready = False
         parent = ["--until-exit-of", str(os.getpid())]
-        arguments = ["-m", "moeshm", "worker", "--listen", self.address, "--quiet", *parent]
+        arguments = ["moeshm", "worker", "--listen", self.address, "--quiet", *parent]
         environment = {**self._environment, "NOTIFY_SOCKET": str(self._notify_path)}
         self.begin([*arguments, *self._options], environment, ())
 
@@ -227,7 +221,7 @@ class CallerProcess(Process):
         self._fd, its_fd = os.pipe()
         os.set_blocking(self._fd, False)
         try:
-            arguments = ["-m", "moeshm.soak.caller", str(its_fd)]
+            arguments = ["moeshm.soak.caller", str(its_fd)]
             self.begin(arguments, environment, (its_fd,))
         finally:
             os.close(its_fd)

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import time
 
+from ..process import python_module
 from . import leaks
-from .actors import python_flags
 
 #: Processes that were about to start others may be followed by those.
 _LIMIT_S, _AGAIN_S = 30.0, 0.05
@@ -26,9 +26,8 @@ class Guard:
     reach it."""
 
     def __init__(self, run: str, folder: str) -> None:
-        arguments = ["-m", "moeshm.soak.guard", run, folder]
         self._popen = subprocess.Popen(
-            [sys.executable, *python_flags(), *arguments],
+            python_module("moeshm.soak.guard", run, folder),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,

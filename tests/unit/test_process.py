@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import moeshm
 from moeshm import process
 
 
@@ -102,3 +103,18 @@ def test_the_own_cgroup_and_those_around_it_limit_the_memory(
 
 def test_one_cpu_at_least() -> None:
     assert 1 <= process.usable_cpus() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 imports what lies here first")
+def test_a_module_of_ours_is_not_the_one_that_lies_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a checkout, of which another moeshm was installed."""
+    (tmp_path / "moeshm").mkdir()
+    (tmp_path / "moeshm" / "__init__.py").write_text("raise SystemExit('the wrong one')\n")
+    monkeypatch.chdir(tmp_path)
+    root = str(Path(moeshm.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root}
+    command = process.python_module("moeshm", "--version")
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
