@@ -12,6 +12,7 @@ from time import monotonic
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
+from libc.math cimport INFINITY
 
 from .errors import RingFull
 
@@ -107,8 +108,7 @@ cdef class Monitor:
         self.gates = []
 
     def __enter__(self):
-        while not _acquire(self.lock, monotonic() + SLICE_S):
-            pass
+        _acquire(self.lock, INFINITY)
 
     def __exit__(self, kind, error, traceback):
         self.lock.release()
