@@ -1,4 +1,5 @@
-"""Which process is at the other end, and whether it still lives: pidfds that survive pid reuse."""
+"""Processes: which one is at the other end and whether it still lives, by pidfds that survive pid
+reuse; what this one may have; and how one of ours is started."""
 
 from __future__ import annotations
 

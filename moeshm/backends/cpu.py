@@ -47,11 +47,11 @@ class CpuBackend:
     threads at a time, also while another adds or removes experts: it is a `GrowingBackend`, and a
     `SteppingBackend`.
 
-    Threads take whole experts. While a call is computed, NumPy's BLAS has one thread for the whole
-    process (`cpu_blas`): its own would fight these, and may be wrong beside them. Every run of a
-    call gives the same bits, whatever `threads` is and however often it pauses. In another
-    batch a token's result may differ in its last bits, because BLAS sums in another order for
-    another number of rows; the weighted sum over its experts always goes slot by slot.
+    Threads take whole experts. While experts multiply by several rows, NumPy's BLAS has one thread
+    for the whole process (`cpu_blas`): its own would fight these, and may be wrong beside them.
+    Every run of a call gives the same bits, whatever `threads` is and however often it pauses. In
+    another batch a token's result may differ in its last bits, because BLAS sums in another order
+    for another number of rows; the weighted sum over its experts always goes slot by slot.
     ValueError: `threads` below 1.
     """
 
