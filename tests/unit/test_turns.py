@@ -299,7 +299,37 @@ def test_long_calls_pause_for_short_ones_at_once_and_for_long_ones_after_a_while
     assert house.run(1) == ["long"]
     clock[0] += LONG_TURN_NS
     house.session("third").call(n_tokens=MANY)
+    assert long.place.is_wanted()
+    clock[0] -= 1
     assert not long.place.is_wanted()
+
+
+def test_a_long_call_is_let_through_after_as_long_as_it_takes_itself(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [10**9]
+    monkeypatch.setattr(turns_module, "time", SimpleNamespace(monotonic_ns=lambda: clock[0]))
+    batch, prefill = house.session("batch"), house.session("prefill")
+    batch.call(n_tokens=40)
+    clock[0] += 40_000
+    batch.go()
+    batch.join()
+    prefill.call(n_steps=9, n_tokens=1000)
+    batch.call(n_steps=2, n_tokens=80)
+    clock[0] += 80_000 - 1
+    assert not prefill.place.is_wanted()
+    clock[0] += 1
+    assert prefill.place.is_wanted()
+    assert house.run(1) == ["batch"]
+    # Of a prefill nobody knows yet how long it takes.
+    clock[0] += 60_000
+    assert not batch.place.is_wanted()
+    assert house.run(1) == ["prefill"]
+    # What is left of the batch.
+    clock[0] += 20_000 - 1
+    assert not prefill.place.is_wanted()
+    clock[0] += 1
+    assert prefill.place.is_wanted()
 
 
 def test_nobody_waits_for_a_turn_that_was_handed_over_at_the_deadline(
