@@ -3,6 +3,8 @@ reuse; what this one may have; and how one of ours is started."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import math
 import os
@@ -11,6 +13,7 @@ from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
+_M_ARENA_MAX = -8
 #: This process's id, for what looks at it in every call: to ask for it is a system call.
 own_pid = os.getpid()
 
@@ -75,6 +78,16 @@ def is_alive(pid: int, ticks: int = 0) -> bool:
     return fields[0] not in ("Z", "X") and ticks in (0, int(fields[19]))
 
 
+def is_stopped(pid: int) -> bool:
+    """True while a signal, or a debugger, keeps that process from running; False when nobody can
+    tell."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] in ("T", "t")
+
+
 def usable_cpus() -> int:
     """CPUs that this process may run on."""
     return len(os.sched_getaffinity(0))
@@ -113,6 +126,19 @@ def _left_in(group: Path) -> float:
     except (OSError, ValueError):  # no cgroup v2, or no limit
         return math.inf
     return limit - used + int(stat.get("inactive_file", 0))
+
+
+def share_heap() -> None:
+    """Let all threads of this process allocate from one heap, where the C library is glibc.
+
+    By default it makes a heap for each thread, up to eight for a CPU, and keeps what a thread freed
+    for who comes to use that heap: a worker's sessions come and go, and one that had served for
+    half an hour kept 35 MiB that way and used 14. Call it before there are other threads. A
+    MALLOC_ARENA_MAX in the environment stays. Source: mallopt(3).
+    """
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def python_module(name: str, *words: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import DeviceError, DeviceLost
-from ..process import open_pidfd, usable_cpus
+from ..process import open_pidfd, share_heap, usable_cpus
 from .devices import device_of
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def worker(
 
     configure("warning" if quiet else current().log_level, json_logs)
     gid = None if group is None else own_group(group)
+    share_heap()
     if short := allow_fds(current()):
         _log.warning("%s", short)
     lifeline = -1 if until_exit_of is None else _open_parent(until_exit_of)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +105,58 @@ def test_the_own_cgroup_and_those_around_it_limit_the_memory(
 
 def test_one_cpu_at_least() -> None:
     assert 1 <= process.usable_cpus() <= (os.cpu_count() or 1)
+
+
+#: Four threads allocate; how many heaps there are besides that of the process. Each is 64 MiB of
+#: addresses, of which the end may not be used yet.
+HEAPS = """
+import sys, threading
+from moeshm import process
+if sys.argv[1:]:
+    process.share_heap()
+barrier, kept = threading.Barrier(4), []
+def allocate():
+    barrier.wait()
+    kept.append(bytearray(100_000))
+    barrier.wait()
+threads = [threading.Thread(target=allocate) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+maps = [line.split() for line in open("/proc/self/maps")]
+starts = [int(words[0].split("-")[0], 16) for words in maps if words[1] == "rw-p"]
+ends = {int(words[0].split("-")[1], 16) for words in maps if words[1] == "---p"}
+print(sum(start % (64 << 20) == 0 and start + (64 << 20) in ends for start in starts))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of other C libraries nobody asks it")
+@pytest.mark.parametrize(
+    ("arguments", "environment", "has_more"),
+    [([], {}, True), (["share"], {}, False), (["share"], {"MALLOC_ARENA_MAX": "8"}, True)],
+)
+def test_threads_share_one_heap(
+    arguments: list[str], environment: dict[str, str], has_more: bool
+) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", HEAPS, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (int(ran.stdout) > 0) is has_more
+
+
+def test_who_is_stopped() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        assert not process.is_stopped(other.pid)
+        other.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, other.pid, os.WSTOPPED)
+        assert process.is_stopped(other.pid)
+        other.kill()
+    assert not process.is_stopped(other.pid)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 imports what lies here first")
