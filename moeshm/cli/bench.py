@@ -11,10 +11,18 @@ import click
 from .bench_copies import copies
 from .bench_device_calls import device_calls
 from .bench_kernels import kernels
+from .bench_options import (
+    dtype_option,
+    json_option,
+    plot_option,
+    repeats_option,
+    seed_option,
+    sizes_option,
+)
 from .bench_overload import overload
 from .bench_policy import policy
 from .bench_replay import replay
-from .bench_run import json_option, parse_sizes, plot_option, seed_option, show, watched
+from .bench_run import show, watched
 
 if TYPE_CHECKING:
     from ..bench.harness import Plan
@@ -39,13 +47,7 @@ def _shared_options(command: _Command) -> _Command:
             type=click.IntRange(1, 20_000),
             help="Messages per contender, size and repeat; by default as many as fit its time.",
         ),
-        click.option(
-            "--repeats",
-            type=click.IntRange(1),
-            default=5,
-            show_default=True,
-            help="Runs of each contender, interleaved, each in fresh processes.",
-        ),
+        repeats_option(5, "Runs of each contender, interleaved, each in fresh processes."),
     ):
         command = option(command)
     return command
@@ -53,13 +55,7 @@ def _shared_options(command: _Command) -> _Command:
 
 @bench.command()
 @_shared_options
-@click.option(
-    "--sizes",
-    default="64,1K,8K,64K,1M,16M",
-    show_default=True,
-    callback=lambda _context, _option, text: parse_sizes(text),
-    help="Payloads, in bytes.",
-)
+@sizes_option("64,1K,8K,64K,1M,16M", "Payloads, in bytes.")
 def ring(sizes: list[int], **options: Any) -> None:
     """Round trips and one-way streams: this ring, other libraries, and the machine's floors."""
     from ..bench import ring as question
@@ -72,13 +68,7 @@ def ring(sizes: list[int], **options: Any) -> None:
 
 @bench.command()
 @_shared_options
-@click.option(
-    "--dtype",
-    type=click.Choice(["f32", "f16"]),
-    default="f32",
-    show_default=True,
-    help="Format of the activations, both ways.",
-)
+@dtype_option("f32", "f16", text="Format of the activations, both ways.")
 def call(dtype: str, **options: Any) -> None:
     """client.compute against a worker that computes nothing, and the three-pipe protocol."""
     from ..bench import call as question

@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import click
 
-from .bench_run import json_option, parse_sizes, seed_option, show, watched
+from .bench_options import gpu_option, json_option, repeats_option, seed_option, sizes_option
+from .bench_run import show, watched
 
 
 @click.command()
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    metavar="cuda:N|hip:N|auto",
-    help="The GPU; auto is the first.",
-)
-@click.option(
-    "--sizes",
-    default="1M,4M,16M,64M",
-    show_default=True,
-    callback=lambda _context, _option, text: parse_sizes(text),
-    help="Of a copy, in bytes.",
-)
-@click.option(
-    "--repeats",
-    type=click.IntRange(1),
-    default=5,
-    show_default=True,
-    help="Turns of each contender, interleaved.",
-)
+@gpu_option("--device", "The GPU; auto is the first.")
+@sizes_option("1M,4M,16M,64M", "Of a copy, in bytes.")
+@repeats_option(5, "Turns of each contender, interleaved.")
 @seed_option
 @json_option
 def copies(device: str, sizes: list[int], repeats: int, seed: int, as_json: bool) -> None:

@@ -5,47 +5,28 @@ from __future__ import annotations
 import click
 
 from .bench_kernels import MORE_SHAPES, SHAPES
-from .bench_played import numbers_of
-from .bench_run import json_option, seed_option, show, watched
+from .bench_options import (
+    dtype_option,
+    gpu_option,
+    json_option,
+    repeats_option,
+    seed_option,
+    shape_option,
+    tokens_option,
+)
+from .bench_run import show, watched
 
 
 @click.command("device-calls")
-@click.option(
-    "--shape",
-    type=click.Choice([*SHAPES, *MORE_SHAPES]),
-    default=SHAPES[0],
-    show_default=True,
-    help="The model whose layer is computed.",
+@shape_option([*SHAPES, *MORE_SHAPES], SHAPES[0])
+@dtype_option("bf16", "f16", "f32", text="Of weights and activations.")
+@tokens_option("1,16", "1,4,16,128,512", "Of a call.")
+@gpu_option(
+    "--engine-device", "The GPU that has the activations; auto is the first.", default="cuda:0"
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["bf16", "f16", "f32"]),
-    default="bf16",
-    show_default=True,
-    help="Of weights and activations.",
-)
-@click.option(
-    "--tokens",
-    "n_tokens",
-    callback=numbers_of(int, "1,16"),
-    metavar="LIST",
-    default="1,4,16,128,512",
-    show_default=True,
-    help="Of a call.",
-)
-@click.option(
-    "--engine-device",
-    default="cuda:0",
-    show_default=True,
-    metavar="cuda:N|hip:N|auto",
-    help="The GPU that has the activations; auto is the first.",
-)
-@click.option(
+@gpu_option(
     "--worker-device",
-    default="auto",
-    show_default=True,
-    metavar="cuda:N|hip:N|auto",
-    help="The GPU that has the experts; auto is another one than the engine's, if there is one.",
+    "The GPU that has the experts; auto is another one than the engine's, if there is one.",
 )
 @click.option(
     "--resident",
@@ -53,13 +34,7 @@ from .bench_run import json_option, seed_option, show, watched
     is_flag=True,
     help="As of moeshm worker: a kernel that stays computes calls of few tokens.",
 )
-@click.option(
-    "--repeats",
-    type=click.IntRange(1),
-    default=5,
-    show_default=True,
-    help="Runs, each in fresh processes, in which the ways take turns.",
-)
+@repeats_option(5, "Runs, each in fresh processes, in which the ways take turns.")
 @seed_option
 @json_option
 def device_calls(

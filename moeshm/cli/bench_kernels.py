@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from ..settings import parse_kernels
-from .bench_played import numbers_of, words_of
-from .bench_run import json_option, seed_option, show, watched
+from .bench_options import json_option, repeats_option, seed_option, tokens_option, words_option
+from .bench_run import show, watched
 
 SHAPES = ("qwen3-30b-a3b", "qwen3.5-35b-a3b", "mixtral-8x7b")
 MORE_SHAPES = ("deepseek-v3", "gpt-oss-120b")
@@ -14,36 +14,19 @@ CONTENDERS = ("moeshm", "torch-grouped", "triton")
 
 
 @click.command()
-@click.option(
+@words_option(
     "--shapes",
-    callback=words_of(*SHAPES, *MORE_SHAPES),
-    metavar="LIST",
-    default=",".join(SHAPES),
-    show_default=True,
-    help=f"Models whose layers are computed; also {', '.join(MORE_SHAPES)}.",
+    [*SHAPES, *MORE_SHAPES],
+    SHAPES,
+    f"Models whose layers are computed; also {', '.join(MORE_SHAPES)}.",
 )
-@click.option(
-    "--tokens",
-    "n_tokens",
-    callback=lambda context, option, text: text and numbers_of(int, "1,16")(context, option, text),
-    metavar="LIST",
-    help="Of a call; by default 1,4,16,128,1024,4096, of mixtral-8x7b 1,16,1024,4096.",
+@tokens_option(
+    "1,16",
+    None,
+    "Of a call; by default 1,4,16,128,1024,4096, of mixtral-8x7b 1,16,1024,4096.",
 )
-@click.option(
-    "--dtypes",
-    callback=words_of("bf16", "f16", "f32"),
-    metavar="LIST",
-    default="bf16",
-    show_default=True,
-    help="Of weights and activations.",
-)
-@click.option(
-    "--contenders",
-    callback=words_of(*CONTENDERS),
-    metavar="LIST",
-    default=",".join(CONTENDERS),
-    show_default=True,
-)
+@words_option("--dtypes", ["bf16", "f16", "f32"], ["bf16"], "Of weights and activations.")
+@words_option("--contenders", CONTENDERS)
 @click.option(
     "--kernels",
     default="auto",
@@ -51,13 +34,7 @@ CONTENDERS = ("moeshm", "torch-grouped", "triton")
     metavar="WISH",
     help="Of moeshm, for experiments, as MOESHM_KERNELS: decode=fma,prefill=mma.",
 )
-@click.option(
-    "--repeats",
-    type=click.IntRange(1),
-    default=10,
-    show_default=True,
-    help="Turns of each contender, interleaved.",
-)
+@repeats_option(10, "Turns of each contender, interleaved.")
 @seed_option
 @json_option
 def kernels(

@@ -4,40 +4,23 @@ from __future__ import annotations
 
 import click
 
-from .bench_run import json_option, seed_option, show, watched
-from .devices import device_of
+from .bench_options import (
+    device_option,
+    dtype_option,
+    json_option,
+    repeats_option,
+    scale_option,
+    seed_option,
+    shape_option,
+)
+from .bench_run import show, watched
 
 
 @click.command()
-@click.option(
-    "--shape",
-    type=click.Choice(["qwen3.5-35b-a3b", "qwen3-30b-a3b", "tiny"]),
-    default="qwen3-30b-a3b",
-    show_default=True,
-    help="The model whose layer is computed.",
-)
-@click.option(
-    "--scale",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Divides hidden and intermediate size.",
-)
-@click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    callback=device_of("cpu"),
-    metavar="cpu|cuda:N|hip:N",
-    help="Who computes.",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["bf16", "f16", "f32"]),
-    default="bf16",
-    show_default=True,
-    help="Of the experts.",
-)
+@shape_option(["qwen3.5-35b-a3b", "qwen3-30b-a3b", "tiny"], "qwen3-30b-a3b")
+@scale_option("Divides hidden and intermediate size.")
+@device_option("--device", "Who computes.")
+@dtype_option("bf16", "f16", "f32", text="Of the experts.")
 @click.option(
     "--decode", "decode_clients", type=click.IntRange(1, 32), default=4, show_default=True
 )
@@ -60,9 +43,7 @@ from .devices import device_of
     help="Of a decode's call.",
 )
 @click.option("--seconds", type=click.FloatRange(0.1), default=10.0, show_default=True)
-@click.option(
-    "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Of each phase."
-)
+@repeats_option(3, "Of each phase.")
 @seed_option
 @json_option
 def overload(

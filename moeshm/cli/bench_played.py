@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,50 +9,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import SettingError
+from .bench_options import numbers_of, scale_option
 
 if TYPE_CHECKING:
     from ..bench.replay import Replay, Way
 
-_Parser = Callable[[click.Context, click.Parameter, str], list[Any]]
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 #: The shape of the model that comes with moeshm.
 BUNDLED = "tiny"
 _SHAPES = ("qwen3.5-35b-a3b", "qwen3-30b-a3b", BUNDLED)
 #: Of the original's workload.
 DEFAULT_PROMPT, DEFAULT_COMPLETION = 4248, 128
-
-
-def words_of(*choices: str) -> _Parser:
-    """Some of the choices, separated by commas."""
-
-    def parse(_context: click.Context, _option: click.Parameter, text: str) -> list[str]:
-        words = [word.strip() for word in text.split(",")]
-        for word in words:
-            if word not in choices:
-                raise click.BadParameter(f"{word!r}; choose among {', '.join(choices)}")
-        return list(dict.fromkeys(words))
-
-    return parse
-
-
-def numbers_of(number_of: Callable[[str], float], example: str) -> _Parser:
-    """Numbers above 0, separated by commas."""
-
-    def parse(_context: click.Context, _option: click.Parameter, text: str) -> list[float]:
-        numbers = []
-        for word in text.split(","):
-            try:
-                number = number_of(word.strip())
-            except (ValueError, ZeroDivisionError):
-                number = 0
-            if not 0 < number < math.inf:
-                raise click.BadParameter(
-                    f"{word.strip()!r} is no number above 0; write some like {example}"
-                )
-            numbers.append(number)
-        return list(dict.fromkeys(numbers))
-
-    return parse
 
 
 def _speed(word: str) -> float:
@@ -76,13 +42,7 @@ def replay_options(command: _Command) -> _Command:
         click.option(
             "--null-compute", is_flag=True, help="Nothing is computed: experts touch the bytes."
         ),
-        click.option(
-            "--scale",
-            type=click.IntRange(1),
-            default=1,
-            show_default=True,
-            help="Divides hidden and intermediate size, for real compute on a small machine.",
-        ),
+        scale_option("Divides hidden and intermediate size, for real compute on a small machine."),
         click.option(
             "--hot",
             type=click.FloatRange(0, 1),

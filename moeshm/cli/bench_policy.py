@@ -8,23 +8,16 @@ from typing import Any
 import click
 
 from ..settings import MAX_BATCH_CAPACITY
-from .bench_played import DEFAULT_PROMPT, numbers_of, played_by, replay_options
-from .bench_run import json_option, plot_option, seed_option, show, watched
+from .bench_options import dtype_option, json_option, plot_option, seed_option, tokens_option
+from .bench_played import DEFAULT_PROMPT, played_by, replay_options
+from .bench_run import show, watched
 
 
 @click.command()
 @click.option("--explain", is_flag=True, help="Show every candidate, not only the chosen ones.")
 @replay_options
-@click.option(
-    "--tokens",
-    "n_tokens",
-    callback=numbers_of(int, "1,16,128,512"),
-    metavar="LIST",
-    default="1,16,128,512",
-    show_default=True,
-    help="Of a forward.",
-)
-@click.option("--dtype", type=click.Choice(["f32", "f16"]), default="f32", show_default=True)
+@tokens_option("1,16,128,512", "1,16,128,512", "Of a forward.")
+@dtype_option("f32", "f16")
 @click.option(
     "--forwards",
     type=click.IntRange(1),

@@ -8,9 +8,16 @@ from typing import Any
 import click
 
 from ..settings import MAX_BATCH_CAPACITY
-from .bench_played import played_by, replay_options, words_of
-from .bench_run import json_option, plot_option, seed_option, show, watched
-from .devices import device_of
+from .bench_options import (
+    device_option,
+    json_option,
+    plot_option,
+    repeats_option,
+    seed_option,
+    words_option,
+)
+from .bench_played import played_by, replay_options
+from .bench_run import show, watched
 
 
 @click.command()
@@ -48,44 +55,21 @@ from .devices import device_of
     help="Play the routing of the bundled model, and keep it for --trace.",
 )
 @replay_options
-@click.option(
-    "--modes",
-    callback=words_of("stream", "batched", "auto"),
-    metavar="LIST",
-    default="stream,batched,auto",
-    show_default=True,
-)
-@click.option(
-    "--transports",
-    callback=words_of("shared", "stream"),
-    metavar="LIST",
-    default="shared,stream",
-    show_default=True,
-    help="auto chooses among these.",
-)
-@click.option(
+@words_option("--modes", ["stream", "batched", "auto"])
+@words_option("--transports", ["shared", "stream"], text="auto chooses among these.")
+@words_option(
     "--dtypes",
-    callback=words_of("f32", "f16", "bf16"),
-    metavar="LIST",
-    default="f32,f16",
-    show_default=True,
-    help="Of the engine's activations, which travel as they are.",
+    ["f32", "f16", "bf16"],
+    ["f32", "f16"],
+    "Of the engine's activations, which travel as they are.",
 )
-@click.option(
+@device_option(
     "--engine-device",
-    default="cpu",
-    show_default=True,
-    callback=device_of("cpu"),
-    metavar="cpu|cuda:N|hip:N",
-    help="Who computes the experts that stay in the engine, whose activations are the host's.",
+    "Who computes the experts that stay in the engine, whose activations are the host's.",
 )
-@click.option(
+@device_option(
     "--worker-device",
-    default="cpu",
-    show_default=True,
-    callback=device_of("cpu"),
-    metavar="cpu|cuda:N|hip:N",
-    help="Who computes the others. With a GPU on either side experts are bfloat16.",
+    "Who computes the others. With a GPU on either side experts are bfloat16.",
 )
 @click.option(
     "--warm-up",
@@ -95,13 +79,7 @@ from .devices import device_of
     show_default=True,
     help="Uncounted passes that go first; 0 counts from the first forward on.",
 )
-@click.option(
-    "--repeats",
-    type=click.IntRange(1),
-    default=3,
-    show_default=True,
-    help="Runs of each configuration, interleaved, each in fresh processes.",
-)
+@repeats_option(3, "Runs of each configuration, interleaved, each in fresh processes.")
 @seed_option
 @json_option
 @plot_option

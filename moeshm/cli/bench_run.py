@@ -1,4 +1,4 @@
-"""What every benchmark's command has: its options, a progress bar, and how the report is shown."""
+"""What every benchmark's command does: a progress bar, and how the report is shown."""
 
 from __future__ import annotations
 
@@ -18,36 +18,6 @@ if TYPE_CHECKING:
 _Report = TypeVar("_Report")
 #: Where output is no terminal, tables get all the room they need.
 _FILE_COLUMNS = 160
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
-
-plot_option = click.option(
-    "--plot",
-    "plot_path",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    metavar="FILE.png",
-    help="Draw the curves; needs matplotlib.",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
-seed_option = click.option(
-    "--seed",
-    type=int,
-    default=0,
-    show_default=True,
-    help="Of everything random, and of the order of the contenders in each repeat.",
-)
-
-
-def parse_sizes(text: str) -> list[int]:
-    """`64,8K,1M` as bytes; click.BadParameter names the word that is no size."""
-    sizes = []
-    for word in text.split(","):
-        unit = word.strip()[-1:].upper()
-        unit = "" if unit.isdigit() else unit
-        number = word.strip()[: len(word.strip()) - len(unit)]
-        if unit not in _UNITS or not number.isdecimal() or int(number) == 0:
-            raise click.BadParameter(f"{word!r} is no size; write bytes like 64, 8K or 16M")
-        sizes.append(int(number) * _UNITS[unit])
-    return list(dict.fromkeys(sizes))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import mmap
 import os
 import select
@@ -27,7 +26,9 @@ from tests.crash.arithmetic import FREE, HIDDEN_SIZE, assert_exact, make_inputs
 from tests.crash.processes import PATIENCE_S
 from tests.fuzz import handshakes, records, slabs
 from tests.fuzz.choices import Choices
+from tests.fuzz.keeper import Keeper
 from tests.fuzz.ring import PLACES
+from tests.fuzz.scenes import TRANSPORTS, Scene
 from tests.fuzz.victims import Victim
 from tests.hostile.attacker import (
     ABORTED,
@@ -37,12 +38,9 @@ from tests.hostile.attacker import (
     Attacker,
 )
 
-#: Executions between two looks at the worker and calls of the bystanders.
-_LOOK_EVERY = 256
 #: A session's rings are not used to their ends.
 _MOST_OF_A_SESSION = 150
 _PING = make_inputs(FREE, 5, n_tokens=2)
-_TRANSPORTS = ("shared", "stream")
 #: For a reply that a client may have made unreadable by itself.
 _SPOILED_PATIENCE_S = 0.2
 _WIDTHS = {"type": 32, "flags": 32, "epoch": 64, "sequence": 64, "length": 64}
@@ -139,69 +137,46 @@ class _Client(Attacker):
         return bool(poll.poll(timeout_ms))
 
 
-class _Scene:
+class _Scene(Scene[_Client]):
     """The worker, its bystanders and the attacker's sessions."""
 
     def __init__(self) -> None:
-        self.victim = Victim("tests.hostile.worker", "unix:{folder}/s", ready="listening at")
+        super().__init__(Victim("tests.hostile.worker", "unix:{folder}/s", ready="listening at"))
         self.address = f"unix:{self.victim.folder / 's'}"
-        self._clients: dict[str, _Client] = {}
-        self._bystanders = [moeshm.connect(self.address, transport=each) for each in _TRANSPORTS]
-        self._n_executions = 0
+        self._bystanders = [moeshm.connect(self.address, transport=each) for each in TRANSPORTS]
         self.call_id = 0
-        self._look()
+        self.look()
         self.victim.remember()
 
     def client(self, transport: str) -> _Client:
         """The attacker's session over that transport."""
-        client = self._clients.get(transport)
+        client = self.sessions.get(transport)
         if client is None or client.n_sent >= _MOST_OF_A_SESSION:
             self.drop(transport)
-            client = self._clients[transport] = _Client(self.address, transport)
+            client = self.sessions[transport] = _Client(self.address, transport)
         client.n_sent += 1
         return client
 
-    def drop(self, transport: str) -> None:
-        """The session is over, or to be over."""
-        client = self._clients.pop(transport, None)
-        if client is not None:
-            client.close()
-
-    def count(self) -> None:
-        """One execution more; looks after the worker from time to time."""
-        self._n_executions += 1
-        if self._n_executions % _LOOK_EVERY == 0:
-            for transport in _TRANSPORTS:
-                self.drop(transport)
-            self._look()
-            self.victim.check()
-
-    def _look(self) -> None:
+    def look(self) -> None:
+        """The bystanders are served, in their first sessions."""
         for number, bystander in enumerate(self._bystanders):
-            inputs = make_inputs(FREE, (self._n_executions + number) % 8)
+            inputs = make_inputs(FREE, (self.n_executions + number) % 8)
             assert_exact(bystander.compute(*inputs, timeout_s=PATIENCE_S), inputs)
             assert bystander.stats().reconnects == 0, "the bystander lost its session"
 
     def close(self) -> None:
         """End all."""
-        for transport in _TRANSPORTS:
-            self.drop(transport)
         for bystander in self._bystanders:
             bystander.close()
-        self.victim.close()
+        super().close()
 
 
-@functools.cache
-def _scene() -> _Scene:
-    return _Scene()
+_scene = Keeper(_Scene)
 
 
 def close() -> None:
     """Let go of the worker."""
-    if _scene.cache_info().currsize:
-        scene = _scene()
-        _scene.cache_clear()
-        scene.close()
+    _scene.close()
 
 
 def seeds() -> list[bytes]:
@@ -214,7 +189,7 @@ def test_one(data: bytes) -> str:
     choices = Choices(data)
     how = choices.byte()
     scene = _scene()
-    transport = _TRANSPORTS[how & 1]
+    transport = TRANSPORTS[how & 1]
     kind = how >> 1
     if kind % 5 == 0:
         outcome = _shake_hands(scene, choices)

@@ -6,7 +6,6 @@ The client gets a typed error, or just the rows that came in the reply, and stay
 from __future__ import annotations
 
 import contextlib
-import functools
 import mmap
 import select
 import socket
@@ -24,12 +23,12 @@ from tests.crash.arithmetic import ArithmeticBackend
 from tests.crash.processes import PATIENCE_S
 from tests.fuzz import handshakes, records
 from tests.fuzz.choices import Choices
+from tests.fuzz.keeper import Keeper
 from tests.fuzz.lied_client import INPUTS
 from tests.fuzz.ring import PLACES
+from tests.fuzz.scenes import LOOK_EVERY, TRANSPORTS, Scene
 from tests.fuzz.victims import Victim
 
-_LOOK_EVERY = 256
-_TRANSPORTS = ("shared", "stream")
 _PACKET_BYTES = 32 << 10
 
 
@@ -49,7 +48,7 @@ class _LyingSocket(ControlSocket):
             socket.send_fds(self._socket, [b"\0" + data], passed)
 
 
-class _Scene:
+class _Scene(Scene[Session]):
     """The client, and the worker's sessions with it."""
 
     def __init__(self) -> None:
@@ -59,17 +58,15 @@ class _Scene:
         self._listener.bind(path)
         self._listener.listen()
         self._listener.settimeout(PATIENCE_S)
-        self.victim = Victim("tests.fuzz.lied_client", f"unix:{path}")
+        super().__init__(Victim("tests.fuzz.lied_client", f"unix:{path}"))
         assert self.victim.process.output.read_until("ready") == "ready\n"
-        self._sessions: dict[str, Session] = {}
-        self._n_executions = 0
 
     def call(self, transport: str, lie: Choices | None) -> tuple[Session, int] | None:
         """Have the client make a call; its session and the call's id. None: it did not get so far,
         as the welcome was a lie."""
         if lie is not None:
             self.drop(transport)
-        opened = self._sessions.get(transport)
+        opened = self.sessions.get(transport)
         if opened is not None and _is_left(opened):
             self.drop(transport)
             opened = None
@@ -105,7 +102,7 @@ class _Scene:
             self.said()
             opened.close()
             return None
-        self._sessions[transport] = opened
+        self.sessions[transport] = opened
         return opened
 
     def said(self) -> str:
@@ -116,47 +113,29 @@ class _Scene:
             self.victim.check_alive()
             raise
 
-    def drop(self, transport: str) -> None:
-        """End a session."""
-        opened = self._sessions.pop(transport, None)
-        if opened is not None:
-            opened.close()
-
-    def count(self) -> None:
-        """One execution more; looks after the client from time to time."""
-        self._n_executions += 1
-        if self._n_executions % _LOOK_EVERY == 0:
-            for transport in _TRANSPORTS:
-                self.drop(transport)
-            for transport in _TRANSPORTS:
-                called = self.call(transport, None)
-                assert called is not None
-                _answer(*called)
-                assert self.said() == INPUTS.hidden_states.tobytes().hex()
-            if self._n_executions == _LOOK_EVERY:
-                self.victim.remember()
-            self.victim.check()
+    def look(self) -> None:
+        """A call over each transport is answered, and the client says with what."""
+        for transport in TRANSPORTS:
+            called = self.call(transport, None)
+            assert called is not None
+            _answer(*called)
+            assert self.said() == INPUTS.hidden_states.tobytes().hex()
+        if self.n_executions == LOOK_EVERY:
+            self.victim.remember()
 
     def close(self) -> None:
         """End all."""
-        for transport in _TRANSPORTS:
-            self.drop(transport)
         self._listener.close()
-        self.victim.close()
+        super().close()
         self._folder.cleanup()
 
 
-@functools.cache
-def _scene() -> _Scene:
-    return _Scene()
+_scene = Keeper(_Scene)
 
 
 def close() -> None:
     """Let go of the client."""
-    if _scene.cache_info().currsize:
-        scene = _scene()
-        _scene.cache_clear()
-        scene.close()
+    _scene.close()
 
 
 def seeds() -> list[bytes]:
@@ -169,7 +148,7 @@ def test_one(data: bytes) -> str:
     choices = Choices(data)
     how = choices.byte()
     scene = _scene()
-    transport, kind = _TRANSPORTS[how & 1], how >> 1 & 7
+    transport, kind = TRANSPORTS[how & 1], how >> 1 & 7
     if kind == 0:
         scene.call(transport, choices)
         scene.count()

@@ -53,10 +53,8 @@ KNOWN = (_KNOWN, _KNOWN)
 #: By their codes.
 DTYPES = {int(dtype): dtype for dtype in DType}
 
-CALL_FORM = struct.Struct("<HHIQqIIHBBB3sI20s")
-CALL_WIDTHS = {
-    "version": 16,
-    "header_bytes": 16,
+#: What a call and a descriptor have alike, in the same order.
+_CALL_WIDTHS = {
     "layer": 32,
     "call_id": 64,
     "deadline_ns": 63,
@@ -65,6 +63,12 @@ CALL_WIDTHS = {
     "top_k": 16,
     "id_space": 8,
     "dtype": 8,
+}
+CALL_FORM = struct.Struct("<HHIQqIIHBBB3sI20s")
+CALL_WIDTHS = {
+    "version": 16,
+    "header_bytes": 16,
+    **_CALL_WIDTHS,
     "reply_dtype": 8,
     "view": 32,
 }
@@ -82,14 +86,7 @@ DESCRIPTOR_FORM = struct.Struct("<HHIQqIIHBBIII4Q48s")
 DESCRIPTOR_WIDTHS = {
     "version": 16,
     "length": 16,
-    "layer": 32,
-    "call_id": 64,
-    "deadline_ns": 63,
-    "n_tokens": 32,
-    "hidden_size": 32,
-    "top_k": 16,
-    "id_space": 8,
-    "dtype": 8,
+    **_CALL_WIDTHS,
     "view": 32,
     "slot": 32,
     "sequence": 32,
@@ -172,22 +169,16 @@ def judge_call(record: Message, packed: bytes) -> str:
     plain = protocol.read_plain(record, SHAPES, MAX_TOKENS)
     try:
         _, fields = protocol.read_call_header(record)
-        view = VIEWS.get(protocol.view_of(fields))
-        if view is None:
-            raise InvalidCall("no such view")
-        layers, tables = view
+        layers, tables = _held(protocol.view_of(fields))
         call = protocol.parse_call(record, fields, layers, MAX_TOKENS, tables)
     except (ProtocolError, InvalidCall) as error:
-        gist = _gist(error)
-    else:
-        id_space = fields[6]
-        if type(record) is Record and id_space == 0:
-            assert plain is not None, f"{call} is plain"
-            assert _called(plain) == _called(call)
-        _check_call(call, record, fields, packed, tables)
-        return "call"
-    assert plain is None, f"{plain} was accepted, and refused: {gist}"
-    return f"call: {gist}"
+        return f"call: {_refused(error, plain)}"
+    id_space = fields[6]
+    if type(record) is Record and id_space == 0:
+        assert plain is not None, f"{call} is plain"
+        assert _called(plain) == _called(call)
+    _check_call(call, record, fields, packed, tables)
+    return "call"
 
 
 def _called(call: Call) -> tuple[Any, ...]:
@@ -379,17 +370,12 @@ def judge_descriptor(record: Message, _packed: bytes) -> str:
         plain = read_plain_descriptor(record, KNOWN, MAX_TOKENS, DATA_BYTES)
     try:
         found = descriptors.read(record)
-        view = VIEWS.get(found.view)
-        if view is None:
-            raise InvalidCall("no such view")
-        dtype = descriptors.check(found, view[0], MAX_TOKENS, DATA_BYTES)
+        layers, _ = _held(found.view)
+        dtype = descriptors.check(found, layers, MAX_TOKENS, DATA_BYTES)
     except (ProtocolError, CallError) as error:
-        gist = _gist(error)
-    else:
-        _check_descriptor(found, dtype, record, plain)
-        return "descriptor"
-    assert plain is None, f"{plain} was accepted, and refused: {gist}"
-    return f"descriptor: {gist}"
+        return f"descriptor: {_refused(error, plain)}"
+    _check_descriptor(found, dtype, record, plain)
+    return "descriptor"
 
 
 def _check_descriptor(found: Descriptor, dtype: DType, record: Message, plain: Any) -> None:
@@ -414,6 +400,21 @@ def judge_any(record: Message, packed: bytes) -> str:
     """Every parser takes it for its own."""
     judges = judge_call, judge_reply, judge_order, judge_descriptor
     return "; ".join(judge(record, packed) for judge in judges)
+
+
+def _held(view: int) -> tuple[dict[int, LayerInfo], dict[int, Any]]:
+    """Its layers and tables; InvalidCall as the worker has it."""
+    found = VIEWS.get(view)
+    if found is None:
+        raise InvalidCall("no such view")
+    return found
+
+
+def _refused(error: Exception, plain: Any) -> str:
+    """The gist of the Python parser's refusal; the compiled one did not accept it, either."""
+    gist = _gist(error)
+    assert plain is None, f"{plain} was accepted, and refused: {gist}"
+    return gist
 
 
 def _gist(error: Exception) -> str:

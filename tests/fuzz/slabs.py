@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import struct
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from moeshm.transport.slab import (
 )
 from tests.crash.arithmetic import FREE, HIDDEN_SIZE, ArithmeticBackend
 from tests.fuzz.choices import Choices
+from tests.fuzz.keeper import Keeper
 from tests.fuzz.records import DESCRIPTOR_FORM, DESCRIPTOR_WIDTHS
 
 MOST_TOKENS = 8
@@ -73,16 +73,12 @@ class _Worker:
         self.consumer.close()
 
 
-@functools.cache
-def _worker() -> _Worker:
-    return _Worker()
+_worker = Keeper(_Worker)
 
 
 def close() -> None:
     """Let go of what is kept between executions."""
-    if _worker.cache_info().currsize:
-        _worker().close()
-        _worker.cache_clear()
+    _worker.close()
 
 
 def seeds() -> list[bytes]:

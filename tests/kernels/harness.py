@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,6 +156,32 @@ def assert_close(found: Array, expected: npt.NDArray[np.float64], dtype: DType) 
 def same_bits(a: Array, b: Array) -> bool:
     """True when the arrays are equal bit by bit, NaN included."""
     return a.tobytes() == b.tobytes()
+
+
+def assert_disturbs_no_other(
+    run: Callable[..., Array], layer: ExpertLayer, call: tuple[Array, Ids, Weights], bad: float
+) -> None:
+    """Row 3 made of `bad`, which is not finite, gives NaN; the others keep their bits."""
+    x, ids, weights = call
+    expected = run(layer, x, ids, weights)
+    x[3] = bad
+    out = run(layer, x, ids, weights)
+    assert np.isnan(widen(out[3])).all()
+    others = np.arange(len(x)) != 3
+    assert same_bits(out[others], expected[others])
+
+
+def assert_same_bits_of_any_grid(
+    run: Callable[..., Array],
+    layer: ExpertLayer,
+    call: tuple[Array, Ids, Weights],
+    **options: int,
+) -> None:
+    """However many blocks there are, and whoever runs first."""
+    first = run(layer, *call, grid=1, **options)
+    for grid, order in zip((3, 7, 40, 200), ORDERS, strict=True):
+        out = run(layer, *call, grid=grid, order=order, **options)
+        assert same_bits(out, first), (grid, order)
 
 
 def _block(shape: Shape, weights: ExpertWeights) -> npt.NDArray[np.uint8]:

@@ -12,7 +12,16 @@ from moeshm.dtypes import Array, DType
 from moeshm.layers import Activation
 from tests.simt import Order
 
-from .harness import ORDERS, Case, Problem, assert_close, draw, same_bits
+from .harness import (
+    ORDERS,
+    Case,
+    Problem,
+    assert_close,
+    assert_disturbs_no_other,
+    assert_same_bits_of_any_grid,
+    draw,
+    same_bits,
+)
 
 F32, F16, BF16 = DType.F32, DType.F16, DType.BF16
 SWIGLU, GEGLU, GEGLU_TANH, CLAMPED = Activation
@@ -107,22 +116,13 @@ def test_a_token_without_experts_gets_zeros() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_token_that_is_not_finite_disturbs_no_other(bad: float) -> None:
     layer = CASES[5].layer(5)
-    x, ids, weights = draw(5, layer, 40, 4)
-    expected = run(layer, x, ids, weights)
-    x[3] = bad
-    out = run(layer, x, ids, weights)
-    assert np.isnan(out[3]).all()
-    others = np.arange(40) != 3
-    assert same_bits(out[others], expected[others])
+    assert_disturbs_no_other(run, layer, draw(5, layer, 40, 4), bad)
 
 
 def test_same_bits_whatever_the_grid_and_the_order() -> None:
     layer = CASES[5].layer(6, num_experts=4)
-    x, ids, weights = draw(6, layer, 100, 4, x_dtype=BF16)
-    first = run(layer, x, ids, weights, grid=1)
-    for grid, order in zip((3, 7, 40, 200), ORDERS, strict=True):
-        out = run(layer, x, ids, weights, grid=grid, order=order)
-        assert same_bits(out, first), (grid, order)
+    call = draw(6, layer, 100, 4, x_dtype=BF16)
+    assert_same_bits_of_any_grid(run, layer, call)
 
 
 def test_a_token_has_the_same_bits_whoever_is_beside_it() -> None:

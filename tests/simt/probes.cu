@@ -1,4 +1,4 @@
-// Small kernels, right and wrong ones, that show what the shim does; test_simt.py runs them.
+// Small kernels, right and wrong ones, that show what the shim does; tests/unit/simt runs them.
 // `call.n_tokens` chooses where a kernel has more than one way to go.
 
 #define KERNEL extern "C" __global__ void

@@ -221,7 +221,20 @@ def _read_only() -> npt.NDArray[np.float32]:
         [[0.0] * 8] * 4,
         7,
     ],
-    ids=str,
+    ids=[
+        "too narrow",
+        "too short",
+        "flat",
+        "float16",
+        "float64",
+        "big-endian",
+        "column-major",
+        "spread",
+        "unaligned",
+        "read-only",
+        "a list",
+        "a number",
+    ],
 )
 def test_an_out_that_cannot_be_written_whole_is_refused(out: Any) -> None:
     with pytest.raises(InvalidCall, match=r"pass a writable, contiguous float32 \[4, 8\]"):

@@ -20,7 +20,7 @@ from moeshm.bench.contender import MODES, Cell
 from moeshm.bench.contenders import CONTENDERS
 from moeshm.bench.harness import CellSamples, Job, Plan
 from moeshm.cli.bench import bench
-from moeshm.cli.bench_run import parse_sizes
+from moeshm.cli.bench_options import parse_sizes
 from moeshm.dtypes import DType
 from moeshm.errors import UnsupportedPlatform
 

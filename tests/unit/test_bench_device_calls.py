@@ -47,7 +47,8 @@ from moeshm.dtypes import Array, DType
 from moeshm.errors import DeviceError, UnsupportedPlatform, WorkerFailed
 from tests.engine_gpu import GpuArray, Movers, Stream
 
-from .test_bench_kernels import GPU, TINY, ShimGpu
+from .bench_gpus import GPU, TINY, ShimGpu
+from .bench_programs import scripted
 
 ROOT = Path(__file__).parents[2]
 FEW_CALLS = 3  # of a graph, in place of CALLS
@@ -58,7 +59,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 from moeshm.bench import gpu_worker, kernels_work
 from tests.unit.test_bench_device_calls import DescribedGpu
-from tests.unit.test_bench_kernels import TINY
+from tests.unit.bench_gpus import TINY
 from tests.simt.device import SimtDevice
 
 kernels_work.CALLS = gpu_worker.CALLS = {FEW_CALLS}
@@ -333,22 +334,6 @@ def lines_of(us: dict[str, float], found: Found = FOUND) -> list[Line]:
     return [found, *map(Sampled, cells)]
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, *outputs: tuple[list[Line], int]) -> list[Setup]:
-    """Processes that print these lines and end with that status; what each was asked."""
-    asked: list[Setup] = []
-    left = list(outputs)
-
-    def command(setup: Setup) -> list[str]:
-        asked.append(setup)
-        lines, status = left.pop(0)
-        text = "\n".join(msgspec.json.encode(line).decode() for line in lines)
-        program = f"import sys; print({text!r}); sys.stderr.write('lost\\n'); sys.exit({status})"
-        return [sys.executable, "-c", program]
-
-    monkeypatch.setattr(device_calls, "_command", command)
-    return asked
-
-
 GOOD = {
     **{cell_name("compute", 1, way): 50.0 for way in WAYS},
     **{cell_name("compute", 512, way): 500.0 for way in WAYS},
@@ -362,7 +347,7 @@ GOOD = {
 def test_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = {cell: 2 * us for cell, us in GOOD.items()}
     kernels = msgspec.structs.replace(FOUND, kernels_us={1: 34.0, 512: 400.0})
-    asked = scripted(monkeypatch, (lines_of(GOOD), 0), (lines_of(slow, kernels), 0))
+    asked = scripted(monkeypatch, device_calls, (lines_of(GOOD), 0), (lines_of(slow, kernels), 0))
     steps: list[str] = []
     plan = PLAN._replace(repeats=2)
     report = device_calls.measure(ASKED, plan, steps.append)
@@ -389,7 +374,11 @@ def test_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_calls_that_cost_nothing_beyond_their_kernels_have_no_ratio(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scripted(monkeypatch, (lines_of({**GOOD, cell_name("compute", 512, "rings"): 390.0}), 0))
+    scripted(
+        monkeypatch,
+        device_calls,
+        (lines_of({**GOOD, cell_name("compute", 512, "rings"): 390.0}), 0),
+    )
     rows = device_calls.measure(ASKED, PLAN, lambda _: None).results
     (row,) = (row for row in rows if (row.n_tokens, row.way) == (512, "rings"))
     assert (row.overhead_us, row.copy_ratio) == (-10.0, None)
@@ -397,7 +386,7 @@ def test_calls_that_cost_nothing_beyond_their_kernels_have_no_ratio(
 
 def test_who_ends_early_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     some = {cell: us for cell, us in GOOD.items() if ":1:" in cell}
-    scripted(monkeypatch, (lines_of(some), 1), ([], 1))
+    scripted(monkeypatch, device_calls, (lines_of(some), 1), ([], 1))
     report = device_calls.measure(ASKED, PLAN._replace(repeats=2), lambda _: None)
     for row in report.results:
         if row.n_tokens == 1:
@@ -410,16 +399,16 @@ def test_who_ends_early_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch)
 
 def test_one_gpu_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = msgspec.structs.replace(FOUND, worker_device="cuda:0")
-    scripted(monkeypatch, (lines_of(GOOD, shared), 0))
+    scripted(monkeypatch, device_calls, (lines_of(GOOD, shared), 0))
     report = device_calls.measure(ASKED, PLAN, lambda _: None)
     assert "one GPU: engine and worker share it" in report.meta.notes[-1]
 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted(monkeypatch, ([Refused("no CuPy; pip install 'moeshm[cuda13]'")], 0))
+    scripted(monkeypatch, device_calls, ([Refused("no CuPy; pip install 'moeshm[cuda13]'")], 0))
     with pytest.raises(UnsupportedPlatform, match=r"device calls need a GPU: .*moeshm\[cuda13\]"):
         device_calls.measure(ASKED, PLAN, lambda _: None)
-    scripted(monkeypatch, ([], 1))
+    scripted(monkeypatch, device_calls, ([], 1))
     with pytest.raises(WorkerFailed, match="not measured: exit status 1: lost"):
         device_calls.measure(ASKED, PLAN, lambda _: None)
 
@@ -450,7 +439,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
         for what in whats_of("device")
         for n in (1, 512)
     ]
-    setups = scripted(monkeypatch, ([*lines_of(us), *refused], 0))
+    setups = scripted(monkeypatch, device_calls, ([*lines_of(us), *refused], 0))
     words = [
         "device-calls",
         "--tokens=1,512",

@@ -9,15 +9,11 @@ import pytest
 
 from moeshm.bench import kernels_torch as peer
 from moeshm.bench.kernels_program import CONTENDERS
-from moeshm.bench.kernels_shapes import KernelShape
 from moeshm.bench.kernels_triton import sort_pairs, tilings_for
 from moeshm.bench.kernels_work import Work, judge
-from moeshm.bench.replay_model import Shape
 from moeshm.dtypes import DType
-from moeshm.layers import Activation
 
-TINY = KernelShape(Shape("tiny", 64, 64, 8, 2, 1))
-BIASED = KernelShape(Shape("biased", 64, 64, 8, 2, 1), (3,), Activation.SWIGLU_CLAMPED, True)
+from .bench_gpus import BIASED, TINY
 
 
 @pytest.mark.parametrize("block_m", [16, 64])

@@ -1,4 +1,4 @@
-"""The GPU backend without a GPU: its memory, its arrays, experts that come and go, its errors."""
+"""The GPU backend without a GPU: its memory, what calls need, and its errors."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moeshm.backends import Backend, GrowingBackend, Ids, Weights
+from moeshm.backends import Backend, Ids, Weights
 from moeshm.backends.cpu import CpuBackend
-from moeshm.backends.gpu import backend as backend_module
 from moeshm.backends.gpu import job, workspace
 from moeshm.backends.gpu.abi import Call
 from moeshm.backends.gpu.backend import _MAX_JOBS, GpuBackend
@@ -21,13 +20,7 @@ from moeshm.checkpoint import ExpertLayer, load
 from moeshm.demo import tiny_moe_path
 from moeshm.demo.decoder import Decoder, ExpertsFn, generate
 from moeshm.dtypes import Array, DType, FloatArray, narrow
-from moeshm.errors import (
-    CheckpointError,
-    DeviceLost,
-    InvalidCall,
-    OutOfDeviceMemory,
-    SettingError,
-)
+from moeshm.errors import DeviceLost, OutOfDeviceMemory, SettingError
 from tests.checkpoints import random_layer
 from tests.conformance.test_backends import TOLERANCE, assert_close, compute, draw_call
 from tests.simt.device import FEATURES, IdleDevice, SimtDevice
@@ -102,7 +95,7 @@ def test_long_calls_are_cut_into_parts(
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls are computed in parts of 40 tokens."""
-    monkeypatch.setattr(backend_module, "step_tokens", lambda *_: 40)
+    monkeypatch.setattr(workspace, "step_tokens", lambda *_: 40)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -383,171 +376,6 @@ def test_kernels_write_outputs_into_pinned_memory(
         found.append(compute(backend, hidden, ids, weights, dtype))
     np.testing.assert_array_equal(found[0], found[1])
     assert_close(found[1], reference_ffn(layer, hidden, ids, weights), TOLERANCE[dtype])
-
-
-# --- arrays in device memory ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("weight_dtype", DType)
-@pytest.mark.parametrize("dtype", DType)
-@pytest.mark.parametrize("n_tokens", [1, 40])
-@pytest.mark.parametrize("where", ["x", "ids", "weights", "out", "x out", "x ids weights out"])
-def test_arrays_in_device_memory(
-    weight_dtype: DType, dtype: DType, n_tokens: int, where: str
-) -> None:
-    """In place, wherever the others are."""
-    layer = random_layer(11, weight_dtype=weight_dtype)
-    hidden, ids, weights = draw_call(12, layer, n_tokens, 2)
-    hidden = narrow(hidden, dtype)
-    expected = reference_ffn(layer, hidden, ids, weights)
-    backend = GpuBackend({0: layer}, SimtDevice())
-    out = narrow(np.full(hidden.shape, np.nan, np.float32), dtype)
-    arrays = {"x": aligned(hidden), "ids": ids, "weights": weights, "out": aligned(out)}
-    given: dict[str, Any] = {
-        name: OnDevice(array) if name in where.split() else array for name, array in arrays.items()
-    }
-    backend.ffn(0, given["x"], given["ids"], given["weights"], given["out"])
-    assert_close(arrays["out"], expected, max(TOLERANCE[dtype], TOLERANCE[weight_dtype]))
-
-
-def test_long_calls_in_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workspace, "MAX_TOKENS", 40)
-    hidden, ids, weights = draw_call(13, LAYER, 95, 2)
-    out = aligned(np.full_like(hidden, np.nan))
-    given: list[Any] = [OnDevice(each) for each in (aligned(hidden), ids, weights, out)]
-    GpuBackend({0: LAYER}, SimtDevice()).ffn(0, *given)
-    assert_close(out, reference_ffn(LAYER, hidden, ids, weights), 1e-5)
-
-
-def test_streams_that_fill_arrays_are_waited_for() -> None:
-    device = SimtDevice()
-    backend = GpuBackend({0: LAYER}, device)
-    hidden, ids, weights = draw_call(14, LAYER, 2, 2)
-    out = OnDevice(aligned(hidden), stream=None)
-    # Version 2 does not speak of streams.
-    old = OnDevice(weights, version=2)
-    del old.__cuda_array_interface__["stream"]
-    given: list[Any] = [OnDevice(aligned(hidden), stream=77), ids, old, out]
-    backend.ffn(0, *given)
-    assert device.waited_for == [77, 1]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"typestr": "<f8"}, "hidden_states is <f8 in device memory; pass <f4, <f2, <u2"),
-        ({"strides": (8, 4)}, r"strides \(8, 4\) in device memory; pass a contiguous array"),
-    ],
-)
-def test_device_arrays_that_cannot_be_used(change: dict[str, Any], message: str) -> None:
-    backend = GpuBackend({0: LAYER}, SimtDevice())
-    hidden, ids, weights = draw_call(15, LAYER, 2, 2)
-    given: Any = OnDevice(aligned(hidden), **change)
-    with pytest.raises(InvalidCall, match=message):
-        backend.ffn(0, given, ids, weights, np.empty_like(hidden))
-
-
-def test_ids_in_device_memory_are_int32() -> None:
-    backend = GpuBackend({0: LAYER}, SimtDevice())
-    hidden, ids, weights = draw_call(15, LAYER, 2, 2)
-    given: Any = OnDevice(ids.astype(np.int64))
-    with pytest.raises(InvalidCall, match="topk_ids is <i8 in device memory; pass <i4"):
-        backend.ffn(0, hidden, given, weights, np.empty_like(hidden))
-
-
-def test_a_device_array_that_is_not_aligned() -> None:
-    backend = GpuBackend({0: LAYER}, SimtDevice())
-    hidden, ids, weights = draw_call(15, LAYER, 2, 2)
-    given: Any = OnDevice(aligned(hidden, 4))
-    with pytest.raises(InvalidCall, match=r"hidden_states starts at 0x.*4 in device memory"):
-        backend.ffn(0, given, ids, weights, np.empty_like(hidden))
-
-
-def test_device_arrays_of_an_odd_size() -> None:
-    layer = random_layer(16, hidden_size=33)
-    backend = GpuBackend({0: layer}, SimtDevice())
-    hidden, ids, weights = draw_call(17, layer, 2, 2)
-    given: Any = OnDevice(aligned(hidden))
-    with pytest.raises(
-        InvalidCall, match="hidden_size=33 is no multiple of 8; pass arrays in host"
-    ):
-        backend.ffn(0, given, ids, weights, np.empty_like(hidden))
-
-
-# --- experts that come and go ---------------------------------------------------------------
-
-
-def assert_slots(backend: GpuBackend, whole: ExpertLayer, slots: dict[int, int]) -> None:
-    """Each slot computes its expert of the whole layer."""
-    ids = np.array([[slot, -1] for slot in slots], np.int32)
-    hidden = np.random.default_rng(18).standard_normal((len(ids), 24), np.float32)
-    experts = np.array([[expert, -1] for expert in slots.values()], np.int32)
-    weights = np.ones(ids.shape, np.float32)
-    found = compute(backend, hidden, ids, weights)
-    assert_close(found, reference_ffn(whole, hidden, experts, weights), 1e-5)
-
-
-def test_experts_come_and_go() -> None:
-    backend = GpuBackend({0: part(LAYER, [2, 4])}, SimtDevice())
-    assert isinstance(backend, GrowingBackend)
-    assert backend.layers[0].experts == (2, 4)
-    assert backend.add(0, part(LAYER, [5, 0, 1])) == [2, 3, 4]
-    assert_slots(backend, LAYER, {0: 2, 1: 4, 2: 5, 3: 0, 4: 1})
-    backend.remove(0, [1, 2])
-    assert_slots(backend, LAYER, {0: 2, 3: 0, 4: 1})
-    assert backend.add(0, part(LAYER, [3])) == [1]
-    assert_slots(backend, LAYER, {0: 2, 1: 3, 3: 0, 4: 1})
-    assert backend.layers[0].experts == (2, 4)
-
-
-def test_a_layer_without_experts() -> None:
-    """All of its slots are empty."""
-    backend = GpuBackend({0: part(LAYER, [])}, SimtDevice())
-    hidden, ids, weights = draw_call(19, LAYER, 3, 2)
-    assert not compute(backend, hidden, np.full_like(ids, -1), weights).any()
-
-
-def test_biases_that_come_late() -> None:
-    backend = GpuBackend({0: part(LAYER, [0])}, SimtDevice())
-    with pytest.raises(CheckpointError, match="layer 0 was loaded without biases"):
-        backend.add(0, part(random_layer(1, has_bias=True), [1]))
-
-
-@pytest.mark.parametrize("n_tokens", [1, 40])
-def test_calls_while_experts_come_and_go(n_tokens: int) -> None:
-    """The slots that a call uses do not change; the bits of its result neither."""
-    backend = GpuBackend({0: part(LAYER, [0, 1])}, SimtDevice())
-    hidden, _, weights = draw_call(20, LAYER, n_tokens, 2)
-    ids: Ids = np.tile(np.array([[0, 1]], np.int32), (n_tokens, 1))
-    expected = compute(backend, hidden, ids, weights)
-    is_over = threading.Event()
-
-    def change() -> None:
-        while not is_over.is_set():
-            backend.remove(0, backend.add(0, part(LAYER, [2, 3, 4])))
-
-    with meanwhile(change):
-        for _ in range(20):
-            np.testing.assert_array_equal(compute(backend, hidden, ids, weights), expected)
-        is_over.set()
-
-
-def test_several_threads_add_at_once() -> None:
-    backend = GpuBackend({0: part(LAYER, [])}, SimtDevice())
-    slots: dict[int, int] = {}
-    barrier = threading.Barrier(6)
-
-    def add(expert: int) -> None:
-        barrier.wait()
-        slots[backend.add(0, part(LAYER, [expert]))[0]] = expert
-
-    threads = [threading.Thread(target=add, args=(expert,)) for expert in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(slots) == list(range(6))
-    assert_slots(backend, LAYER, slots)
 
 
 # --- errors ---------------------------------------------------------------------------------

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,178 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeshm.backends.reference import ReferenceBackend, reference_ffn
-from moeshm.checkpoint import ExpertLayer
-from moeshm.dtypes import DType, widen
-from moeshm.errors import (
-    ClientClosed,
-    DeadlineExceeded,
-    InvalidCall,
-    NotReady,
-    SettingError,
-    WorkerDied,
-    WorkerFailed,
-)
-from moeshm.held import HeldView
-from moeshm.layers import LayerInfo
+from moeshm.dtypes import DType
+from moeshm.errors import DeadlineExceeded, InvalidCall, SettingError
 from moeshm.offload import ExpertOffload
 from moeshm.placement import LayerPlacement, Placement, PlacementError
-from moeshm.stats import CallTimes, StatsCounter
-from tests.checkpoints import random_layer
 
-HIDDEN, EXPERTS, TOP_K = 8, 7, 3
-WHOLE = random_layer(1, hidden_size=HIDDEN, intermediate_size=4, num_experts=EXPERTS, top_k=TOP_K)
-
-
-def share(experts: tuple[int, ...]) -> ExpertLayer:
-    """The layer with some of its experts."""
-    info = WHOLE.info
-    part = LayerInfo(
-        hidden_size=info.hidden_size,
-        intermediate_size=info.intermediate_size,
-        num_experts=info.num_experts,
-        top_k=info.top_k,
-        experts=experts,
-    )
-    return ExpertLayer(part, [WHOLE.expert(expert) for expert in experts])
-
-
-class Answer:
-    """A result that is there, or the error that came instead."""
-
-    times = CallTimes(1, 100, 100, 1000, 1000, 1000, 1000, 4000)
-
-    def __init__(self, outcome: Any, after_s: float = 0.0) -> None:
-        self._outcome = outcome
-        self._at = time.monotonic() + after_s
-
-    def wait(self) -> None:
-        while time.monotonic() < self._at:
-            pass
-
-    def add_to(self, total: Any) -> None:
-        self.wait()
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        total += widen(self._outcome)
-
-
-class FakeClient:
-    """Computes at once; `fate` says for each call whether and how the worker is lost."""
-
-    transport = "shared"
-    max_tokens = 64
-    buffer_bytes = 1 << 20
-    has_fallback = False
-    wire_dtype: DType | None = None
-
-    def __init__(self, experts: tuple[int, ...], fate: list[str] | None = None) -> None:
-        self._backends: dict[HeldView, ReferenceBackend] = {}
-        self.view = self._add(experts)
-        self.layers = self.view.layers
-        #: What happens to the calls after the calibration.
-        self.fate: list[str] | None = None
-        self._fate = fate or []
-        self.calls = 0
-        #: Answers at the deadline, with an error.
-        self.late = False
-        #: Takes nothing before the deadline.
-        self.blocks = False
-
-    def calibrated(self) -> None:
-        self.fate, self.calls = self._fate, 0
-
-    def _add(self, experts: tuple[int, ...]) -> HeldView:
-        backend = ReferenceBackend({0: share(experts)})
-        view = HeldView(backend.layers)
-        self._backends[view] = backend
-        return view
-
-    def stats(self) -> Any:
-        return StatsCounter().snapshot()
-
-    def offer(self, view: HeldView) -> None:
-        self.offered = view
-
-    def hold(self, experts: Mapping[int, tuple[int, ...]]) -> HeldView:
-        if self.fate and self.fate[0] != "lives":
-            raise WorkerDied("gone while it loaded")
-        return self._add(experts[0])
-
-    def release(self, view: HeldView) -> None:
-        del self._backends[view]
-
-    @property
-    def held(self) -> list[tuple[int, ...]]:
-        return [view.experts[0] for view in self._backends]
-
-    def submit(
-        self, layer: int, x: Any, ids: Any, weights: Any, timeout_s: Any = None, **how: Any
-    ) -> Answer:
-        assert how["wire_dtype"] in DType
-        assert how["slice_tokens"] >= 1
-        self.calls += 1
-        if self.wire_dtype is not None:
-            assert how["wire_dtype"] is self.wire_dtype
-        if self.blocks:
-            Answer(None, after_s=timeout_s).wait()
-            raise DeadlineExceeded("the ring was full")
-        if self.late:
-            return Answer(DeadlineExceeded("late"), after_s=timeout_s)
-        fate = self.fate.pop(0) if self.fate else "lives"
-        if fate == "unreachable":
-            raise WorkerDied("gone before the call")
-        if fate == "dies":
-            return Answer(WorkerDied("gone with the call"))
-        if fate == "hangs":
-            return Answer(DeadlineExceeded("late"))
-        out = np.empty_like(x)
-        self._backends[how.get("view", self.view)].ffn(layer, x, ids, weights, out)
-        return Answer(out)
-
-
-def make(
-    placement: Placement, fates: Mapping[str, list[str]] | None = None, **options: Any
-) -> tuple[ExpertOffload, dict[str, Any]]:
-    clients: dict[str, Any] = {
-        name: FakeClient(placement.experts_of(name)[0], (fates or {}).get(name))
-        for name in placement.workers
-        if placement.experts_of(name)
-    }
-    offload = ExpertOffload(clients, placement, **options)
-    for client in clients.values():
-        client.calibrated()
-    return offload, clients
-
-
-def draw_call(seed: int, n_tokens: int) -> tuple[Any, Any, Any]:
-    rng = np.random.default_rng(seed)
-    ids = rng.random((n_tokens, EXPERTS)).argsort(axis=1)[:, :TOP_K].astype(np.int32)
-    ids[rng.random(ids.shape) < 0.2] = -1
-    x = rng.standard_normal((n_tokens, HIDDEN), np.float32)
-    return x, ids, rng.random(ids.shape, np.float32)
-
-
-def assert_exact(offload: ExpertOffload, call: tuple[Any, Any, Any]) -> None:
-    np.testing.assert_allclose(
-        offload.forward(0, *call), reference_ffn(WHOLE, *call), rtol=1e-5, atol=1e-6
-    )
-
-
-@st.composite
-def placements(draw: st.DrawFn, workers: list[str] | None = None) -> Placement:
-    if workers is None:
-        workers = [f"w{i}" for i in range(draw(st.integers(1, 3)))]
-    hot: list[int] = []
-    cold: dict[str, list[int]] = {name: [] for name in workers}
-    for expert in range(EXPERTS):
-        where = draw(st.sets(st.sampled_from(workers)))
-        for name in where:
-            cold[name].append(expert)
-        if not where:
-            hot.append(expert)
-    layer = LayerPlacement(EXPERTS, tuple(hot), {n: tuple(held) for n, held in cold.items()})
-    return Placement(workers, {0: layer})
-
+from .offload_clients import (
+    EXPERTS,
+    WHOLE,
+    Answer,
+    FakeClient,
+    assert_exact,
+    draw_call,
+    make,
+    placements,
+    share,
+)
 
 FATES = st.lists(st.sampled_from(["lives", "dies", "hangs", "unreachable"]), max_size=4)
 
@@ -204,36 +45,6 @@ def test_any_placement_and_any_losses_give_the_exact_sum(
     computed = [stats.hot_slots, *stats.cold_slots.values(), *stats.fallback_slots.values()]
     assert sum(computed) == slots
     assert stats.forwards == 3
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(placements(["a", "b"]), min_size=2, max_size=5), st.data(), st.integers(0, 2**32))
-def test_any_placements_one_after_the_other_give_exact_sums(
-    chosen: list[Placement], data: st.DataObject, seed: int
-) -> None:
-    backend = ReferenceBackend({0: WHOLE})
-    everywhere = LayerPlacement(EXPERTS, (), {name: tuple(range(EXPERTS)) for name in "ab"})
-    first = Placement(["a", "b"], {0: everywhere})
-    offload, clients = make(first, local=backend, fallback=backend)
-    for number, placement in enumerate(chosen):
-        before = offload.placement
-        is_lost = data.draw(st.booleans(), label="a worker is lost while it loads")
-        clients["a"].fate = ["dies"] if is_lost else []
-        change = offload.apply(placement)
-        if is_lost and placement.experts_of("a"):
-            with pytest.raises(WorkerDied, match="while it loaded"):
-                change.result(timeout_s=10)
-            assert offload.placement == before
-        else:
-            change.result(timeout_s=10)
-            assert offload.placement == placement
-        clients["a"].fate = []
-        assert_exact(offload, draw_call(seed + number, 6))
-        # What a lent client was opened with stays; of all others, only what is in use.
-        for name, client in clients.items():
-            now = offload.placement.experts_of(name).get(0)
-            has_moved = offload.stats().placements_applied > 0
-            assert client.held[1:] == ([now] if now and has_moved else [])
 
 
 def test_a_replica_takes_over_what_a_lost_worker_had() -> None:
@@ -395,9 +206,6 @@ def test_what_a_lent_client_was_told_about_formats_holds() -> None:
     assert client.calls > 1
 
 
-# --- calibration ------------------------------------------------------------------------
-
-
 def test_calibration_begins_nothing_once_its_time_is_spent(monkeypatch: Any) -> None:
     now_ns = 0
     client: Any = FakeClient(tuple(range(EXPERTS)))
@@ -420,98 +228,3 @@ def test_a_worker_that_is_lost_in_calibration_is_left_to_real_calls() -> None:
     client.fate = ["dies"]
     offload = ExpertOffload({"a": client}, Placement.by_rule(["a"], {0: EXPERTS}, lambda *_: False))
     assert_exact(offload, draw_call(1, 3))
-
-
-# --- another placement ------------------------------------------------------------------
-
-
-def cold(n_hot: int) -> Placement:
-    return Placement.by_rule(["a"], {0: EXPERTS}, lambda _layer, expert: expert < n_hot)
-
-
-def test_whatever_fails_in_a_change_is_told_and_the_next_may_follow() -> None:
-    offload, clients = make(cold(0), local=ReferenceBackend({0: WHOLE}))
-    hold = clients["a"].hold
-
-    def broken(_: Any) -> HeldView:
-        raise OSError("no more threads")
-
-    clients["a"].hold = broken
-    change = offload.apply(cold(2))
-    for _ in range(2):
-        with pytest.raises(WorkerFailed, match="OSError: no more threads"):
-            change.result(timeout_s=10)
-    assert offload.placement == cold(0)
-    clients["a"].hold = hold
-    offload.apply(cold(2)).result(timeout_s=10)
-    assert offload.placement == cold(2)
-    assert clients["a"].offered.experts == cold(2).experts_of("a")
-    stats = offload.stats()
-    assert (stats.placements_applied, stats.placements_failed) == (1, 1)
-
-
-def test_the_engine_may_bring_what_computes_the_new_hot_experts() -> None:
-    first, then = ReferenceBackend({0: share((0, 1))}), ReferenceBackend({0: share((0, 1, 2, 3))})
-    offload, _ = make(cold(2), local=first)
-    with pytest.raises(PlacementError, match="the local backend does not hold expert 2 of layer 0"):
-        offload.apply(cold(4))
-    offload.apply(cold(4), local=then).result(timeout_s=10)
-    assert_exact(offload, draw_call(1, 6))
-
-
-def test_a_forward_keeps_the_experts_that_it_began_with() -> None:
-    """Released only when it is over, however long the new placement is in force."""
-    inside, go_on = threading.Event(), threading.Event()
-
-    def local(_layer: int, x: Any, ids: Any, weights: Any) -> Any:
-        inside.set()
-        go_on.wait(10)
-        return reference_ffn(WHOLE, x, ids, weights).astype(np.float32)
-
-    offload, clients = make(cold(2), local=local)
-    offload.apply(cold(3)).result(timeout_s=10)
-    call = draw_call(1, 6)
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(offload.forward(0, *call)))
-    thread.start()
-    assert inside.wait(10)
-    change = offload.apply(cold(4))
-    with pytest.raises(NotReady):
-        change.result(timeout_s=0.01)
-    assert cold(3).experts_of("a")[0] in clients["a"].held
-    go_on.set()
-    thread.join()
-    change.result(timeout_s=10)
-    assert cold(3).experts_of("a")[0] not in clients["a"].held
-    np.testing.assert_allclose(results[0], reference_ffn(WHOLE, *call), rtol=1e-5, atol=1e-6)
-
-
-def test_closing_releases_what_lent_clients_hold_for_it() -> None:
-    offload, clients = make(cold(0), local=ReferenceBackend({0: WHOLE}))
-    offload.apply(cold(2)).result(timeout_s=10)
-    assert len(clients["a"].held) == 2
-    offload.close()
-    offload.close()
-    assert clients["a"].held == [tuple(range(EXPERTS))]
-    with pytest.raises(ClientClosed):
-        offload.apply(cold(3))
-
-
-def test_a_change_does_not_come_into_force_after_the_end() -> None:
-    offload, clients = make(cold(0), local=ReferenceBackend({0: WHOLE}))
-    hold, go_on = clients["a"].hold, threading.Event()
-
-    def slow(experts: Any) -> HeldView:
-        go_on.wait(10)
-        view: HeldView = hold(experts)
-        return view
-
-    clients["a"].hold = slow
-    change = offload.apply(cold(2))
-    with pytest.raises(PlacementError, match="another placement is being applied"):
-        offload.apply(cold(3))
-    offload.close()
-    go_on.set()
-    with pytest.raises(ClientClosed, match="closed while workers loaded"):
-        change.result(timeout_s=10)
-    assert clients["a"].held == [tuple(range(EXPERTS))]

@@ -7,7 +7,7 @@ from typing import Any
 from moeshm.errors import DeadlineExceeded, WorkerDied
 from moeshm.offload.remote import Remote
 from moeshm.policy import Policy
-from tests.unit.test_offload import FakeClient
+from tests.unit.offload_clients import FakeClient
 
 
 def test_a_forward_keeps_the_ways_that_were_down_when_it_began() -> None:

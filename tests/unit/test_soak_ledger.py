@@ -30,16 +30,7 @@ from moeshm.soak.messages import (
 )
 from moeshm.soak.report import Report, lines_of, live_line, report_of
 from moeshm.worker import REPLY_TIMEOUT_S
-
-
-class Clock:
-    """Stands still until it is told."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.unit.soak.clock import Clock
 
 
 @pytest.fixture
