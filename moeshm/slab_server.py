@@ -47,9 +47,6 @@ _log = logging.getLogger(__name__)
 
 #: Of views and layers, what stays known.
 _MAX_KNOWN = 1024
-#: Tokens of one session's calls that the device is given before it is waited for, if not by one
-#: call: what it was given comes before others' calls, and 4096 tokens keep it busy for 0.7 to 6 ms.
-_MOST_TOKENS_BEGUN = 4096
 #: How long a slab is kept for a client whose GPU still copies from it.
 _TAKEN_LIMIT_S = 5.0
 _TAKEN_SLICE_NS = 10_000_000
@@ -90,8 +87,8 @@ class SlabServer:
         self._slab: WorkerSlab | None = None
         #: The call that the device was given last, unless it is known to be done.
         self._last: SlabCall | None = None
-        #: How many it was given since it was waited for, and of how many tokens.
-        self._n_begun = self._tokens_begun = 0
+        #: How many were prepared for it since it was waited for, and of how many steps' work.
+        self._n_begun, self._steps_begun = 0, 0.0
         #: For local ids and for global ones.
         self._known: tuple[_KnownLayers, _KnownLayers] = ({}, {})
         self._spin_ns = int(settings.current().spin_us * 1e3)
@@ -186,27 +183,26 @@ class SlabServer:
     def prepare(self, call: SlabCall) -> None:
         """Do what can be done before the call's arrays are there. InvalidCall: it cannot be.
         DeviceLost: the device will do none."""
-        self.hold_back(call.n_tokens)
         if self._slab is not None:
+            self._hold_back(self._slab, call)
             self._slab.prepare(call)
 
-    def hold_back(self, n_tokens: int) -> None:
-        """Wait for the device if, with a call of so many tokens, it had too much of this session:
-        calls of others are to have their turn. DeviceLost: it will do none of them."""
-        if self._slab is None or not self._n_begun:
-            return
-        if self._n_begun >= self._most_begun or self._tokens_begun + n_tokens > _MOST_TOKENS_BEGUN:
-            self._slab.wait()
-            self._n_begun = self._tokens_begun = 0
+    def _hold_back(self, slab: WorkerSlab, call: SlabCall) -> None:
+        """Wait for the device if, with this call, it had more than a step of this session, or too
+        many calls: what it was given comes before others' calls."""
+        share = slab.share_of_step(call)
+        if self._n_begun >= self._most_begun or (self._n_begun and self._steps_begun + share > 1):
+            slab.wait()
+            self._n_begun, self._steps_begun = 0, 0.0
+        self._n_begun += 1
+        self._steps_begun += share
 
     def compute(self, call: SlabCall, between_steps: BetweenSteps) -> None:
-        """Begin the call, or compute it in steps; the flag `done` tells of the end. InvalidCall: an
-        id. What `between_steps` raises."""
+        """Compute the call in steps, or all but its last one, and begin that; the flag `done` tells
+        of the end. InvalidCall: an id. What `between_steps` raises."""
         if self._slab is not None:
-            self._slab.enqueue(call)
+            self._slab.enqueue(call, between_steps)
             self._last = call
-            self._n_begun += 1
-            self._tokens_begun += call.n_tokens
             return
         self._compute_on_host(call, between_steps)
         self._tell_done(call.places.slot, call.sequence)

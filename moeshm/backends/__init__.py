@@ -161,16 +161,25 @@ class WorkerSlab(Protocol):
     #: What the engine opens its data by, if that is device memory; else empty.
     handle: bytes
 
+    def share_of_step(self, call: SlabCall) -> float:
+        """How much of a step's work (docs/overload.md) the call is: 1 for all of it, more for a
+        call that is computed in several."""
+        ...
+
     def prepare(self, call: SlabCall) -> None:
         """Do what can be done before the call's arrays are there; the same thread enqueues it next,
         or never. InvalidCall, as by `enqueue`."""
         ...
 
-    def enqueue(self, call: SlabCall) -> None:
+    def enqueue(self, call: SlabCall, between_steps: BetweenSteps) -> None:
         """Begin the call, whose arrays are in the slab, after those that were begun before.
 
         The flag `done` is set once the output is there, and before it `refused`, if an id is
         wrong. InvalidCall: nothing was begun.
+
+        Of a call of several steps all but the last are waited for, and `between_steps` is called on
+        this thread where it is due, as by `ffn_in_steps`. After what it raises nothing of the call
+        is on its way, and the flag `done` is not set.
         """
         ...
 

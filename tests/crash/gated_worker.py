@@ -56,8 +56,7 @@ def main() -> None:
 
     def on_turn(layer: int, tag: int) -> None:
         os.write(events, EVENT.pack(TURN, layer, tag))
-        # Slabs are computed without steps.
-        if layer == GATED or (layer == STEPPED and not has_gpu):
+        if layer in (GATED, STEPPED):
             os.read(gate, 1)
         if layer == BROKEN:
             raise RuntimeError(f"no luck with call {tag}")

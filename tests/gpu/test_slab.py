@@ -24,6 +24,7 @@ from moeshm.dtypes import Array, DType, narrow
 from moeshm.transport.slab import DONE, GIVEN, REFUSED, SLOT_BYTES, Segment
 from tests.checkpoints import random_layer
 from tests.conformance.test_backends import TOLERANCE, assert_close, compute, draw_call
+from tests.steps import AlwaysDue, NeverDue
 from tests.unit.gpu_slabs import Engine, each_kind, table
 from tests.unit.test_gpu_experts import part
 
@@ -114,7 +115,7 @@ def test_calls_give_what_the_reference_gives(
 def test_many_calls_are_begun_before_any_is_waited_for(
     device: Device, monkeypatch: pytest.MonkeyPatch, kind: str, in_place_bytes: int
 ) -> None:
-    """Of several sizes, some in parts, and with calls of `ffn` between them."""
+    """Of several sizes, one of them in parts, and with calls of `ffn` between them."""
     monkeypatch.setattr(slab_job, "IN_PLACE_BYTES", in_place_bytes)
     monkeypatch.setattr(workspace, "MAX_TOKENS", 150)
     backend = GpuBackend({0: LAYER}, device)
@@ -133,6 +134,39 @@ def test_many_calls_are_begun_before_any_is_waited_for(
                 found = slab.take(claim, call[0])
                 assert slab.flag(claim, REFUSED) == 0
                 assert_close(found, reference_ffn(LAYER, *call), TOLERANCE[DType.BF16])
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", DType)
+def test_a_long_call_is_computed_in_steps(
+    device: Device, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: DType
+) -> None:
+    """Of the bits that it has at once; another session's short call is done in its middle."""
+    layer = random_layer(1, hidden_size=256, intermediate_size=192, weight_dtype=dtype)
+    hidden, ids, weights = draw_call(3, layer, 1000, 2)
+    long = narrow(hidden, dtype), ids, weights
+    short = draw_call(4, layer, 2, 2)
+    with engine(GpuBackend({0: layer}, device), kind) as slab:
+        monkeypatch.setattr(workspace, "_STEP_ROWS", 1000)
+        expected, expected_short = slab.compute(*long), slab.compute(*short)
+    assert_close(expected, reference_ffn(layer, *long), TOLERANCE[dtype])
+    monkeypatch.setattr(workspace, "_STEP_MULTIPLY_ADDS", 1)
+    monkeypatch.setattr(workspace, "_STEP_ROWS", 1)
+    backend = GpuBackend({0: layer}, device)
+    with engine(backend, kind) as slab, engine(backend, kind) as other:
+
+        def pause() -> None:
+            np.testing.assert_array_equal(other.compute(*short), expected_short)
+            claim = slab.claims[-1]
+            assert slab.flag(claim, DONE) != claim.sequence
+
+        for _ in range(5):
+            due = AlwaysDue(pause)
+            claim = slab.begin(*long, between_steps=due)
+            np.testing.assert_array_equal(slab.take(claim, long[0]), expected)
+            assert due.n == 3
+            assert slab.flag(claim, REFUSED) == 0
+        np.testing.assert_array_equal(slab.compute(*long), expected)
 
 
 @each_kind
@@ -202,7 +236,8 @@ def test_another_process_gives_the_arrays(device: Device) -> None:
         try:
             assert wait_for_word(segment.memory, at, sequence, patience_ns, 0), "nothing is given"
             slab.enqueue(
-                SlabCall(0, len(ids), hidden.shape[1], 2, DType.BF16, places, sequence, 6, None)
+                SlabCall(0, len(ids), hidden.shape[1], 2, DType.BF16, places, sequence, 6, None),
+                NeverDue(),
             )
             answer, _ = child.communicate(timeout=60)
         finally:

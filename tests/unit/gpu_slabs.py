@@ -14,13 +14,14 @@ import pytest
 
 from moeshm._claims import Allocator, Claim
 from moeshm._words import load_word
-from moeshm.backends import Ids, SlabCall, Weights
+from moeshm.backends import BetweenSteps, Ids, SlabCall, Weights
 from moeshm.backends.gpu.backend import GpuBackend
 from moeshm.backends.gpu.slab import GpuSlab
 from moeshm.dtypes import Array, dtype_of
 from moeshm.transport.slab import DONE, REFUSED, Segment
 from tests.checkpoints import random_layer
 from tests.simt.device import SimtDevice
+from tests.steps import NeverDue
 
 LAYER = random_layer(1)
 DATA_BYTES = 4 << 20
@@ -80,10 +81,12 @@ class Engine:
         layer: int = 0,
         n_ids: int = 6,
         slots: npt.NDArray[np.int32] | None = None,
+        between_steps: BetweenSteps | None = None,
     ) -> Claim:
         """A call, enqueued."""
         claim = self.give(hidden, ids, weights)
-        self.slab.enqueue(call_of(claim, hidden, ids, layer=layer, n_ids=n_ids, slots=slots))
+        call = call_of(claim, hidden, ids, layer=layer, n_ids=n_ids, slots=slots)
+        self.slab.enqueue(call, between_steps or NeverDue())
         return claim
 
     def flag(self, claim: Claim, which: int) -> int:

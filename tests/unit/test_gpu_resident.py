@@ -19,6 +19,7 @@ from tests.checkpoints import random_layer
 from tests.conformance.test_backends import TOLERANCE, assert_close, compute
 from tests.simt.device import FEATURES
 from tests.simt.resident_device import ResidentDevice
+from tests.steps import NeverDue
 from tests.unit.test_gpu_backend import OnDevice, aligned
 from tests.unit.test_gpu_experts import part
 from tests.unit.test_gpu_registered import rings, serve
@@ -309,7 +310,7 @@ def test_others_that_are_seen_by_a_launch(others: Others, kind: str) -> None:
         n_calls = served.resident.n_calls
         served.call(2)
         assert served.resident.n_calls == n_calls + 1
-        slab.slab.enqueue(call)
+        slab.slab.enqueue(call, NeverDue())
         finish(slab, claim, inputs)
         served.call(3)
         assert served.resident.n_calls == n_calls + 1

@@ -28,6 +28,7 @@ from tests.checkpoints import random_layer
 from tests.conformance.test_backends import assert_close, compute, draw_call
 from tests.simt.device import IdleDevice
 from tests.simt.resident_device import ResidentDevice
+from tests.steps import NeverDue
 from tests.wire import meanwhile
 
 from .gpu_residents import (
@@ -102,7 +103,7 @@ def test_what_was_not_begun_is_never_computed(monkeypatch: pytest.MonkeyPatch, k
         device.refuses = True
         claim = slab.give(*inputs)
         with pytest.raises(DeviceError, match="the launch is refused"):
-            slab.slab.enqueue(call_of(claim, *inputs[:2]))
+            slab.slab.enqueue(call_of(claim, *inputs[:2]), NeverDue())
         device.refuses = False
         for seed in range(3):
             served.call(seed)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from moeshm._claims import Claim
+from moeshm.backends.gpu import workspace
 from moeshm.backends.reference import reference_ffn
 from moeshm.dtypes import DType
 from moeshm.transport.slab import REFUSED
 from tests.checkpoints import random_layer
 from tests.conformance.test_backends import TOLERANCE, assert_close
+from tests.steps import AlwaysDue, NeverDue
 from tests.unit.test_gpu_experts import part
 
 from .gpu_residents import (
@@ -98,6 +100,27 @@ def test_ids_that_stand_for_slots(kind: str) -> None:
 
 
 @each_kind
+def test_its_calls_come_between_the_steps_of_a_long_one(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """For which it yields, each time."""
+    monkeypatch.setattr(workspace, "_STEP_MULTIPLY_ADDS", 1)
+    monkeypatch.setattr(workspace, "_STEP_ROWS", 1)
+    with (
+        serving() as served,
+        engine(served.backend, kind) as slab,
+        engine(served.backend, kind) as other,
+    ):
+        long, short = draw(1, LAYER, 600), draw(2, LAYER, 1)
+        finish(other, begin(other, short), short)
+        due = AlwaysDue(lambda: finish(other, begin(other, short), short))
+        claim = begin(slab, long, between_steps=due)
+        finish(slab, claim, long)
+        assert due.n == 2
+        assert served.counts == (3, 3)
+
+
+@each_kind
 def test_a_slab_is_closed_while_calls_are_on_their_way(kind: str) -> None:
     """After they are done."""
     with serving() as served:
@@ -134,7 +157,7 @@ def test_the_workspace_grows_while_it_is_there(kind: str) -> None:
         wide = random_layer(7, hidden_size=200, intermediate_size=136, top_k=6, weight_dtype=BF16)
         served.backend.add(1, wide)
         assert served.backend._workspace.address != before
-        slab.slab.enqueue(call)
+        slab.slab.enqueue(call, NeverDue())
         for each in (*running, (claim, inputs)):
             finish(slab, *each)
         for seed in range(2):

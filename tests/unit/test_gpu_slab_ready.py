@@ -22,6 +22,7 @@ from moeshm.transport.slab import REFUSED
 from tests.checkpoints import random_layer
 from tests.conformance.test_backends import assert_close, draw_call
 from tests.simt.device import LazyDevice, SimtDevice
+from tests.steps import NeverDue
 
 from .gpu_slabs import LAYER, Engine, call_of, each_kind, engine, table
 
@@ -42,7 +43,7 @@ class Prepared:
     def enqueue(self) -> None:
         """Its arrays are there now."""
         self._slab.write(self.claim.places.hidden_states, self.inputs[0])
-        self._slab.slab.enqueue(self.call)
+        self._slab.slab.enqueue(self.call, NeverDue())
 
     def assert_right(self, slots: npt.NDArray[np.int32] | None = None) -> None:
         """The device is done with it."""

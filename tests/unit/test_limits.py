@@ -13,7 +13,7 @@ import pytest
 
 from moeshm import limits, process, settings, sizes
 from moeshm.access import Peer
-from moeshm.backends import SlabCall
+from moeshm.backends import BetweenSteps, SlabCall
 from moeshm.dtypes import DType
 from moeshm.errors import HandshakeRefused, InvalidCall
 from moeshm.holdings import Holdings
@@ -24,6 +24,7 @@ from moeshm.slab_server import SlabServer
 from moeshm.transport.slab import Places
 from moeshm.views import SessionViews
 from tests.crash.arithmetic import FREE, WIDE, ArithmeticBackend
+from tests.steps import NeverDue
 from tests.wire import dense_info
 
 
@@ -384,10 +385,14 @@ class CountingSlab:
     def __init__(self) -> None:
         self.n_begun = self.n_waits = 0
 
+    def share_of_step(self, _call: SlabCall) -> float:
+        """Calls are bounded by their number."""
+        return 0.0
+
     def prepare(self, _call: SlabCall) -> None:
         """Nothing to prepare."""
 
-    def enqueue(self, _call: SlabCall) -> None:
+    def enqueue(self, _call: SlabCall, _between_steps: BetweenSteps) -> None:
         """Begin it."""
         self.n_begun += 1
 
@@ -402,9 +407,8 @@ def test_calls_that_a_device_has_begun() -> None:
     server, slab = SlabServer(ArithmeticBackend()), CountingSlab()
     server._slab = slab  # type: ignore[assignment]
     call = SlabCall(0, 1, 64, 2, DType.F32, Places(0, 0, 0, 0, 0), 1, 4, None, 9, 0)
-    between_steps: Any = None
     for _ in range(10):
         server.prepare(call)
-        server.compute(call, between_steps)
+        server.compute(call, NeverDue())
         assert slab.n_begun <= 3
     assert slab.n_waits == 3

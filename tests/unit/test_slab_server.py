@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moeshm._words import load_word, store_word
-from moeshm.backends import SlabCall
+from moeshm.backends import BetweenSteps, SlabCall
 from moeshm.dtypes import DType
 from moeshm.errors import DeviceError, DeviceLost
 from moeshm.handshake import Hello
@@ -37,11 +37,17 @@ class Slab:
         self.is_lost = False
         self.n_waits = 0
 
+    def share_of_step(self, call: SlabCall) -> float:
+        """As `WorkerSlab.share_of_step`."""
+        return call.n_tokens / STEP_TOKENS[call.layer]
+
     def prepare(self, call: SlabCall) -> None:
         """As `WorkerSlab.prepare`."""
 
-    def enqueue(self, call: SlabCall) -> None:
-        """As `WorkerSlab.enqueue`."""
+    def enqueue(self, _call: SlabCall, between_steps: BetweenSteps) -> None:
+        """As `WorkerSlab.enqueue`: as if it were of two steps."""
+        if between_steps.is_due():
+            between_steps()
 
     def wait(self) -> None:
         """As `WorkerSlab.wait`."""
@@ -86,6 +92,8 @@ def offer(server: SlabServer, slab: str, vendor: str = "cuda") -> tuple[str, str
 CALL = SlabCall(
     FREE, 1, HIDDEN_SIZE, 2, DType.F32, Places(3, 0, 256, 512, 768), 9, NUM_EXPERTS, None
 )
+#: By layer: of a step.
+STEP_TOKENS = {FREE: 1024, STEPPED: 64}
 #: Of a call of three tokens: values of a token, and where they are.
 AREAS = (HIDDEN_SIZE, 0), (2, 256), (2, 512), (HIDDEN_SIZE, 768)
 
@@ -157,29 +165,54 @@ def test_a_session_that_is_far_ahead_waits() -> None:
     (slab,) = backend.slabs
     waits = []
     for _ in range(48):
-        server.hold_back(CALL.n_tokens)
+        server.prepare(CALL)
         server.compute(CALL, NeverDue())
         waits.append(slab.n_waits)
     assert waits == [n // 16 for n in range(48)]
     slab.is_lost = True
     with pytest.raises(DeviceLost):
-        server.hold_back(CALL.n_tokens)
+        server.prepare(CALL)
     server.close()
 
 
 def test_a_call_that_would_be_too_much_waits_before_it_is_begun() -> None:
-    """One alone may be as long as it likes."""
+    """By what part of a step it is, not by tokens. One alone may be as long as it likes."""
     backend = Backend()
     server = SlabServer(backend)
     offer(server, "pinned")
     (slab,) = backend.slabs
     waits = []
-    for n_tokens in (2048, 2048, 1, 4096, 8192, 1):
-        call = msgspec.structs.replace(CALL, n_tokens=n_tokens)
+    for layer, n_tokens in (
+        (FREE, 512), (FREE, 512), (FREE, 1), (STEPPED, 32), (STEPPED, 31), (FREE, 16),
+        (FREE, 1024), (FREE, 5000), (FREE, 1),
+    ):  # fmt: skip
+        call = msgspec.structs.replace(CALL, layer=layer, n_tokens=n_tokens)
         server.prepare(call)
         server.compute(call, NeverDue())
         waits.append(slab.n_waits)
-    assert waits == [0, 0, 1, 2, 3, 4]
+    assert waits == [0, 0, 1, 1, 1, 2, 3, 4, 5]
+    server.close()
+
+
+def test_the_device_computes_a_slabs_call_in_steps() -> None:
+    """What its pause raises passes, and nothing is left to ask the device about."""
+    backend = Backend()
+    server = SlabServer(backend)
+    offer(server, "pinned")
+    (slab,) = backend.slabs
+    due = AlwaysDue()
+    server.compute(CALL, due)
+    assert due.n == 1
+    server.check()
+    assert slab.n_waits == 1
+
+    def stop() -> None:
+        raise TimeoutError("enough")
+
+    with pytest.raises(TimeoutError, match="enough"):
+        server.compute(CALL, AlwaysDue(stop))
+    server.check()
+    assert slab.n_waits == 1
     server.close()
 
 

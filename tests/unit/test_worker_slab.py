@@ -7,7 +7,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +18,9 @@ from moeshm import protocol
 from moeshm._ring import RingConsumer, RingProducer
 from moeshm._words import load_word, store_word
 from moeshm.access import Peer
-from moeshm.backends import SlabCall
+from moeshm.backends import BetweenSteps, SlabCall
 from moeshm.descriptors import DESCRIPTOR
-from moeshm.errors import DeviceError, DeviceLost, InvalidCall
+from moeshm.errors import DeviceError, DeviceLost, InvalidCall, PeerDied
 from moeshm.handshake import Hello
 from moeshm.holdings import Holdings
 from moeshm.orders import Release
@@ -28,7 +28,7 @@ from moeshm.slab_server import SlabServer
 from moeshm.transport.slab import DONE, GIVEN, PAGE_BYTES, REFUSED, SLOT_BYTES, TOLD
 from moeshm.turns import Turns
 from moeshm.views import SessionViews
-from moeshm.worker import SessionServer
+from moeshm.worker import SessionServer, _BetweenSteps
 from tests.crash.arithmetic import FREE, HIDDEN_SIZE, ArithmeticBackend
 
 _FORM = struct.Struct("<HHIQqIIHBBIII4Q48x")
@@ -47,6 +47,12 @@ class Slab:
         self.seen: list[str] = []
         #: What `prepare` raises.
         self.error: Exception | None = None
+        #: What is done between two steps of a call.
+        self.pause: Callable[[BetweenSteps], None] = lambda _: None
+
+    def share_of_step(self, _call: SlabCall) -> float:
+        """As `WorkerSlab.share_of_step`."""
+        return 0.0
 
     def prepare(self, call: SlabCall) -> None:
         """As `WorkerSlab.prepare`."""
@@ -56,9 +62,10 @@ class Slab:
             raise self.error
         store_word(self.memory, call.places.slot * SLOT_BYTES + GIVEN, call.sequence)
 
-    def enqueue(self, call: SlabCall) -> None:
+    def enqueue(self, call: SlabCall, between_steps: BetweenSteps) -> None:
         """As `WorkerSlab.enqueue`."""
         assert self._turns._taken.locked()
+        self.pause(between_steps)
         self.seen.append(f"enqueue {call.sequence}")
 
     def wait(self) -> None:
@@ -91,7 +98,7 @@ class Served:
     """A session's server, and a client that writes into its ring."""
 
     def __init__(self, producer: RingProducer, consumer: RingConsumer) -> None:
-        turns = Turns()
+        self.turns = turns = Turns()
         backend = Backend(turns)
         self.slabs = SlabServer(backend)
         hello = Hello(protocol=1, version="", transport="auto", batch_capacity=1, slab="pinned")
@@ -101,10 +108,11 @@ class Served:
         #: Replies' texts; each is an error.
         self.said: list[str] = []
         transport = SimpleNamespace(write=lambda parts, *_how: self.said.append(parts[1].decode()))
+        self.is_gone = False
         session: Any = SimpleNamespace(
             transport=transport,
             welcome=SimpleNamespace(max_tokens=8),
-            peer_is_gone=lambda: False,
+            peer_is_gone=lambda: self.is_gone,
             control=SimpleNamespace(peer_pid=1, peer=Peer(1, 0, 0)),
         )
         self._producer, self._consumer = producer, consumer
@@ -194,6 +202,40 @@ def test_a_call_that_cannot_be_prepared(served: Served, error: Exception, says: 
     assert (served.flag(REFUSED), served.flag(DONE)) == (TOLD, 9)
     assert served.slab.seen == ["prepare 9"]
     assert (served.server.device_lost is not None) == isinstance(error, DeviceLost)
+
+
+def test_a_call_whose_deadline_passes_between_two_steps(served: Served) -> None:
+    """Its client is told, and the session goes on."""
+
+    def let_it_pass(steps: BetweenSteps) -> None:
+        assert isinstance(steps, _BetweenSteps)
+        steps._deadline_ns = 1
+        assert steps.is_due()
+        steps()
+
+    served.slab.pause = let_it_pass
+    served.call(9)
+    assert ["passed between two steps of the call" in text for text in served.said] == [True]
+    assert (served.flag(REFUSED), served.flag(DONE)) == (TOLD, 9)
+    assert (served.server.calls, served.turns._taken.locked()) == (0, False)
+    served.slab.pause = lambda _: None
+    served.call(10)
+    assert (served.server.calls, len(served.said)) == (1, 1)
+
+
+def test_a_client_that_leaves_between_two_steps(served: Served) -> None:
+    """Nobody is told, and the turn is free."""
+
+    def leave(steps: BetweenSteps) -> None:
+        served.is_gone = True
+        assert steps.is_due()
+        steps()
+
+    served.slab.pause = leave
+    with pytest.raises(PeerDied, match="its call is not finished"):
+        served.call(9)
+    assert (served.said, served.flag(DONE)) == ([], 0)
+    assert not served.turns._taken.locked()
 
 
 def test_a_view_that_was_released_is_not_known_any_more(served: Served) -> None:

@@ -41,7 +41,7 @@ from .resident_job import ResidentJob
 from .slab import GpuSlab, open_slab
 from .slab_calls import SlabCalls
 from .turn import Turn
-from .workspace import Workspace, step_tokens
+from .workspace import Workspace
 
 _log = logging.getLogger(__name__)
 
@@ -276,7 +276,8 @@ class GpuBackend:
         """What computes such calls; None for one that is empty, or computed in parts. For whoever
         has the turn."""
         n_tokens, top_k = ids.shape
-        if not 0 < n_tokens <= self._most_tokens(layer.shape, n_slots, top_k):
+        at_once = self._workspace.part_tokens(n_tokens, layer.shape, top_k, n_slots)
+        if not 0 < n_tokens <= at_once:
             return None
         kind = _kind(layer, n_slots, x, ids, weights, out)
         return self._jobs.get(kind) or self._make_job(kind)
@@ -296,17 +297,13 @@ class GpuBackend:
                 between_steps()
             with self._turn:
                 self._device.use()
-                end = min(first + self._most_tokens(layer.shape, n_slots, top_k), n_tokens)
+                left = n_tokens - first
+                end = first + self._workspace.part_tokens(left, layer.shape, top_k, n_slots)
                 part = [rows_of(each, first, end) for each in operands]
                 job = self._find_job(layer, n_slots, *part)
                 assert job is not None
                 job.run(layer, *part)
             first = end
-
-    def _most_tokens(self, shape: Shape, n_slots: int, top_k: int) -> int:
-        """That are computed at once: in the time of a step, where there is memory for them."""
-        most = self._workspace.most_tokens(shape, top_k, n_slots)
-        return min(most, step_tokens(shape, top_k, n_slots))
 
     def _know(self, signs: tuple[object, ...], job: _Job) -> None:
         """For whoever has the turn."""

@@ -7,7 +7,7 @@ import logging
 
 from ...errors import DeviceError, OutOfDeviceMemory
 from ...transport.slab import DONE, FLAGS_BYTES
-from .. import SlabCall
+from .. import BetweenSteps, SlabCall
 from ._launch import address_of
 from .device import Device, Memory, Registration
 from .experts import MARGIN_BYTES
@@ -67,6 +67,10 @@ class GpuSlab:
         self._ready: Ready | None = None
         self.handle = handle
 
+    def share_of_step(self, call: SlabCall) -> float:
+        """As `WorkerSlab.share_of_step`."""
+        return self._calls.share_of_step(call)
+
     def prepare(self, call: SlabCall) -> None:
         """As `WorkerSlab.prepare`. DeviceLost, DeviceError: as `enqueue`."""
         if self._ready is not None:
@@ -74,7 +78,7 @@ class GpuSlab:
         self._ready = None
         self._ready = self._calls.make_ready(call, self._where)
 
-    def enqueue(self, call: SlabCall) -> None:
+    def enqueue(self, call: SlabCall, between_steps: BetweenSteps) -> None:
         """As `WorkerSlab.enqueue`. DeviceLost: no call will work any more; else DeviceError."""
         ready = self._ready
         if ready is None or ready.call is not call:
@@ -82,7 +86,7 @@ class GpuSlab:
             ready = self._ready
             assert ready is not None
         self._ready = None
-        self._calls.begin(ready)
+        self._calls.begin(ready, between_steps)
 
     def try_flag(self) -> None:
         """Write a flag as calls do, of a slot that none has used: it stays 0."""

@@ -1,4 +1,4 @@
-"""Calls whose arrays lie in slabs: cut into parts, made ready beforehand, and begun in order."""
+"""Calls whose arrays lie in slabs: made ready beforehand, and begun in order, a part at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ...dtypes import DType
 from ...errors import DeviceError, InvalidCall
-from .. import SlabCall
+from .. import BetweenSteps, SlabCall
 from .choice import Shape, Size, Step
 from .compiled import Kernels
 from .device import CommandList, Device, Memory
@@ -21,7 +21,7 @@ from .resident_job import ResidentSlabJob
 from .slab_job import SlabJob, SlabKind, SlabMemory, n_values_admitted
 from .tables import SlotTables
 from .turn import Turn
-from .workspace import Workspace
+from .workspace import Workspace, step_tokens
 
 #: Kinds of calls that stay made ready.
 _MAX_JOBS = 512
@@ -34,7 +34,7 @@ _Free = list[_Job]
 
 
 class Ready(msgspec.Struct, frozen=True):
-    """A call that only has to be enqueued, and what that rests on."""
+    """A call, or a part of one, that only has to be enqueued, and what that rests on."""
 
     call: SlabCall
     memory: SlabMemory
@@ -43,8 +43,16 @@ class Ready(msgspec.Struct, frozen=True):
     table: Memory
     #: As `SlabCalls` had it.
     stamp: object
-    #: In order, each with where it belongs afterwards.
-    jobs: list[tuple[_Job, _Free]]
+    job: _Job
+    #: Where that belongs afterwards.
+    free: _Free
+    #: The first token after it.
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        """Nothing of the call comes after it."""
+        return self.end == self.call.n_tokens
 
 
 class SlabCalls:
@@ -53,7 +61,8 @@ class SlabCalls:
     `turn`: held by whoever uses the device's stream, and by whoever changes the workspace.
 
     A call is made ready before its turn, in a job that is its own until it is begun. What was made
-    ready with one stamp is made anew when there is another.
+    ready with one stamp is made anew when there is another. Of a call of several parts, each has a
+    turn, in which it is made ready, if it is not the first, and waited for, if it is not the last.
     """
 
     def __init__(
@@ -78,8 +87,21 @@ class SlabCalls:
         self._known: dict[tuple[int, ...], _Free] = {}
         #: Where tables of slots are on the device, by `id`, with the table, whose `id` it stays.
         self._addresses: dict[int, tuple[npt.NDArray[np.int32], int]] = {}
+        #: Tokens of a step, by layer, top_k and slots.
+        self._step_tokens: dict[tuple[int, int, int], int] = {}
         #: Another whenever something goes that a call which was made ready may use.
         self._stamp = object()
+
+    def share_of_step(self, call: SlabCall) -> float:
+        """As `WorkerSlab.share_of_step`."""
+        layer = self._experts.layers[call.layer]
+        key = call.layer, call.top_k, layer.n_slots
+        tokens = self._step_tokens.get(key)
+        if tokens is None:
+            if len(self._step_tokens) >= _MAX_KNOWN:
+                self._step_tokens.clear()
+            tokens = self._step_tokens[key] = step_tokens(layer.shape, *key[1:])
+        return call.n_tokens / tokens
 
     def make_ready(self, call: SlabCall, memory: SlabMemory) -> Ready:
         """Do what can be done before its turn, on the thread that begins it. InvalidCall."""
@@ -87,32 +109,48 @@ class SlabCalls:
         ready = self._find_ready(call, memory)
         if ready is None:
             with self._turn:
-                ready = self._make_ready(call, memory)
+                ready = self._make_ready(call, memory, 0)
         return ready
 
-    def begin(self, ready: Ready) -> None:
-        """Enqueue the call. InvalidCall: nothing was begun. DeviceError: what was begun is over."""
+    def begin(self, ready: Ready, between_steps: BetweenSteps) -> None:
+        """Enqueue the call, and wait for all of it but the last part. InvalidCall: nothing was
+        begun. DeviceError, and what `between_steps` raises: what was begun is over."""
+        ready = self._begin_first(ready)
+        while not ready.is_last:
+            if between_steps.is_due():
+                between_steps()
+            ready = self._begin_part(ready.call, ready.memory, ready.end)
+
+    def _begin_first(self, ready: Ready) -> Ready:
+        """What was made ready, and else its like."""
+        is_ready = False
         try:
             # The resident kernel stays for what it computes itself.
-            is_resident = all(job.is_resident for job, _ in ready.jobs)
-            with self._turn.kept if is_resident else self._turn:
+            with self._turn.kept if ready.job.is_resident else self._turn:
                 is_ready = ready.stamp is self._stamp and ready.table is ready.layer.table
                 if is_ready:
                     self._enqueue(ready)
-            if not is_ready:
-                # What was filled in may be gone.
-                self.give_back(ready)
-                with self._turn:
-                    ready = self._make_ready(ready.call, ready.memory)
-                    self._enqueue(ready)
         finally:
             self.give_back(ready)
+        # What was filled in may be gone.
+        return ready if is_ready else self._begin_part(ready.call, ready.memory, 0)
+
+    def _begin_part(self, call: SlabCall, memory: SlabMemory, first: int) -> Ready:
+        """From the token `first` on: others may have had a turn, and changed what there was."""
+        with self._turn:
+            ready = self._make_ready(call, memory, first)
+            try:
+                self._enqueue(ready)
+            finally:
+                self.give_back(ready)
+        return ready
 
     def _enqueue(self, ready: Ready) -> None:
-        """For whoever has the turn."""
+        """For whoever has the turn; a part that others come after is waited for."""
         try:
-            for job, _ in ready.jobs:
-                job.commands.enqueue()
+            ready.job.commands.enqueue()
+            if not ready.is_last:
+                self._device.wait()
         except BaseException:
             # The slab is the client's again once it is told of the error.
             with contextlib.suppress(DeviceError):
@@ -120,10 +158,8 @@ class SlabCalls:
             raise
 
     def give_back(self, ready: Ready) -> None:
-        """Its jobs may begin other calls; those for a workspace that is gone are forgotten."""
-        while ready.jobs:
-            job, free = ready.jobs.pop()
-            free.append(job)
+        """Once: its job may begin other calls; one for a workspace that is gone is forgotten."""
+        ready.free.append(ready.job)
 
     def finish(self, commands: CommandList) -> None:
         """Enqueue these after everything that was begun, and wait for all of it."""
@@ -172,50 +208,45 @@ class SlabCalls:
         if free is None or job is None:
             return None
         job.fill(call, layer, memory, address, 0)
-        return Ready(call, memory, layer, table, stamp, [(job, free)])
+        return Ready(call, memory, layer, table, stamp, job, free, call.n_tokens)
 
-    def _make_ready(self, call: SlabCall, memory: SlabMemory) -> Ready:
-        """As `_find_ready`, with whatever is missing. For whoever has the turn."""
+    def _make_ready(self, call: SlabCall, memory: SlabMemory, first: int) -> Ready:
+        """As `_find_ready`, with whatever is missing: the part from the token `first` on. For
+        whoever has the turn."""
         layer = self._experts.layers[call.layer]
         # Once, for all that is found by it: other threads add and remove experts meanwhile.
         n_slots = layer.n_slots
-        kinds = self._kinds(layer, n_slots, call, memory)
+        end, kind = self._part(layer, n_slots, call, memory, first)
         address = self._address(call)
-        ready = Ready(call, memory, layer, layer.table, self._stamp, [])
-        for first, kind in kinds.items():
-            free = self._free(kind)
-            job = _take(free) or self._make_job(kind)
-            job.fill(call, layer, memory, address, first)
-            ready.jobs.append((job, free))
-        if len(kinds) == 1:
+        free = self._free(kind)
+        job = _take(free) or self._make_job(kind)
+        job.fill(call, layer, memory, address, first)
+        if kind.is_whole:
             if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
             self._known[_numbers(n_slots, call, memory)] = free
-        return ready
+        return Ready(call, memory, layer, layer.table, self._stamp, job, free, end)
 
-    def _kinds(
-        self, layer: DeviceLayer, n_slots: int, call: SlabCall, memory: SlabMemory
-    ) -> dict[int, SlabKind]:
-        """By the first token of each part: several where there is not memory for all of it."""
-        shape, n_tokens, top_k = layer.shape, call.n_tokens, call.top_k
+    def _part(
+        self, layer: DeviceLayer, n_slots: int, call: SlabCall, memory: SlabMemory, first: int
+    ) -> tuple[int, SlabKind]:
+        """Where the part that begins with the token `first` ends, and its kind."""
+        shape, top_k = layer.shape, call.top_k
         if shape.hidden != shape.hidden_size:
             raise InvalidCall(
                 f"hidden_size={shape.hidden_size} is no multiple of 8; pass arrays in host memory"
             )
-        is_pinned = memory.host_data is not None
-        most = self._workspace.most_tokens(shape, top_k, n_slots)
-        return {
-            first: SlabKind(
-                shape,
-                Size(min(most, n_tokens - first), top_k, n_slots),
-                call.dtype,
-                is_pinned,
-                is_last=first + most >= n_tokens,
-                is_whole=n_tokens <= most,
-            )
-            # One part, too, of a call without tokens.
-            for first in range(0, max(n_tokens, 1), most)
-        }
+        left = call.n_tokens - first
+        n_tokens = self._workspace.part_tokens(left, shape, top_k, n_slots)
+        kind = SlabKind(
+            shape,
+            Size(n_tokens, top_k, n_slots),
+            call.dtype,
+            is_pinned=memory.host_data is not None,
+            is_last=n_tokens == left,
+            is_whole=n_tokens == call.n_tokens,
+        )
+        return first + n_tokens, kind
 
     def _address(self, call: SlabCall) -> int:
         """Where the call's table of slots is on the device; 0 for none."""

@@ -62,9 +62,13 @@ def lay_out(shape: Shape, plan: Plan, size: Size, out_dtype: DType) -> Layout:
 
 
 def step_tokens(shape: Shape, top_k: int, n_slots: int) -> int:
-    """How many tokens of a longer call are computed at once, for others not to wait longer."""
+    """How many tokens of a longer call are computed at once at most, for others not to wait longer.
+
+    Half of them are not few (choice.FEW): parts get the kernels, and so the bits, of the call.
+    """
     by_work = _STEP_MULTIPLY_ADDS // (3 * top_k * shape.hidden * shape.inner)
-    return max(1, by_work, _STEP_ROWS * n_slots // top_k)
+    by_rows = _STEP_ROWS * n_slots // top_k
+    return min(MAX_TOKENS, max(2 * MOST_FEW_TOKENS + 1, by_work, by_rows))
 
 
 def _bytes_per_token(shape: Shape, top_k: int) -> tuple[int, int]:
@@ -151,3 +155,11 @@ class Workspace:
         if n_tokens < 1:
             raise InvalidCall(f"top_k={top_k} is more than this layer's calls have memory for")
         return n_tokens
+
+    def part_tokens(self, n_tokens: int, shape: Shape, top_k: int, n_slots: int) -> int:
+        """How many are computed at once of the `n_tokens` tokens of a call, or of what is left of
+        it: all, or the first of parts of equal length, each of at most a step, and of what there
+        is memory for. InvalidCall as `most_tokens`."""
+        most = min(self.most_tokens(shape, top_k, n_slots), step_tokens(shape, top_k, n_slots))
+        n_parts = max(1, -(-n_tokens // most))
+        return -(-n_tokens // n_parts)
