@@ -48,13 +48,16 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     decode_clients: int
     prefill_clients: int
     prefill_tokens: int
+    decode_tokens: int = 1
     deadline_s: float
 
     def clients(self, kind: str) -> tuple[int, int]:
         """How many of the kind, and the tokens of their calls."""
         is_decode = kind == DECODE
         return (
-            (self.decode_clients, 1) if is_decode else (self.prefill_clients, self.prefill_tokens)
+            (self.decode_clients, self.decode_tokens)
+            if is_decode
+            else (self.prefill_clients, self.prefill_tokens)
         )
 
 

@@ -36,6 +36,13 @@ from .bench_run import show, watched
     help="Of a prefill's call.",
 )
 @click.option(
+    "--decode-tokens",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    help="Of a decode's call: the sequences of its batch.",
+)
+@click.option(
     "--deadline-ms",
     type=click.FloatRange(1.0),
     default=200.0,
@@ -54,13 +61,14 @@ def overload(
     decode_clients: int,
     prefill_clients: int,
     prefill_tokens: int,
+    decode_tokens: int,
     deadline_ms: float,
     seconds: float,
     repeats: int,
     seed: int,
     as_json: bool,
 ) -> None:
-    """How long calls of one token wait while others' prefills keep the worker busy.
+    """How long calls of few tokens wait while others' prefills keep the worker busy.
 
     Each kind of client alone, and both together, with long calls in steps and without; and how
     late after their deadlines calls end.
@@ -78,6 +86,7 @@ def overload(
         decode_clients=decode_clients,
         prefill_clients=prefill_clients,
         prefill_tokens=prefill_tokens,
+        decode_tokens=decode_tokens,
         deadline_s=deadline_ms / 1e3,
     )
     with watched(question.count_steps(plan), None) as on_step:
