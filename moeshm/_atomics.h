@@ -58,6 +58,12 @@ static inline void moeshm_store_word(uint32_t *word, uint32_t value) {
     __atomic_store_n(word, value, __ATOMIC_RELEASE);
 }
 
+/* Unless the word has changed, whether it is the host or a device that did it: their stores take the
+ * cache line that this holds. */
+static inline int moeshm_replace_word(uint32_t *word, uint32_t seen, uint32_t value) {
+    return __atomic_compare_exchange_n(word, &seen, value, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
+
 static inline void moeshm_pause(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();

@@ -10,6 +10,7 @@ cdef extern from "_atomics.h" nogil:
     void moeshm_clear_bits(uint64_t *word, uint64_t bits)
     uint32_t moeshm_load_word(const uint32_t *word)
     void moeshm_store_word(uint32_t *word, uint32_t value)
+    bint moeshm_replace_word(uint32_t *word, uint32_t seen, uint32_t value)
     void moeshm_pause()
     void moeshm_give_way()
     int64_t moeshm_now_ns()

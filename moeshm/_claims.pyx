@@ -8,7 +8,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from ._atomics cimport moeshm_load_word, moeshm_store_word
+from ._atomics cimport moeshm_load_word, moeshm_replace_word, moeshm_store_word
 from ._descriptors cimport ALIGNMENT, SLOTS, VERSION, Descriptor
 
 from ._words import wait_for_word
@@ -17,7 +17,9 @@ from .transport.slab import Places
 cdef enum:
     # As transport/slab.py has them.
     SLOT_BYTES = 512
+    DONE = 128
     REFUSED = 256
+    TAKEN = 384
     # Of ids in the slab, int32, and of weights, float32.
     PAIR_BYTES = 4
 
@@ -111,6 +113,25 @@ cdef class Claim:
     def set(self, uint32_t which, uint32_t value):
         """Set that flag, by the host."""
         moeshm_store_word(self._word(which), value)
+
+    def abandon(self):
+        """Let whoever waits for `done` go on, and be able to tell when the worker has set it, if it
+        has not: it is one more than the sequence until then."""
+        cdef uint32_t *done = self._word(DONE)
+        cdef uint32_t seen = moeshm_load_word(done)
+        if <int32_t>(seen - self.descriptor.sequence) < 0:
+            # A worker that comes in between has passed it, and says so once only.
+            moeshm_replace_word(done, seen, self.descriptor.sequence + 1)
+
+    def abandon_taken(self):
+        """Set `taken`, which is reached, to what `done` is after `abandon`: so far a worker that
+        ends waits for it to come."""
+        moeshm_store_word(self._word(TAKEN), self.descriptor.sequence + 1)
+
+    @property
+    def is_passed(self):
+        """True once `done` was set to the sequence itself, as the worker does."""
+        return moeshm_load_word(self._word(DONE)) == self.descriptor.sequence
 
     @property
     def refused(self):

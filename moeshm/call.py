@@ -30,8 +30,10 @@ class CallFuture:
     The inputs belong to the call until then: a fallback may read them. Made by ExpertClient.
     """
 
+    is_in_turn = True
+
     __slots__ = (
-        "_adding",
+        "_answered",
         "_bytes_in",
         "_bytes_out",
         "_compute_ns",
@@ -40,7 +42,6 @@ class CallFuture:
         "_finishing",
         "_is_finished",
         "_link",
-        "_n_open",
         "_n_parts",
         "_on_received",
         "_output",
@@ -51,6 +52,7 @@ class CallFuture:
         "_total",
         "_unpack_ns",
         "_waited_ns",
+        "_writing",
         "deadline",
         "inputs",
         "is_done",
@@ -92,18 +94,21 @@ class CallFuture:
         #: What the only message's rows are added to.
         self._total: FloatArray | None = None
         self._error: CallError | None = None
-        self._n_open = self._n_parts = 0
+        self._n_parts = 0
+        #: The parts that were; None stands for the only one.
+        self._answered: set[_Part | None] = set()
         self._bytes_out = self._bytes_in = 0
         self._start_ns = self._pack_ns = 0
         self._compute_ns = self._unpack_ns = self._waited_ns = 0
         self._is_finished = False
         self._finishing = threading.Lock()
-        self._adding = threading.Lock()
+        #: Held while rows are written to what is its caller's again once it has failed.
+        self._writing = threading.Lock()
 
     def expect(self, link: Link, n_parts: int, rows: npt.NDArray[np.int64] | None) -> None:
         """What will be on its way: so many parts, which together are these rows, or all."""
         self._link = link
-        self._n_open = self._n_parts = n_parts
+        self._n_parts = n_parts
         self.rows = rows
 
     def sent(self, start_ns: int, pack_ns: int, n_parts: int, bytes_out: int) -> None:
@@ -126,8 +131,9 @@ class CallFuture:
         """The weighted sum of the selected experts' outputs, like hidden_states.
 
         Waits for at most `timeout_s`, then NotReady, and until the call's deadline, then
-        DeadlineExceeded (the session is given up). WorkerDied: the worker went away. InvalidCall,
-        WorkerFailed: it said so. With a fallback, the first two do not happen.
+        DeadlineExceeded: the session is given up, unless the worker may be at an earlier call of it
+        that has time left. WorkerDied: the worker went away. InvalidCall, WorkerFailed: it said so.
+        With a fallback, the first two do not happen.
         """
         if not self.is_done:
             self._wait(timeout_s)
@@ -167,44 +173,55 @@ class CallFuture:
                 self._unpack_ns += time.perf_counter_ns() - start_ns
             self._report()
 
+    @property
+    def whole(self) -> object:
+        """As `Receiver.whole`."""
+        return self
+
     def fail(self, error: CallError) -> None:
         """As `Receiver.fail`."""
-        with self._adding:
+        with self._writing:
             if not self.is_done:
                 self._error = error
                 self.is_done = True
 
-    def take(self, reply: Reply, record: Message, into: Array | None = None) -> None:
+    def take(
+        self,
+        reply: Reply,
+        record: Message,
+        into: Array | None = None,
+        part: _Part | None = None,
+    ) -> None:
         """One part's reply, or the only one; the first error of several stays."""
-        if self.is_done:
-            # It failed: what it was to write to is its caller's again.
-            return
-        start_ns = time.perf_counter_ns()
-        self._error = self._error or reply.error
-        if into is not None:
-            reply.copy_rows(record, into, self.wire)
-        elif self._total is None or reply.error is not None:
-            reply.copy_rows(record, self._buffer(), self.wire)
-        else:
-            self._add(reply, record, self._total)
-        self._bytes_in += len(record)
-        self._compute_ns += reply.compute_ns
-        self._unpack_ns += time.perf_counter_ns() - start_ns
-        self._n_open -= 1
-        if self._n_open == 0:
-            self.is_done = True
+        with self._writing:
+            if self.is_done:
+                # It failed: what it was to write to is its caller's again.
+                return
+            start_ns = time.perf_counter_ns()
+            self._error = self._error or reply.error
+            if into is not None:
+                reply.copy_rows(record, into, self.wire)
+            elif self._total is None or reply.error is not None:
+                reply.copy_rows(record, self._buffer(), self.wire)
+            else:
+                self._add(reply, record, self._total)
+            self._bytes_in += len(record)
+            self._compute_ns += reply.compute_ns
+            self._unpack_ns += time.perf_counter_ns() - start_ns
+            # Counted once, also when an interrupt has it taken again.
+            self._answered.add(part)
+            if len(self._answered) == self._n_parts:
+                self.is_done = True
 
     def _add(self, reply: Reply, record: Message, total: FloatArray) -> None:
-        """Add the rows where they lie, unless the call has failed: then nothing may change."""
+        """Add the rows where they lie."""
         rows = reply.rows(record, (self._n_rows, total.shape[1]), self.wire)
         try:
-            with self._adding:
-                if not self.is_done:
-                    try:
-                        add_rows(total, self.rows, rows)
-                    finally:
-                        # Also when a signal's handler raises right after it: they are added.
-                        self.is_done = True
+            try:
+                add_rows(total, self.rows, rows)
+            finally:
+                # Also when a signal's handler raises right after it: they are added.
+                self.is_done = True
         finally:
             # A traceback must not keep a view of the record, which then could not be released.
             del rows
@@ -243,9 +260,11 @@ class CallFuture:
         if link is not None and not link.wait(self, deadline):
             if deadline < last:
                 raise NotReady(f"no result within {timeout_s} s; the call is still on its way")
-            late = too_late(self._timeout_s)
+            is_held_up = link.is_held_up(self)
+            late = too_late(self._timeout_s, is_held_up)
             self.fail(late)
-            link.lose(late)
+            if self._error is late and not is_held_up:
+                link.lose(late)
         # Replies that this thread took in meanwhile are counted as unpacking.
         waited_ns = time.perf_counter_ns() - start_ns - (self._unpack_ns - unpacked_ns)
         self._waited_ns = max(0, waited_ns)
@@ -295,19 +314,21 @@ class CallFuture:
 class _Part:
     """Receives one of the messages that a call was cut into."""
 
-    __slots__ = ("_future", "_into", "deadline", "is_done")
+    __slots__ = ("_into", "deadline", "is_done", "whole")
+    is_in_turn = True
 
     def __init__(self, future: CallFuture, into: Array) -> None:
         self.deadline = future.deadline
         self.is_done = False
-        self._future = future
+        #: As `Receiver.whole`.
+        self.whole = future
         self._into = into
 
     def take(self, reply: Reply, record: Message) -> None:
         """As `Receiver.take`."""
-        self._future.take(reply, record, self._into)
+        self.whole.take(reply, record, self._into, self)
         self.is_done = True
 
     def fail(self, error: CallError) -> None:
         """As `Receiver.fail`."""
-        self._future.fail(error)
+        self.whole.fail(error)

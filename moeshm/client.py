@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 from . import arrays, orders, process, settings, windows
 from ._inputs import used_rows
@@ -22,7 +20,6 @@ from .device_future import DeviceFuture
 from .dtypes import Array, DType
 from .engine_device import Engine, EngineDevice
 from .errors import (
-    ClientClosed,
     DeadlineExceeded,
     ForkedProcess,
     InvalidCall,
@@ -31,25 +28,12 @@ from .errors import (
 )
 from .fallback import Fallback
 from .handshake import SlabWish
-from .held import HOLD_TIMEOUT_S, ClientViews, HeldView
+from .held import HOLD_TIMEOUT_S, HeldView
 from .layers import LayerInfo
 from .link import Link
 from .protocol import MAX_TOKENS
-from .reconnect import Reconnector
-from .session import Session
+from .sessions import Opened, Sessions
 from .stats import ClientStats, StatsCounter
-
-_log = logging.getLogger(__name__)
-
-#: How long `close` waits for what streams still do with a slab.
-_SLAB_CLOSE_S = 5.0
-
-
-class Opened(NamedTuple):
-    """A session, and whether it took a new worker process."""
-
-    session: Session
-    is_new_process: bool
 
 
 class ExpertClient:
@@ -69,25 +53,18 @@ class ExpertClient:
         batch_capacity: int | None = None,
         engine: EngineDevice | None = None,
     ) -> None:
-        self._open_session = open_session
-        self._on_close = on_close
         self._pid = os.getpid()
         self._wire = None if wire_dtype == "auto" else DType.parse(wire_dtype)
         self._timeout_s = settings.current().timeout_s
-        self._capacity = batch_capacity or settings.current().batch_capacity
         self._counter = StatsCounter()
         self._engine = Engine(engine, self._counter, fallback is not None)
-        self._reconnector = Reconnector(on_close)
-        self._closed = threading.Event()
-        #: The session that takes the last one's place, until it holds the views.
-        self._coming: Link | None = None
-        self._link = self._connect(is_first=True)
-        welcome = self._link.session.welcome
-        #: What the worker held for this client when it was opened, by layer number.
-        self.layers: Mapping[int, LayerInfo] = welcome.layers
-        #: The same, as the view that calls are of when they name none.
-        self.view = HeldView(welcome.layers)
-        self._views = ClientViews(self.view, self._link)
+        capacity = batch_capacity or settings.current().batch_capacity
+        self._sessions = Sessions(open_session, on_close, capacity, self._engine, self._counter)
+        #: What the worker held for this client when it was opened, as the view that calls are of
+        #: when they name none.
+        self.view = self._sessions.first_view
+        #: The same, by layer number.
+        self.layers: Mapping[int, LayerInfo] = self.view.layers
         self._fallback: Fallback | None = None
         try:
             if fallback is not None:
@@ -95,6 +72,11 @@ class ExpertClient:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def _link(self) -> Link:
+        """The newest session."""
+        return self._sessions.link
 
     @property
     def transport(self) -> str:
@@ -158,7 +140,7 @@ class ExpertClient:
         if is_device_array(hidden_states):
             given = hidden_states, topk_ids, topk_weights, out
             return self._submit_on_device(view, layer, given, timeout_s, global_ids).wait()
-        link = self._link
+        link = self._sessions.link
         number = link.views.of(view)
         inputs = self._check(view, layer, hidden_states, topk_ids, topk_weights, global_ids)
         if not self._is_plain(inputs, link):
@@ -305,14 +287,14 @@ class ExpertClient:
         if self._fallback is not None:
             self._fallback.check_experts(wanted)
         while True:
-            link = self._live_link(deadline)
+            link = self._sessions.live(deadline, self.has_fallback)
             number, layers = link.views.hold(wanted, max(0.0, deadline - time.monotonic()))
             try:
                 if self._fallback is not None:
                     self._fallback.check(layers)
                 view = HeldView(layers)
                 # Another thread may have connected anew: what the old session holds is in vain.
-                if self._views.add(view, number, link, lambda: self._link):
+                if self._sessions.views.add(view, number, link, lambda: self._link):
                     return view
             except BaseException:
                 link.views.release_number(number)
@@ -327,7 +309,7 @@ class ExpertClient:
         the view was released, or is another client's.
         """
         self._check_process()
-        self._views.offer(view, lambda: self._link)
+        self._sessions.views.offer(view, lambda: self._link)
 
     def release(self, view: HeldView) -> None:
         """Let the worker drop the experts that no other view lists; the view, which may be the
@@ -336,7 +318,7 @@ class ExpertClient:
         InvalidCall: it was released before, or is another client's.
         """
         self._check_process()
-        self._views.discard(view)
+        self._sessions.views.discard(view)
         self._link.views.release(view)
 
     def stats(self) -> ClientStats:
@@ -348,19 +330,8 @@ class ExpertClient:
 
         Again, it does nothing; in a forked child it leaves the parent's session alone.
         """
-        if self._closed.is_set() or os.getpid() != self._pid:
-            return
-        self._closed.set()
-        link = self._link
-        link.close(ClientClosed("the client was closed with this call on its way"))
-        coming = self._coming
-        if coming is not None:
-            coming.close(ClientClosed("the client was closed while it connected anew"))
-        self._reconnector.close()
-        if link.device_calls is not None:
-            # The calls' streams are let go on, and the worker's memory is closed before it ends.
-            link.device_calls.join(_SLAB_CLOSE_S)
-        self._on_close()
+        if os.getpid() == self._pid:
+            self._sessions.close()
 
     def __enter__(self) -> ExpertClient:
         return self
@@ -434,7 +405,7 @@ class ExpertClient:
         deadline = time.monotonic() + timeout_s
         return self._engine.submit(
             given,
-            self._live_link(deadline, can_fall_back=False),
+            self._sessions.live(deadline, can_fall_back=False),
             view,
             deadline,
             timeout_s,
@@ -480,10 +451,10 @@ class ExpertClient:
             future.sent(start_ns, 0, 0, 0)
             self._counter.sent(0, 0, 0, time.perf_counter_ns() - start_ns)
             return
-        link = self._link
+        link = self._sessions.link
         if link.loss is not None:
             lost_ns = time.perf_counter_ns()
-            link = self._live_link(future.deadline)
+            link = self._sessions.live(future.deadline, self.has_fallback)
             # To start a worker anew is no part of packing.
             start_ns += time.perf_counter_ns() - lost_ns
         number = link.views.of(view)
@@ -497,7 +468,8 @@ class ExpertClient:
         except RingFull as error:
             late = DeadlineExceeded(f"the worker took no call before the deadline: {error}")
             future.fail(late)
-            link.lose(late)
+            if not link.is_held_up(future):
+                link.lose(late)
             if self._fallback is None:
                 raise late from error
             n_bytes = 0
@@ -524,64 +496,3 @@ class ExpertClient:
             view,
             rows,
         )
-
-    # --- the session ----------------------------------------------------------------------
-
-    def _live_link(self, deadline: float, can_fall_back: bool = True) -> Link:
-        """The session, a new one if the last was lost; WorkerDied when there is none to be had."""
-        self._check_open()
-        link = self._link
-        if link.loss is None:
-            return link
-        try:
-            found = self._reconnector.link(
-                self._reconnect,
-                lambda: self._link,
-                deadline,
-                can_fall_back and self._fallback is not None,
-            )
-        except WorkerDied:
-            if not self._closed.is_set():
-                raise
-        else:
-            if not self._closed.is_set():
-                return found
-            # By another thread in the meantime, who knew nothing of what was opened.
-            found.close(ClientClosed("the client was closed while it connected anew"))
-        self._on_close()
-        raise ClientClosed("the client was closed while it reached for a new worker")
-
-    def _reconnect(self) -> Link:
-        link = self._coming = self._connect(is_first=False)
-        try:
-            # Whenever `close` comes, it knows of the session or is seen here.
-            self._check_open()
-            self._views.restore(link, self._use)
-            self._check_open()
-        except BaseException as error:
-            link.close(WorkerDied(f"the new session is of no use: {error}"))
-            raise
-        finally:
-            self._coming = None
-        return link
-
-    def _check_open(self) -> None:
-        if self._closed.is_set():
-            raise ClientClosed("the client is closed; connect anew")
-
-    def _use(self, link: Link) -> None:
-        self._link = link
-
-    def _connect(self, is_first: bool) -> Link:
-        while True:
-            opened = self._open_session(self._engine.wish)
-            welcome = opened.session.welcome
-            if welcome.stepped_down:
-                _log.warning(
-                    "activations travel over %s: %s", welcome.transport, welcome.stepped_down
-                )
-            link = Link(opened.session, self._capacity)
-            if self._engine.open_slab(link):
-                self._counter.connected(is_first, opened.is_new_process, welcome.stepped_down)
-                return link
-            link.close(ClientClosed("a session with another kind of slab takes its place"))

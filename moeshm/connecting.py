@@ -6,8 +6,9 @@ from . import engine_device as engines
 from . import session
 from .backends import Backend
 from .choice import choose
-from .client import ExpertClient, Opened
+from .client import ExpertClient
 from .handshake import SlabWish
+from .sessions import Opened
 
 
 def connect(

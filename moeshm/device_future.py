@@ -154,8 +154,12 @@ class Part(msgspec.Struct, eq=False):
     has_take: bool = False
     #: The stream need not wait for the worker any more.
     is_released: bool = False
+    #: So it is, and the worker, which lives, will still come to it.
+    is_abandoned: bool = False
     #: When the worker will have had time enough, of time.monotonic; 0.0 for not known yet.
     late_at: float = 0.0
+    #: The same, and it has done nothing else meanwhile: when the session is given up for it.
+    given_up_at: float = 0.0
     #: A thread tells its future of the end; and has.
     is_told: bool = False
     is_settled: bool = False
@@ -167,6 +171,16 @@ class Part(msgspec.Struct, eq=False):
             return self.claim.has_reached(TAKEN)
         is_given = not self.has_give or self.claim.has_reached(GIVEN)
         return self.is_begun and self.is_released and is_given
+
+    @property
+    def whole(self) -> object:
+        """As `Receiver.whole`."""
+        return self.future
+
+    @property
+    def is_in_turn(self) -> bool:
+        """As `Receiver.is_in_turn`."""
+        return True
 
     @property
     def is_done(self) -> bool:
@@ -183,13 +197,25 @@ class Part(msgspec.Struct, eq=False):
         """As `Receiver.fail`."""
         self.loss = self.loss or error
 
+    @property
+    def is_passed(self) -> bool:
+        """The worker uses nothing of it any more."""
+        return self.claim.is_passed if self.is_abandoned else self.claim.has_reached(DONE)
+
     def release(self) -> None:
-        """Let the stream go on, in the worker's place."""
+        """Let the stream go on, in the place of a worker that never comes to it."""
         self.is_released = True
         self.claim.set(DONE, self.claim.sequence)
 
+    def abandon(self) -> None:
+        """Let the stream go on before the worker, which may still write to the output."""
+        self.is_released = self.is_abandoned = True
+        self.claim.abandon()
+
     def settle(self) -> None:
         """Its future knows."""
+        if self.is_abandoned:
+            self.claim.abandon_taken()
         self.future.settled(self)
         self.is_settled = True
 

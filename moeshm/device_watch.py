@@ -36,8 +36,9 @@ _SLICE_S = 0.01
 #: Looks at nothing after which the thread sleeps until it is woken: to wake it for every call would
 #: take longer than the rest of a `submit`.
 _IDLE_LOOKS = 100
-#: A call whose own stream was late, or one before it, is given to the worker after its deadline. So
-#: long the worker has to come to it and to say so; the session of one that lives must not be lost.
+#: A call whose own stream was late, or one before it, is given to the worker after its deadline; of
+#: one behind others its turn may come then. So long the worker has to come to it and to say so; the
+#: session of one that lives must not be lost.
 _LATE_GRACE_S = 0.25
 #: Longer than taking in a reply that was sent takes.
 _REPLY_LIMIT_S = 5.0
@@ -132,25 +133,32 @@ class Watch:
                 else:
                     # Its future has the output, or knows why not.
                     self._end(part)
-            self._free_settled()
+            unheard = self._free_settled()
+        # Not under the lock: what the worker said may still have to be taken in.
         if refused:
-            # Not under the lock: what the worker said may still have to be taken in.
-            self._tell(refused)
+            unheard += self._tell(refused)
+        for part in unheard:
+            self._take_in_reply(part)
+            part.link.forget_now(part.call_id)
 
-    def _tell(self, refused: list[tuple[Part, int]]) -> None:
-        """Their futures why the worker computed nothing; each with that flag of its."""
+    def _tell(self, refused: list[tuple[Part, int]]) -> list[Part]:
+        """Their futures why the worker computed nothing; each with that flag of its. As
+        `_free_settled`."""
         for part, flag in refused:
             try:
                 self._fail(part, self._reason(part, flag))
             finally:
                 self._end(part)
         with self.lock:
-            self._free_settled()
+            return self._free_settled()
+
+    def _take_in_reply(self, part: Part) -> None:
+        # Sent before the flags were set; another thread may be about to take it in.
+        part.link.wait(part, time.monotonic() + _REPLY_LIMIT_S)
 
     def _reason(self, part: Part, refused: int) -> CallError:
         if refused == TOLD:
-            # Sent before the flags were set; another thread may be about to take it in.
-            part.link.wait(part, time.monotonic() + _REPLY_LIMIT_S)
+            self._take_in_reply(part)
             return part.told or part.loss or WorkerFailed("the worker gave no reason")
         token, slot = divmod(refused - 1, part.inputs.top_k)
         return InvalidCall(
@@ -159,16 +167,28 @@ class Watch:
         )
 
     def _end(self, part: Part) -> None:
-        """No reply will come to it, and its future has no more of it."""
-        part.link.forget_now(part.call_id)
+        """Its future has no more of it; nor will a reply come, unless the worker comes to it."""
+        if not part.is_abandoned:
+            part.link.forget_now(part.call_id)
         part.settle()
 
-    def _free_settled(self) -> None:
-        """The room of the oldest ones; holds the lock."""
+    def _free_settled(self) -> list[Part]:
+        """The room of the oldest ones; which of them have a reply to take in. Holds the lock."""
         parts = self.parts
+        unheard: list[Part] = []
         while parts and parts[0].is_settled:
+            part = parts[0]
+            if part.is_abandoned:
+                # The worker may still write to it. When it is over nothing is claimed.
+                if not (part.is_passed or self.is_over):
+                    break
+                if part.claim.refused == TOLD:
+                    unheard.append(part)
+                else:
+                    part.link.forget_now(part.call_id)
             parts.popleft()
             self.allocator.free_oldest()
+        return unheard
 
     def _fail(self, part: Part, error: CallError) -> None:
         part.future.fail(error)
@@ -215,46 +235,68 @@ class Watch:
         """Until the next look: at what is to be given up, in time."""
         now = time.monotonic()
         with self.lock:
-            left_s = [part.late_at - now for part in self.parts if part.late_at > now]
-        return min([_SLICE_S, *left_s])
+            ends = [end for part in self.parts for end in (part.late_at, part.given_up_at)]
+        return min([_SLICE_S, *(end - now for end in ends if end > now)])
 
     def _look(self) -> None:
         self.settle()
         with self.lock:
             parts = list(self.parts)
-        are_given = True
+        are_given = is_first = True
         for part in parts:
             # Before its turn comes, and its arrays are given, the worker cannot do anything:
             # others' streams, or the caller's own, are late, and it says so when it gets there.
             are_given = are_given and (part.has_reached(GIVEN) or part.has_reached(DONE))
-            if not part.is_begun or part.is_released:
+            if part.is_passed:
                 continue
-            try:
-                self._look_at(part, are_given)
-            except Exception as error:  # whatever it is, streams must not wait for ever
-                words = traceback.format_exc()
-                _log.error("what is on its way to the worker was not looked after: %s", words)
-                self._fail(part, WorkerDied(f"the call could not be looked after: {error}"))
-                part.release()
+            if part.is_begun:
+                self._try_to_look_at(part, are_given, is_first)
+            is_first = False
 
-    def _look_at(self, part: Part, is_workers: bool) -> None:
-        """`is_workers`: nobody but the worker keeps it from being done."""
+    def _try_to_look_at(self, part: Part, is_workers: bool, is_first: bool) -> None:
+        try:
+            self._look_at(part, is_workers, is_first)
+        except Exception as error:  # whatever it is, streams must not wait for ever
+            if part.is_abandoned:
+                return  # it was said
+            words = traceback.format_exc()
+            _log.error("what is on its way to the worker was not looked after: %s", words)
+            self._fail(part, WorkerDied(f"the call could not be looked after: {error}"))
+            part.abandon()
+
+    def _look_at(self, part: Part, is_workers: bool, is_first: bool) -> None:
+        """`is_workers`: nobody but the worker keeps it from being done; `is_first`: nor does a part
+        before it."""
         link = part.link
         if link.loss is None and _is_gone(link):
             link.lose(WorkerDied("its process is gone"))
         if link.loss is None and is_workers:
-            now = time.monotonic()
-            if not part.late_at:
-                # A look later than it was given, at most.
-                is_late = now > part.deadline + _SLICE_S
-                grace_s = _LATE_GRACE_S if is_late else GRACE_S
-                part.late_at = max(part.deadline, now) + grace_s
-            if now >= part.late_at and not part.has_reached(DONE):
-                late = too_late(part.future.timeout_s)
-                part.fail(late)
-                link.lose(late)
+            self._look_at_time(part, is_first)
         if link.loss is not None and not part.has_reached(DONE):
             self._release(part)
+
+    def _look_at_time(self, part: Part, is_first: bool) -> None:
+        """When a part is late: the session ends if the worker is at it, else the part alone."""
+        now, link, timeout_s = time.monotonic(), part.link, part.future.timeout_s
+        is_new = not part.late_at
+        if is_new:
+            # A look later than it was given, at most.
+            is_late = now > part.deadline + _SLICE_S
+            grace_s = _LATE_GRACE_S if is_late else GRACE_S
+            part.late_at = max(part.deadline, now) + grace_s
+        # Calls through the ring come before it, too.
+        if is_first and not part.given_up_at and not link.is_held_up(part.whole):
+            part.given_up_at = part.late_at if is_new else max(part.late_at, now + _LATE_GRACE_S)
+        if now < part.late_at or part.is_passed:
+            return
+        # What a fallback computes must not be where the worker still writes for a living session.
+        if part.fallback is not None or 0 < part.given_up_at <= now:
+            late = too_late(timeout_s)
+            part.fail(late)
+            link.lose(late)
+        elif not part.is_abandoned:
+            self._fail(part, part.told or too_late(timeout_s, is_held_up=True))
+            part.abandon()
 
     def _release(self, part: Part) -> None:
         """Its worker is lost: compute it elsewhere if that can be, and let the stream go on."""

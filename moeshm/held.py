@@ -258,11 +258,18 @@ def not_held() -> InvalidCall:
 class _Held:
     """Receives the answer to an order."""
 
+    is_in_turn = False
+
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
         self.is_done = False
         self.layers: Mapping[int, LayerInfo] = {}
         self.error: CallError | None = None
+
+    @property
+    def whole(self) -> object:
+        """As `Receiver.whole`."""
+        return self
 
     def take(self, reply: Reply, record: Message) -> None:
         """As `Receiver.take`."""

@@ -11,15 +11,11 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from . import process, protocol
 from ._role import Monitor, Role
-from .descriptors import DESCRIPTOR
 from .dtypes import Array, DType
 from .errors import (
     CallError,
@@ -29,10 +25,10 @@ from .errors import (
     ProtocolError,
     RingEmpty,
     RingFull,
-    SessionError,
     WorkerDied,
 )
 from .held import SessionNumbers
+from .outbox import Drain, Outbox, Packable, Rows
 from .protocol import Message, Reply
 from .receivers import GRACE_S, Answer, Awaited, Nobody, Receiver, another, too_late
 from .session import Session
@@ -40,8 +36,6 @@ from .session import Session
 if TYPE_CHECKING:
     from .device_calls import DeviceCalls
 
-#: How long a sender leaves a full transport alone before it looks for replies again.
-_FULL_PAUSE_S = 0.001
 #: How late it may be heard that an order is carried out. Whoever waits for that looks so often.
 _ORDER_PAUSE_S = 0.005
 #: How late a thread may learn that the one that received was interrupted, which only the main
@@ -50,11 +44,6 @@ _UNTOLD_S, _LOOK_S = 0.01, 0.1
 #: Longer than copying the largest reply takes; a thread that the interpreter ended never stops.
 _COPY_LIMIT_S = 5.0
 
-
-#: Of a call's tokens, rising.
-Rows: TypeAlias = npt.NDArray[np.int64]
-#: The arguments of `Transport.write_call` and `protocol.pack_rows`.
-Packable: TypeAlias = tuple[int, int, Array, Array, Array, DType, int, int, Rows | None]
 
 _Record = TypeVar("_Record")
 
@@ -72,9 +61,7 @@ class Link:
         self.new_id: Callable[[], int] = itertools.count(1).__next__
         #: The views that calls may name.
         self.views = SessionNumbers(self)
-        self._sending = Role()
-        #: Orders without an answer that are still to be sent, before any other record if possible.
-        self._unsent: collections.deque[bytes] = collections.deque()
+        self._outbox = Outbox(session.transport)
         #: The record that is being taken in.
         self._received: collections.deque[Message] = collections.deque()
         #: Held to change what is below, and to end the session.
@@ -116,24 +103,24 @@ class Link:
             view,
             rows,
         )
-        return self._post(call_id, receiver, self._write, call)
+        return self._post(call_id, receiver, self._outbox.write, call)
 
     def _post(
         self,
         call_id: int,
         receiver: Receiver,
-        write: Callable[[_Record, float], int],
+        write: Callable[[_Record, float, Drain], int],
         record: _Record,
     ) -> int:
         if self._transport.has_unread:
             self._take_in()
         try:
-            with self._sending.taken(receiver.deadline):
+            with self._outbox.sending.taken(receiver.deadline):
                 if self.loss is not None:
                     raise another(self.loss)
                 try:
                     self._pending[call_id] = receiver
-                    return write(record, receiver.deadline)
+                    return write(record, receiver.deadline, self._drain)
                 except RingFull as error:
                     self._pending.pop(call_id, None)
                     if self._transport.is_closed:  # a part of it had left
@@ -147,7 +134,7 @@ class Link:
                     self.forget(call_id)
                     raise
         finally:
-            if self._unsent:
+            if self._outbox.unsent:
                 self._flush()
 
     def call(
@@ -165,30 +152,32 @@ class Link:
 
         None when another thread sends or receives, or there is no room: then nothing was sent.
         Spares a thread that would wait at once the future and the bookkeeping, half of a small
-        call's time. DeadlineExceeded and WorkerDied: the session is over.
+        call's time. DeadlineExceeded: as `is_held_up` of it. WorkerDied: the session is over.
         """
+        deadline = time.monotonic() + timeout_s
+        #: Until its reply is taken here, and should it come later.
+        receiver = Nobody(deadline)
         try:
             with self._receiving.tried() as may_receive:
                 # Only tried: who has it may be waiting until replies are taken in, which is ours.
                 if not may_receive:
                     return None
                 call_id = self.new_id()
-                deadline = time.monotonic() + timeout_s
                 call = call_id, layer, hidden_states, topk_ids, topk_weights, dtype
-                try:
-                    bytes_out = self._send_now((*call, int(deadline * 1e9), view, None), deadline)
-                    if bytes_out is None:
-                        return None
-                    sent_ns = time.perf_counter_ns()
-                    last = deadline + GRACE_S
-                    return self._receive_answer(call_id, dtype, into, last, sent_ns, bytes_out)
-                except BaseException:
-                    # Its reply may still come, and is then nobody's.
-                    self._pending[call_id] = Nobody()
-                    raise
+                call_ns = int(deadline * 1e9)
+                bytes_out = self._send_now((*call, call_ns, view, None), receiver)
+                if bytes_out is None:
+                    return None
+                sent_ns = time.perf_counter_ns()
+                last = deadline + GRACE_S
+                answer = self._receive_answer(call_id, dtype, into, last, sent_ns, bytes_out)
+                self._pending.pop(call_id, None)
+                return answer
         except (RingEmpty, RingFull) as error:
-            late = too_late(timeout_s)
-            self.lose(late)
+            is_held_up = self.is_held_up(receiver)
+            late = too_late(timeout_s, is_held_up)
+            if not is_held_up:
+                self.lose(late)
             raise late from (error if isinstance(error, RingFull) else None)
         except CallError:
             raise
@@ -197,39 +186,40 @@ class Link:
         finally:
             self._stopped_receiving()
 
-    def _send_now(self, call: Packable, deadline: float) -> int | None:
+    def _send_now(self, call: Packable, receiver: Receiver) -> int | None:
         """Send a call, by who may receive; None when another thread sends, or there is no room now.
         RingFull: nor was there any before the deadline."""
+        deadline = receiver.deadline
         try:
-            with self._sending.tried() as may_send:
+            with self._outbox.sending.tried() as may_send:
                 if not may_send:
                     return None
                 if self.loss is not None:
                     raise another(self.loss)
-                if self._unsent:
-                    self._send_unsent(deadline)
                 try:
-                    return self._transport.write_call(*call)
+                    self._pending[call[0]] = receiver
+                    return self._outbox.write_at_once(call, deadline)
                 except RingFull:
+                    self._pending.pop(call[0], None)
                     if time.monotonic() < deadline:
                         return None
                     raise
         finally:
-            if self._unsent:
+            if self._outbox.unsent:
                 self._flush()
 
     def order(self, call_id: int, receiver: Receiver, packed: bytes) -> None:
         """Send an order, whose reply will go to `receiver`. Errors as `send`."""
-        self._post(call_id, receiver, self._write_order, packed)
+        self._post(call_id, receiver, self._outbox.write_order, packed)
 
     def describe(self, receiver: Receiver, call_id: int, packed: bytes) -> None:
         """Send a descriptor, of whose errors `receiver` will hear. Errors as `send`."""
-        self._post(call_id, receiver, self._write_descriptor, packed)
+        self._post(call_id, receiver, self._outbox.write_descriptor, packed)
 
     def tell(self, packed: bytes) -> None:
         """Send an order that is not answered: now, or, where there is no room, before a later
         record. Waits for nothing; to a session that is over it means nothing."""
-        self._unsent.append(packed)
+        self._outbox.unsent.append(packed)
         self._flush()
 
     def forget_now(self, call_id: int) -> None:
@@ -239,8 +229,25 @@ class Link:
     def forget(self, call_id: int) -> None:
         """Its reply may still come, and is then nobody's."""
         with self._state:
-            if call_id in self._pending:
-                self._pending[call_id] = Nobody()
+            receiver = self._pending.get(call_id)
+            if receiver is not None:
+                self._pending[call_id] = Nobody(receiver.deadline, receiver.is_in_turn)
+
+    def is_held_up(self, call: object) -> bool:
+        """Whether the worker may be at a call that was sent before this one, and has time left.
+
+        Else the session is given up at this one's deadline. `call`: the `whole` of its receivers.
+        A worker that is stopped is at none; one that hangs otherwise is found out at the first's
+        deadline.
+        """
+        now = time.monotonic()
+        # In the order in which they were sent. A copy is one step, a list of its values is not.
+        for receiver in self._pending.copy().values():
+            if receiver.whole is call:
+                return False
+            if receiver.is_in_turn and receiver.deadline + GRACE_S > now:
+                return not process.is_stopped(self.session.control.peer_pid)
+        return False
 
     # --- receiving --------------------------------------------------------------------------
 
@@ -328,6 +335,10 @@ class Link:
                 self._state.wait(min(left_s, _UNTOLD_S))
         finally:
             self._n_waiting -= 1
+        with self._receiving.tried() as may_receive:
+            # One that a signal's handler kept from being taken in refers to the session's memory.
+            while may_receive and self._received:
+                self._received.pop().release()
         return another(error)
 
     def check_process(self) -> None:
@@ -339,73 +350,19 @@ class Link:
 
     # --- sending ----------------------------------------------------------------------------
 
-    def _write(self, call: Packable, deadline: float) -> int:
-        if self._unsent:
-            self._send_unsent(deadline)
-        try:
-            return self._transport.write_call(*call)
-        except RingFull:
-            if time.monotonic() > deadline:
-                raise
-        parts = protocol.pack_rows(*call)
-        self._write_parts(parts, protocol.CALL, deadline)
-        n_rows, hidden_size = parts[-1].shape
-        return protocol.call_bytes(n_rows, call[3].shape[1], hidden_size, call[5])
-
-    def _write_descriptor(self, descriptor: bytes, deadline: float) -> int:
-        if self._unsent:
-            self._send_unsent(deadline)
-        self._transport.finish_by = deadline
-        try:
-            self._transport.write((descriptor,), DESCRIPTOR, 0, 0.0)
-        except RingFull:
-            self._write_parts((descriptor,), DESCRIPTOR, deadline)
-        return len(descriptor)
-
-    def _write_order(self, order: bytes, deadline: float) -> int:
-        # What is to be released first may make room for it at the worker.
-        while not self._send_unsent(deadline):
-            self._write_parts((self._unsent[0],), protocol.ORDER, deadline)
-            self._unsent.popleft()
-        self._transport.finish_by = deadline
-        self._write_parts((order,), protocol.ORDER, deadline)
-        return len(order)
-
-    def _send_unsent(self, deadline: float | None) -> bool:
-        """Send what there is room for now; True for all. By who may send, who has until then."""
-        self._transport.finish_by = deadline
-        while self._unsent:
-            try:
-                self._transport.write((self._unsent[0],), protocol.ORDER, 0, 0.0)
-            except RingFull:
-                return False
-            self._unsent.popleft()
-        return True
-
     def _flush(self) -> None:
         """Send what is to be sent, unless another thread sends: it looks when it stops."""
-        while self._unsent:
-            with self._sending.tried() as may_send:
+        while self._outbox.unsent:
+            with self._outbox.sending.tried() as may_send:
                 if not may_send:
                     return
                 try:
                     if self.loss is not None:
-                        self._unsent.clear()
-                    elif not self._send_unsent(None):
+                        self._outbox.unsent.clear()
+                    elif not self._outbox.send_unsent(None):
                         return
                 except MoeshmError as error:
                     self.lose(error)
-
-    def _write_parts(self, parts: Sequence[Any], kind: int, deadline: float) -> None:
-        # The worker may wait for room for a reply: without taking replies in, both would wait.
-        while True:
-            self._drain()
-            try:
-                self._transport.write(parts, kind, 0, _FULL_PAUSE_S)
-                return
-            except RingFull:
-                if time.monotonic() > deadline:
-                    raise
 
     def _take_in(self) -> None:
         """As `_drain`, before anything is sent. WorkerDied."""
@@ -462,14 +419,16 @@ class Link:
     def _receive(self, timeout_s: float) -> None:
         record = self._acquire(timeout_s)
         reply = None
+        is_taken = True
         try:
             reply = protocol.parse_reply(record)
             self._give(reply, record)
         except BaseException as error:
-            self._note_interrupt(error, reply)
+            is_taken = self._is_taken(error, reply)
             raise
         finally:
-            self._received.pop().release()
+            if is_taken:
+                self._received.pop().release()
 
     def _acquire(self, timeout_s: float) -> Message:
         """The next record, which is in `_received` until it is released. It gets there in one step:
@@ -479,15 +438,12 @@ class Link:
             self._received.extend(map(self._transport.acquire, (timeout_s,)))
         return self._received[0]
 
-    def _note_interrupt(self, error: BaseException, reply: Reply | None) -> None:
-        """With a record in hand: ends the session, unless who waited for it has all of it."""
+    def _is_taken(self, error: BaseException, reply: Reply | None) -> bool:
+        """Whether a record that was in hand can be released. One that a signal's handler kept from
+        being taken in stays, for who receives next."""
         if isinstance(error, Exception):
-            return
-        receiver = None if reply is None else self._pending.get(reply.call_id)
-        if reply is not None and receiver is not None and receiver.is_done:
-            self._pending.pop(reply.call_id, None)
-        else:
-            self.lose(SessionError("a reply was interrupted as it was taken in"))
+            return True
+        return reply is not None and reply.call_id not in self._pending
 
     def _receive_answer(
         self,
@@ -502,6 +458,7 @@ class Link:
             record = self._acquire(max(0.0, deadline - time.monotonic()))
             arrived_ns = time.perf_counter_ns()
             reply = None
+            is_taken = True
             try:
                 n_bytes = len(record)
                 compute_ns = protocol.take_plain(record, call_id, into, dtype)
@@ -515,10 +472,11 @@ class Link:
                     )
                 self._give(reply, record)
             except BaseException as error:
-                self._note_interrupt(error, reply)
+                is_taken = self._is_taken(error, reply)
                 raise
             finally:
-                self._received.pop().release()
+                if is_taken:
+                    self._received.pop().release()
             if self._n_waiting:
                 with self._state:
                     self._state.notify_all()

@@ -14,8 +14,13 @@ from .protocol import Message, Reply
 GRACE_S = 0.006
 
 
-def too_late(timeout_s: float) -> DeadlineExceeded:
-    """Why a session is given up at a deadline."""
+def too_late(timeout_s: float, is_held_up: bool = False) -> DeadlineExceeded:
+    """What a call gets at its deadline; `is_held_up`: by earlier calls, and the session goes on."""
+    if is_held_up:
+        return DeadlineExceeded(
+            f"no answer within {timeout_s:g} s from the worker, which has earlier calls of this "
+            "client with more time: allow more (timeout_s), or make such calls by another client"
+        )
     return DeadlineExceeded(
         f"no answer within {timeout_s:g} s from the worker; the session is given up: allow more "
         "time (timeout_s), or look at the worker"
@@ -34,12 +39,25 @@ class Receiver(Protocol):
     deadline: float
 
     @property
+    def whole(self) -> object:
+        """What its caller waits for: itself, or what it is a part of."""
+        ...
+
+    @property
+    def is_in_turn(self) -> bool:
+        """Whether what was sent later is answered later; orders are carried out beside calls."""
+        ...
+
+    @property
     def is_done(self) -> bool:
         """It needs no reply any more."""
         ...
 
     def take(self, reply: Reply, record: Message) -> None:
-        """Copy the rows out of the record; ProtocolError when they are not what was asked for."""
+        """Copy the rows out of the record; ProtocolError when they are not what was asked for.
+
+        Again, with the same reply, where a signal's handler interrupted it.
+        """
         ...
 
     def fail(self, error: CallError) -> None:
@@ -67,10 +85,19 @@ class Awaited(Protocol):
 
 
 class Nobody:
-    """Receives for a call that was given up."""
+    """Receives what nobody will ask for, or what its caller finds without being told."""
 
-    deadline = 0.0
+    __slots__ = ("deadline", "is_in_turn")
     is_done = False
+
+    def __init__(self, deadline: float, is_in_turn: bool = True) -> None:
+        self.deadline = deadline
+        self.is_in_turn = is_in_turn
+
+    @property
+    def whole(self) -> object:
+        """As `Receiver.whole`."""
+        return self
 
     def take(self, reply: Reply, record: Message) -> None:
         """As `Receiver.take`."""

@@ -215,8 +215,8 @@ class SlabServer:
         last, self._last = self._last, None
         if last is None or self._slab is None or self._segment is None:
             return
-        done = _flag(last.places.slot, DONE)
-        if not wait_for_word(self._segment.memory, done, last.sequence, 0, 0):
+        # A client that went on without it has set another.
+        if load_word(self._segment.memory, _flag(last.places.slot, DONE)) != last.sequence:
             self._slab.wait()
 
     def tell_failed(self, slot: int, sequence: int) -> None:
@@ -234,6 +234,11 @@ class SlabServer:
         freed under it; not for a client that is gone, nor for longer than 5 s."""
         if self._slab is None or not self._slab.handle or self._segment is None:
             return
+        try:
+            # What is on its way will be done.
+            self._slab.wait()
+        except DeviceError:
+            return  # `close` tells of it
         deadline = time.monotonic() + _TAKEN_LIMIT_S
         memory = self._segment.memory
         for slot in range(SLOTS):

@@ -23,11 +23,12 @@ from . import engine_device as engines
 from . import session
 from .backends import Backend
 from .choice import choose
-from .client import ExpertClient, Opened
+from .client import ExpertClient
 from .errors import ConnectError, SessionError
 from .handshake import SlabWish
 from .process import python_module
 from .session import Session
+from .sessions import Opened
 
 #: Reading and checking a large checkpoint from a slow disk.
 START_TIMEOUT_S = 600.0

@@ -19,7 +19,8 @@ SLOTS = 32
 SLOT_BYTES = 512
 FLAGS_BYTES = SLOTS * SLOT_BYTES
 #: Of the flags in a slot: where each is, 32 bits wide, far enough apart that no two devices share
-#: what they fetch.
+#: what they fetch. `DONE` is a call's sequence when the worker has passed it, and one more when the
+#: engine went on before that.
 GIVEN, DONE, REFUSED, TAKEN = 0, 128, 256, 384
 #: In `refused`: a reply says why; it was sent before.
 TOLD = 0xFFFFFFFF

@@ -41,11 +41,12 @@ class ArithmeticBackend:
 
     def __init__(self, on_turn: Callable[[int, int], None] = lambda _layer, _tag: None) -> None:
         self.layers: Mapping[int, LayerInfo] = {
-            FREE: _info(HIDDEN_SIZE),
             GATED: _info(HIDDEN_SIZE),
             BROKEN: _info(HIDDEN_SIZE),
             WIDE: _info(WIDE_HIDDEN_SIZE),
             STEPPED: _info(HIDDEN_SIZE),
+            # The last of a shape is what an offload measures a worker by.
+            FREE: _info(HIDDEN_SIZE),
         }
         self._on_turn = on_turn
 

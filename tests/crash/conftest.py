@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import moeshm
+from moeshm import settings
 from tests.crash.processes import GatedWorker, gated_worker
 
 
@@ -30,3 +31,12 @@ def client(worker: GatedWorker, transport: str) -> Iterator[moeshm.ExpertClient]
     with moeshm.connect(worker.address, transport=transport) as connected:
         assert connected.transport == transport
         yield connected
+
+
+@pytest.fixture
+def small_rings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rings for one token of the widest layer: two calls of it fill them."""
+    monkeypatch.setenv("MOESHM_BATCH_CAPACITY", "1")
+    settings.current.cache_clear()
+    yield
+    settings.current.cache_clear()

@@ -207,7 +207,7 @@ def reconnect_(scene: Scene) -> float:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(scene.worker.path))
         listener.listen()
-        return scene.interrupt(lambda: scene.client.compute(*inputs), "_live_link")
+        return scene.interrupt(lambda: scene.client.compute(*inputs), "live")
 
 
 class Wait(NamedTuple):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import moeshm
-from moeshm import protocol, settings
+from moeshm import protocol
 from moeshm.dtypes import DType
 from moeshm.errors import DeadlineExceeded, MoeshmError, WorkerDied
 from tests.crash.arithmetic import (
@@ -25,15 +24,6 @@ from tests.crash.arithmetic import (
 from tests.crash.processes import GatedWorker, gated_worker, within
 
 SOON_S = 15.0
-
-
-@pytest.fixture
-def small_rings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Rings for one token of the widest layer: two calls of it fill them."""
-    monkeypatch.setenv("MOESHM_BATCH_CAPACITY", "1")
-    settings.current.cache_clear()
-    yield
-    settings.current.cache_clear()
 
 
 @pytest.mark.usefixtures("small_rings")
@@ -104,16 +94,16 @@ def test_a_ring_that_stays_full_ends_at_the_deadline(
 ) -> None:
     fallback = ArithmeticBackend() if has_fallback else None
     with moeshm.connect(worker.address, transport=transport, fallback=fallback) as client:
-        first = client.submit(*make_inputs(GATED, 1, n_tokens=1))
+        gated, inputs = make_inputs(GATED, 1, n_tokens=1), make_inputs(WIDE, 2, n_tokens=2000)
+        first = client.submit(*gated, timeout_s=0.4)
         worker.next_turn()
-        inputs = make_inputs(WIDE, 2, n_tokens=2000)
         with within(2 * SOON_S):
             if has_fallback:
-                assert_exact(client.compute(*inputs, timeout_s=0.4), inputs)
-                assert_exact(first.result(), make_inputs(GATED, 1, n_tokens=1))
+                assert_exact(client.compute(*inputs, timeout_s=0.5), inputs)
+                assert_exact(first.result(), gated)
             else:
                 with pytest.raises(DeadlineExceeded, match="took no call before the deadline"):
-                    client.compute(*inputs, timeout_s=0.4)
+                    client.compute(*inputs, timeout_s=0.5)
                 with pytest.raises(WorkerDied):
                     first.result()
         worker.let_go()

@@ -322,14 +322,14 @@ def test_to_start_a_worker_anew_is_no_part_of_packing(monkeypatch: pytest.Monkey
         np.ones((1, 4), np.float32),
     )
     with moeshm.spawn_worker(tiny_moe_path(), threads=1) as client:
-        open_session = client._open_session
+        open_session = client._sessions._open_session
 
         def open_slowly(wish: SlabWish) -> Any:
             nonlocal jumped_ns
             jumped_ns += 10**15
             return open_session(wish)
 
-        monkeypatch.setattr(client, "_open_session", open_slowly)
+        monkeypatch.setattr(client._sessions, "_open_session", open_slowly)
         monkeypatch.setattr(time, "perf_counter_ns", lambda: read_clock() + jumped_ns)
         os.kill(client.worker_pid, signal.SIGKILL)
         with pytest.raises(WorkerDied):

@@ -198,6 +198,46 @@ def test_a_flag_is_waited_for() -> None:
     setter.join()
 
 
+@pytest.mark.parametrize("sequence", [1, 40, 0xFFFFFFFE, 0xFFFFFFFF, 0])
+def test_an_abandoned_call_is_passed_when_the_worker_says_so(sequence: int) -> None:
+    """Whoever waits for it goes on before, and is not held up again."""
+    memory = flags()
+    claim = claimed(Allocator(memory, DATA_BYTES, (sequence - 1) % (1 << 32)), SMALL)
+    # Of the slot's last call, abandoned or not.
+    for before in (sequence - SLOTS, sequence - SLOTS + 1):
+        claim.set(DONE, before % (1 << 32))
+        claim.abandon()
+        assert claim.has_reached(DONE)
+        assert not claim.is_passed
+    store_word(memory, claim.flag(DONE), sequence)
+    assert claim.has_reached(DONE)
+    assert claim.is_passed
+
+
+def test_what_is_passed_cannot_be_abandoned() -> None:
+    """The worker says it once."""
+    claim = claimed(Allocator(flags(), DATA_BYTES), SMALL)
+    claim.set(DONE, claim.sequence)
+    claim.abandon()
+    assert claim.is_passed
+
+
+def test_a_call_in_the_slot_of_an_abandoned_one_is_to_be_done() -> None:
+    memory = flags()
+    allocator = Allocator(memory, DATA_BYTES)
+    for _ in range(SLOTS):
+        claim = claimed(allocator, SMALL)
+        claim.abandon()
+        claim.abandon_taken()
+        assert load_word(memory, claim.flag(DONE)) == load_word(memory, claim.flag(TAKEN))
+        allocator.free_oldest()
+    for _ in range(SLOTS):
+        claim = claimed(allocator, SMALL)
+        assert not claim.has_reached(DONE)
+        assert not claim.has_reached(TAKEN)
+        assert not claim.is_passed
+
+
 def test_a_new_call_is_not_refused() -> None:
     """Though the last one of its slot was."""
     memory = flags()

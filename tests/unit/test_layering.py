@@ -26,7 +26,7 @@ LAYERS = {
     "L2 compute": "checkpoint backends",
     "L3 policy": "placement swaps routing_stats policy",
     "L4 engine": (
-        "client connecting engine_device choice call windows arrays link receivers"
+        "client connecting sessions engine_device choice call windows arrays link outbox receivers"
         " held fallback reconnect offload supervisor worker"
         " views holdings slab_server turns device_calls device_future device_watch daemon listening"
         " refusals stats logs metrics integrations diagnosis"

@@ -13,6 +13,7 @@ from moeshm.errors import DeadlineExceeded, PeerDied, RingEmpty, RingFull, Worke
 from moeshm.held import HeldView
 from moeshm.link import Link
 from moeshm.orders import Hold, Release, pack_order, parse_order
+from moeshm.receivers import Nobody
 from tests.wire import meanwhile, message, partial_info
 
 LAYERS = {0: partial_info(8, 9, (0, 1), 2)}
@@ -52,21 +53,6 @@ class FakeTransport:
         self.room -= 1
 
 
-class Nobody:
-    """Waits for no reply."""
-
-    is_done = False
-
-    def __init__(self, deadline: float = 1e9) -> None:
-        self.deadline = deadline
-
-    def take(self, reply: Any, record: Any) -> None:
-        """As `Receiver.take`."""
-
-    def fail(self, error: Exception) -> None:
-        """As `Receiver.fail`."""
-
-
 @pytest.fixture
 def transport() -> FakeTransport:
     return FakeTransport()
@@ -100,7 +86,7 @@ def test_a_release_without_room_goes_before_the_next_call(
     assert link.loss is None
     assert transport.sent == []
     transport.room = 3
-    link.send(Nobody(), *CALL, None)
+    link.send(Nobody(1e9), *CALL, None)
     assert transport.sent == [Release(1), Release(2), "call"]
 
 
@@ -148,7 +134,7 @@ def test_a_release_while_another_thread_sends_is_sent_by_that(
 
     transport.meanwhile = releasing
     transport.room = 2
-    link.send(Nobody(), *CALL, None)
+    link.send(Nobody(1e9), *CALL, None)
     assert transport.sent == ["call", Release(1)]
 
 
@@ -163,4 +149,4 @@ def test_a_release_of_a_session_that_is_over_means_nothing(
     release(link, 2)
     assert transport.sent == []
     with pytest.raises(WorkerDied):
-        link.send(Nobody(), *CALL, None)
+        link.send(Nobody(1e9), *CALL, None)

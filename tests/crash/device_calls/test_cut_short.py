@@ -21,6 +21,7 @@ from moeshm.errors import (
     RingFull,
     WorkerDied,
 )
+from moeshm.outbox import Drain
 from moeshm.transport.slab import SLOTS
 from tests.crash.arithmetic import FREE, ArithmeticBackend, make_inputs
 from tests.crash.device_calls.calls import MORE_TOKENS, SOON_S, GpuCall, Kind, connected, wait_until
@@ -55,15 +56,15 @@ def after_descriptor(
     client: moeshm.ExpertClient, patch: pytest.MonkeyPatch, what: Callable[[], object]
 ) -> None:
     """The session's next call is launched after that, and the worker has its descriptor before."""
-    link = client._link
-    write = link._write_descriptor
+    outbox = client._link._outbox
+    write = outbox.write_descriptor
 
-    def write_and_more(descriptor: bytes, deadline: float) -> int:
-        n_bytes = write(descriptor, deadline)
+    def write_and_more(descriptor: bytes, deadline: float, drain: Drain) -> int:
+        n_bytes = write(descriptor, deadline, drain)
         what()
         return n_bytes
 
-    patch.setattr(link, "_write_descriptor", write_and_more)
+    patch.setattr(outbox, "write_descriptor", write_and_more)
 
 
 # --- before the worker knows of it ----------------------------------------------------------
@@ -74,11 +75,11 @@ def test_a_ring_that_is_full(
 ) -> None:
     """Nothing is launched, and neither slots nor the session are used up by it."""
 
-    def refuse(_descriptor: bytes, _deadline: float) -> int:
+    def refuse(_descriptor: bytes, _deadline: float, _drain: Drain) -> int:
         raise RingFull("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(client._link, "_write_descriptor", refuse)
+        patch.setattr(client._link._outbox, "write_descriptor", refuse)
         for _ in range(SLOTS + 1):
             with pytest.raises(RingFull, match="no room"):
                 GpuCall.of(make_inputs(FREE, 2)).submit(client, stream)
@@ -98,10 +99,10 @@ def test_a_ring_that_is_full(
 def test_a_ring_that_is_broken(
     client: moeshm.ExpertClient, stream: Stream, movers: Movers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_descriptor: bytes, _deadline: float) -> int:
+    def refuse(_descriptor: bytes, _deadline: float, _drain: Drain) -> int:
         raise ProtocolError("it makes no sense")
 
-    monkeypatch.setattr(client._link, "_write_descriptor", refuse)
+    monkeypatch.setattr(client._link._outbox, "write_descriptor", refuse)
     with pytest.raises(WorkerDied, match="it makes no sense"):
         GpuCall.of(make_inputs(FREE, 2)).submit(client, stream)
     assert enqueued(movers.opened[0], stream) == (0, 0)

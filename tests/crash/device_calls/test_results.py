@@ -126,13 +126,13 @@ def test_a_full_slab_waits_for_room(client: moeshm.ExpertClient, stream: Stream)
 def test_a_new_session_is_part_of_the_time_that_a_call_has(
     client: moeshm.ExpertClient, stream: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deadlines, live_link = [], client._live_link
+    deadlines, live_link = [], client._sessions.live
 
     def note(deadline: float, can_fall_back: bool = True) -> Any:
         deadlines.append(deadline)
         return live_link(deadline, can_fall_back)
 
-    monkeypatch.setattr(client, "_live_link", note)
+    monkeypatch.setattr(client._sessions, "live", note)
     future = GpuCall.of(make_inputs(FREE, 1)).submit(client, stream)
     assert deadlines == [future.deadline]
     future.wait(PATIENCE_S)

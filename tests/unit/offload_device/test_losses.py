@@ -104,7 +104,7 @@ def test_a_way_that_cannot_be_opened_again_is_left(
         # Once it can be opened, and is tried again.
         movers.refuses_device_memory = False
         offload._remotes["w"]._health["device"]._until = 0.0
-        offload._remotes["w"].clients["device"]._reconnector._retry_at = 0.0
+        offload._remotes["w"].clients["device"]._sessions._reconnector._retry_at = 0.0
         learn(offload, stream)
         assert offload.stats().stepped_down == {}
         assert offload.stats().losses == {"w": 1}
@@ -166,7 +166,7 @@ def test_a_worker_that_is_back_is_so_for_every_way(tmp_path: Path, stream: Strea
         assert (offload.stats().losses, offload.stats().stepped_down) == ({"w": 1}, {})
         stack.enter_context(gated_worker(tmp_path, has_gpu=True))
         for client in remote.sessions:
-            client._reconnector._retry_at = 0.0
+            client._sessions._reconnector._retry_at = 0.0
         remote._health["shared"]._until = 0.0
         assert_exact(offload, stream)
         assert remote.down_ways() == set()
