@@ -207,6 +207,14 @@ def stream_of(stream: Any, hidden_states: Any, device_index: int | None = None) 
     )
 
 
+def torch_stream(torch: Any, handle: int, device: Any) -> Any:
+    """torch's name for the stream with that handle. `torch`: the module."""
+    if handle == 0:
+        # For that ExternalStream makes a new stream, of which the default one knows nothing.
+        return torch.cuda.default_stream(device)
+    return torch.cuda.ExternalStream(handle, device=device)
+
+
 # --- checks -------------------------------------------------------------------------------
 
 
@@ -353,7 +361,7 @@ def _empty_like(values: Any, stream: int | None) -> Any:
         torch = sys.modules["torch"]
         if other is None:
             return torch.empty_like(values)
-        with torch.cuda.stream(torch.cuda.ExternalStream(other, device=values.device)):
+        with torch.cuda.stream(torch_stream(torch, other, values.device)):
             return torch.empty_like(values)
     if _is_cupy(values):
         cupy = sys.modules["cupy"]

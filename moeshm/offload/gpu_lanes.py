@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..device_arrays import stream_of
+from ..device_arrays import stream_of, torch_stream
 from ..dtypes import Array, DType
 from ..engine_device import EngineDevice
 from ..errors import DeviceError, InvalidCall
@@ -224,7 +224,7 @@ class TorchLane:
         self.stream = stream
         self._torch = torch
         self._device = torch.device("cuda", index)
-        self._stream = owner or torch.cuda.ExternalStream(stream, device=self._device)
+        self._stream = owner or torch_stream(torch, stream, self._device)
         self._formats = {
             DType.F32: torch.float32,
             DType.F16: torch.float16,

@@ -87,10 +87,12 @@ def only(offload: ExpertOffload, way: str) -> Iterator[None]:
     for chooser in choosers:
         chooser._paths = [path for path in chooser._paths if path.transport == way]
         chooser._buckets.clear()
-    yield
-    for chooser, paths in zip(choosers, before, strict=True):
-        chooser._paths = paths
-        chooser._buckets.clear()
+    try:
+        yield
+    finally:
+        for chooser, paths in zip(choosers, before, strict=True):
+            chooser._paths = paths
+            chooser._buckets.clear()
 
 
 @pytest.mark.parametrize("dtype", DType)

@@ -169,11 +169,15 @@ def _torch() -> Any:
 
     def external(handle: int, device: _TorchDevice) -> int:
         assert device.index == DEVICE
-        return handle
+        # As torch's: what has no handle is a new stream.
+        return handle or 99
 
     module.empty_like = empty_like
     module.cuda = SimpleNamespace(
-        current_stream=current_stream, stream=use_stream, ExternalStream=external
+        current_stream=current_stream,
+        stream=use_stream,
+        ExternalStream=external,
+        default_stream=lambda _device: 0,
     )
     return module
 
@@ -457,7 +461,9 @@ def test_an_output_is_made_on_the_calls_stream(library: Any) -> None:
     assert USED_STREAMS == []
     _, address = device_arrays.make_device_output(inputs, hidden, None, 77)
     assert address == ADDRESSES["out"]
-    assert USED_STREAMS == [(0, 77)]
+    # The default stream need not be the current one.
+    device_arrays.make_device_output(inputs, hidden, None, 0)
+    assert USED_STREAMS == [(0, 77), (0, 0)]
 
 
 # --- streams ------------------------------------------------------------------------------

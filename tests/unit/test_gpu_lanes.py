@@ -148,7 +148,9 @@ class HostTorch:
     def __init__(self, driver: Driver) -> None:
         self._torch: Any = pytest.importorskip("torch")
         self.cuda = SimpleNamespace(
-            ExternalStream=lambda handle, device: driver.stream(handle),  # noqa: ARG005
+            # As torch's: what has no handle is a new stream.
+            ExternalStream=lambda handle, device: driver.stream(handle) if handle else driver.new(),  # noqa: ARG005
+            default_stream=lambda device: driver.stream(0),  # noqa: ARG005
             Stream=lambda _device: driver.new(),
             stream=lambda stream: stream.entered(),
             is_current_stream_capturing=driver.capturing,
@@ -264,6 +266,19 @@ def test_streams(lane: Lane, driver: Driver) -> None:
     other.wait()
     assert driver.waits[1:] == [(STREAM + 1, 0)]
     assert not driver.current
+
+
+@pytest.mark.parametrize("library", ["cupy", "torch"])
+def test_the_default_stream_is_itself(driver: Driver, library: str) -> None:
+    """What the caller enqueues there comes after what is enqueued here."""
+    lane: Lane = (
+        CupyLane(make_cupy(driver), 0, 0)
+        if library == "cupy"
+        else TorchLane(HostTorch(driver), 0, 0)
+    )
+    lane.wait()
+    assert driver.waits == [(0, 0)]
+    assert driver.n_made == 0
 
 
 def test_a_gradient_is_not_recorded(driver: Driver) -> None:
