@@ -71,10 +71,12 @@ def check_worker(peer: Peer, path: str, named: str) -> None:
     MOESHM_WORKER_USER names; empty for none."""
     if peer.uid in (os.geteuid(), _ROOT) or (named and peer.uid == user_id(named)):
         return
+    own, root = user_name(os.geteuid()), user_name(_ROOT)
+    others = [name for name in dict.fromkeys((own, named)) if name not in ("", root)]
     raise ConnectError(
         f"who listens at {path} runs as user {user_name(peer.uid)}, not as "
-        f"{user_name(os.geteuid())}{f', {named}' if named else ''} or root; if that is your "
-        f"worker, set MOESHM_WORKER_USER={user_name(peer.uid)}"
+        f"{' or '.join([*others, root])}; if that is your worker, set "
+        f"MOESHM_WORKER_USER={user_name(peer.uid)}"
     )
 
 

@@ -13,12 +13,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import access
+from . import access, foreign_fds
 from .errors import AddressInUse
 
 _BACKLOG = 128
-#: Linux 6.16; Python has no name for it.
-_SO_PASSRIGHTS = 83
 #: Of sun_path, less the zero byte at its end.
 _MOST_BYTES = 107
 #: For others who start in the same folder. Whoever may read the folder may also lock it for ever.
@@ -152,7 +150,7 @@ def _listen(folder: int, path: Path, group: int | None) -> tuple[socket.socket, 
     file = -1
     is_bound = False
     try:
-        _refuse_fds(listener)
+        foreign_fds.refuse(listener)
         # The file gets this mode, less the umask: at no time may others connect.
         os.fchmod(listener.fileno(), 0o600)
         listener.bind(_at(folder, path.name))
@@ -175,9 +173,3 @@ def _listen(folder: int, path: Path, group: int | None) -> tuple[socket.socket, 
         raise AddressInUse(
             error.errno, f"cannot listen at {path}: {error.strerror or error}; choose another path"
         ) from error
-
-
-def _refuse_fds(listener: socket.socket) -> None:
-    """Clients cannot send fds, where the kernel knows that; elsewhere `foreign_fds` helps."""
-    with contextlib.suppress(OSError):
-        listener.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)

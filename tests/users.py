@@ -45,7 +45,9 @@ def as_user(uid: int, act: Callable[[], None], groups: Sequence[int] = ()) -> No
 
 
 def become(uid: int, groups: Sequence[int] = ()) -> None:
-    """Be that user for good, and of no other group than these."""
+    """Be that user for good, and of no other group than these. Who is that need not be root."""
+    if os.getresuid() == (uid, uid, uid) and sorted(os.getgroups()) == sorted(groups):
+        return
     os.setgroups(list(groups))
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)

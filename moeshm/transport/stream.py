@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from .. import protocol
+from .. import foreign_fds, protocol
 from .._closing import close_socket
 from .._role import Role
 from ..dtypes import Array, DType
@@ -72,6 +72,8 @@ class StreamTransport:
     ) -> None:
         self._socket = sock
         sock.setblocking(False)
+        # Before the other side has its end: bytes that came with fds cost who reads them.
+        foreign_fds.refuse(sock)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BYTES)
         self.send_capacity = MAX_RECORD_BYTES

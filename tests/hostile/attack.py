@@ -8,9 +8,9 @@ A module has
   `scene(victim, transport, what, refusal)`, which needs more than that and checks answers itself.
 
 What is not said is usual: a session over each transport that was served once before.
-`TRANSPORTS`, `HAS_SESSION`, `N_SERVED`, `SLAB` say otherwise, and `VICTIM` names another worker of
-conftest.py. With `SIDE = "worker"` a worker attacks a client: then `scene` gets a folder for its
-socket instead of the victim, and checks what the client raises.
+`TRANSPORTS`, `HAS_SESSION`, `N_SERVED`, `SLAB` say otherwise, and `VICTIM` or `VICTIMS` name other
+workers of conftest.py. With `SIDE = "worker"` a worker attacks a client: then `scene` gets a folder
+for its socket instead of the victim, and checks what the client raises.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from moeshm.errors import MoeshmError
 from . import attacks
 
 BOTH = ("shared", "stream")
+#: Of an attack with fds: as before Linux 6.16, and since.
+TAKING_AND_REFUSING = ("victim", "refusing_victim")
 
 
 class Refusal(NamedTuple):
@@ -62,7 +64,8 @@ class Attack:
         self.has_session: bool = getattr(module, "HAS_SESSION", True)
         self.n_served: int = getattr(module, "N_SERVED", 1)
         self.slab: str = getattr(module, "SLAB", "")
-        self.victim: str = getattr(module, "VICTIM", "victim")
+        victim: str = getattr(module, "VICTIM", "victim")
+        self.victims: tuple[str, ...] = getattr(module, "VICTIMS", (victim,))
         self.side: str = getattr(module, "SIDE", "client")
 
     def refusal_of(self, variant: Variant) -> Refusal:
@@ -78,9 +81,12 @@ class Case(NamedTuple):
     attack: Attack
     variant: str
     transport: str
+    victim: str
 
     def __str__(self) -> str:
-        return "-".join(part for part in (self.attack.name, self.variant, self.transport) if part)
+        which = self.victim if len(self.attack.victims) > 1 else ""
+        parts = (self.attack.name, self.variant, self.transport, which)
+        return "-".join(part for part in parts if part)
 
 
 def load_all() -> list[Attack]:
@@ -90,11 +96,12 @@ def load_all() -> list[Attack]:
 
 
 def cases(side: str) -> list[Case]:
-    """Every variant over every transport, of attacks by a client or by a worker."""
+    """Every variant over every transport on every victim, of attacks by a client or by a worker."""
     return [
-        Case(attack, variant, transport)
+        Case(attack, variant, transport, victim)
         for attack in load_all()
         if attack.side == side
         for variant in attack.variants
         for transport in attack.transports
+        for victim in attack.victims
     ]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import mmap
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
+import pytest
 
 #: Of a record, over either transport: length, type, flags, epoch, sequence.
 RECORD = struct.Struct("<QIIQQ")
@@ -19,6 +21,8 @@ CALL, REPLY, ORDER, DESCRIPTOR = 1, 2, 3, 4
 #: Of a record's flags: its producer took it back.
 ABORTED = 1 << 31
 PAGE, CACHE_LINE = 4096, 64
+#: socket(7); as in moeshm/foreign_fds.py.
+SO_PASSRIGHTS = 83
 #: Where a ring's control page keeps its words; moeshm/_mapping.pxd.
 PRODUCER_WORD, PRODUCER_STATE, CONSUMER_WORD, CONSUMER_STATE = 256, 384, 512, 640
 PATIENCE_S = 20.0
@@ -31,10 +35,36 @@ def hello(**changed: Any) -> bytes:
     return b"\0" + _encode({**fields, "batch_capacity": 8, **changed})
 
 
+def kernel_refuses_fds() -> bool:
+    """Whether a socket can be told to let none through: from Linux 6.16 on."""
+    left, right = socket.socketpair()
+    with left, right:
+        try:
+            right.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:
+                raise
+            return False
+    return True
+
+
+def send_fds(sock: socket.socket, data: bytes, fds: Sequence[int], are_refused: bool) -> bool:
+    """Send fds along with the data; or, with False, the data alone, where they must be refused."""
+    if are_refused and fds:
+        with pytest.raises(PermissionError):
+            socket.send_fds(sock, [data], fds)
+        sock.sendall(data)
+        return False
+    socket.send_fds(sock, [data], fds)
+    return True
+
+
 class Attacker:
     """A connection to a worker, and its session once `shake_hands` was called."""
 
     def __init__(self, address: str) -> None:
+        #: Whether the worker's sockets let no fds through.
+        self.fds_are_refused = False
         self.control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # Not settimeout: then it fails at once where the worker's queue is full.
         patience = struct.pack("ll", int(PATIENCE_S), 0)
@@ -84,6 +114,10 @@ class Attacker:
         self.calls, self.replies = (mmap.mmap(fd, os.fstat(fd).st_size) for fd in fds)
         for fd in fds:
             os.close(fd)
+
+    def send_fds(self, sock: socket.socket, data: bytes, fds: Sequence[int]) -> bool:
+        """As the function of that name."""
+        return send_fds(sock, data, fds, self.fds_are_refused)
 
     def receive_control(self) -> tuple[dict[str, Any], list[int]]:
         """The worker's next handshake message."""

@@ -22,7 +22,7 @@ def test_a_client_that_attacks_is_refused_and_hurts_nobody(
     case: Case, victims: Mapping[str, Victim]
 ) -> None:
     attack, variant = case.attack, case.attack.variants[case.variant]
-    victim = victims[attack.victim]
+    victim = victims[case.victim]
     with unhurt(victim, case.transport):
         if hasattr(attack.module, "scene"):
             attack.module.scene(victim, case.transport, variant.what, attack.refusal_of(variant))
@@ -36,6 +36,7 @@ def _attack(attack: Attack, variant: Variant, victim: Victim, transport: str) ->
         victim.address, transport if attack.has_session else None, attack.slab
     ) as attacker:
         attacker.transport_wish = transport
+        attacker.fds_are_refused = victim.refuses_fds
         for _ in range(attack.n_served):
             calls.assert_served(attacker)
         attack.module.attack(attacker, variant.what)

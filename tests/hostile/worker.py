@@ -1,19 +1,20 @@
 """An ordinary worker of plain sums, its log and its limits as usual but for what is asked.
 
-usage: python -m tests.hostile.worker unix:PATH [hasty|patient] [talkative]
+usage: python -m tests.hostile.worker unix:PATH [hasty|patient] [talkative] [refusing]
 
 A hasty one gives a handshake a second, replies that lie unread a part of one, and sessions a second
 to end. A patient one waits for handshakes, and thinks none of them slow. A talkative one logs every
 line, however often one process causes it.
 
-Clients may send it fds, as on a kernel before Linux 6.16, which lets them.
+A refusing one lets no fds through, where the kernel can do that. Others may be sent some, as any
+before Linux 6.16.
 """
 
 from __future__ import annotations
 
 import sys
 
-from moeshm import daemon, limits, listening, logs, worker
+from moeshm import daemon, foreign_fds, limits, logs, worker
 from moeshm.daemon import Daemon
 from moeshm.logs import configure
 from moeshm.transport import stream
@@ -23,7 +24,8 @@ from tests.crash.arithmetic import ArithmeticBackend
 def main() -> None:
     """Serve until SIGTERM."""
     configure("info", as_json=False)
-    listening._refuse_fds = lambda listener: None  # noqa: ARG005
+    if "refusing" not in sys.argv:
+        foreign_fds.refuse = lambda sock: None  # noqa: ARG005
     if "talkative" in sys.argv:
         logs._SAME_LINES = logs._PEER_LINES = logs._USER_LINES = 1e9
     if "patient" in sys.argv:

@@ -102,7 +102,7 @@ def test_a_worker_of_ones_own_user_or_of_root() -> None:
 @pytest.mark.parametrize("named", [str(NOBODY), "daemon"])
 def test_a_worker_of_a_user_that_is_named(named: str) -> None:
     access.check_worker(Peer(1, access.user_id(named), 0), "/w.sock", named)
-    with pytest.raises(ConnectError, match=rf"runs as user {SOMEBODY}, not as .*, {named} or root"):
+    with pytest.raises(ConnectError, match=rf"runs as user {SOMEBODY}, not as .*{named} or root;"):
         access.check_worker(Peer(1, SOMEBODY, 0), "/w.sock", named)
 
 
@@ -111,6 +111,12 @@ def test_a_worker_of_another_user_and_what_to_do() -> None:
         ConnectError,
         match=rf"at /w\.sock runs as user {NOBODY}, .*set MOESHM_WORKER_USER={NOBODY}",
     ):
+        access.check_worker(Peer(1, NOBODY, 0), "/w.sock", "")
+
+
+@needs_root
+def test_root_is_named_once() -> None:
+    with pytest.raises(ConnectError, match=rf"runs as user {NOBODY}, not as root; if that"):
         access.check_worker(Peer(1, NOBODY, 0), "/w.sock", "")
 
 

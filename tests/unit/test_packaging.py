@@ -104,10 +104,14 @@ def test_a_gpu_is_let_in() -> None:
     assert f"CUPY_CACHE_DIR=/var/cache/{added['CacheDirectory'][0]}" in added["Environment"]
 
 
-def test_the_user_and_the_group_are_made(unit: dict[str, list[str]]) -> None:
+def test_the_user_and_the_groups_are_made(unit: dict[str, list[str]]) -> None:
+    """With one that is not there systemd starts nothing (216/GROUP); video is its own."""
     lines = (FOLDER / "moeshm.sysusers.conf").read_text().splitlines()
     assert unit["User"] == unit["Group"] == ["moeshm"]
-    assert [line.split()[:2] for line in lines if not line.startswith("#")] == [["u", "moeshm"]]
+    (groups,) = read(GPU)["SupplementaryGroups"]
+    others = [["g", name] for name in groups.split() if name != "video"]
+    made = [line.split()[:2] for line in lines if not line.startswith("#")]
+    assert made == [["u", "moeshm"], *others]
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 
-from tests.hostile.attack import Refusal, Variant
+from tests.hostile.attack import TAKING_AND_REFUSING, Refusal, Variant
 from tests.hostile.attacker import PATIENCE_S, attacking
 from tests.hostile.calls import assert_served
 from tests.hostile.conftest import Victim
 
+VICTIMS = TAKING_AND_REFUSING
 REFUSAL = Refusal(None, "not read; gone with the session", "session ended after 1 calls")
 VARIANTS = {"bytes": Variant(0), "a pipe in each packet": Variant(1), "200 of them": Variant(200)}
 
@@ -23,10 +23,11 @@ def scene(victim: Victim, transport: str, n_fds: int, refusal: Refusal) -> None:
     told, held = os.pipe()
     try:
         with attacking(victim.address, transport) as attacker:
+            attacker.fds_are_refused = victim.refuses_fds
             attacker.control.setblocking(False)
             try:
                 for _ in range(100_000):
-                    socket.send_fds(attacker.control, [b"\1 noise"], [held] * n_fds)
+                    attacker.send_fds(attacker.control, b"\1 noise", [held] * n_fds)
             except (BlockingIOError, OSError):
                 pass
             os.close(held)

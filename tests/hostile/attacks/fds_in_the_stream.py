@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 
-from tests.hostile.attack import Refusal, Variant
+from tests.hostile.attack import TAKING_AND_REFUSING, Refusal, Variant
 from tests.hostile.attacker import PATIENCE_S, Attacker
 from tests.hostile.calls import call
 
-TRANSPORTS = ("stream",)
-REFUSAL = Refusal(None, "dropped by the kernel; the calls are answered", "session ended after")
+TRANSPORTS, VICTIMS = ("stream",), TAKING_AND_REFUSING
+REFUSAL = Refusal(
+    None, "dropped or refused by the kernel; the calls are answered", "session ended after"
+)
 VARIANTS = {"with a call": Variant((1, 1 << 16)), "with every few bytes": Variant((253, 20))}
 
 
@@ -26,7 +27,8 @@ def attack(attacker: Attacker, what: tuple[int, int]) -> None:
     for _ in range(10):
         data = attacker.record(call())
         for at in range(0, len(data), n_bytes):
-            socket.send_fds(attacker.stream, [data[at : at + n_bytes]], [held] * n_fds)
+            part = data[at : at + n_bytes]
+            attacker.send_fds(attacker.stream, part, [held] * n_fds)
         assert attacker.receive()[:4] == b"\1\0\0\0"
         attacker.n_served += 1
     os.close(held)

@@ -11,11 +11,13 @@ import select
 import socket
 from collections.abc import Callable, Sequence
 
-from tests.hostile.attack import BOTH, Refusal, Variant
+from tests.hostile.attack import BOTH, TAKING_AND_REFUSING, Refusal, Variant
 from tests.hostile.attacker import PATIENCE_S, Attacker, hello
 
-HAS_SESSION, N_SERVED, TRANSPORTS = False, 0, BOTH
-REFUSAL = Refusal(None, "closed unused; the session is as usual", "session ended after")
+HAS_SESSION, N_SERVED, TRANSPORTS, VICTIMS = False, 0, BOTH, TAKING_AND_REFUSING
+REFUSAL = Refusal(
+    None, "refused by the kernel, or closed unused; the session is as usual", "session ended after"
+)
 KINDS = (
     *("pipe", "file", "folder", "/dev/zero", "memfd", "stream socket", "listening socket"),
     *("datagram socket", "epoll", "itself"),
@@ -59,7 +61,7 @@ def attack(attacker: Attacker, kind: str) -> None:
         stack.callback(os.close, told)
         fd = make(kind, attacker, stack)
         name = attacker.transport_wish
-        socket.send_fds(attacker.control, [hello(transport=name)], [fd, fd, held])
+        attacker.send_fds(attacker.control, hello(transport=name), [fd, fd, held])
         os.close(held)
         attacker.take_welcome()
         assert select.select([told], [], [], PATIENCE_S)[0], "the worker keeps an fd"

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 
-from tests.hostile.attack import Refusal
+from tests.hostile.attack import TAKING_AND_REFUSING, Refusal
 from tests.hostile.attacker import attacking
 from tests.hostile.calls import assert_served
 from tests.hostile.conftest import Victim
 
+VICTIMS = TAKING_AND_REFUSING
 REFUSAL = Refusal(None, "ends with the process: its pidfd tells", "session ended after 1 calls")
 
 
@@ -24,9 +24,10 @@ def scene(victim: Victim, transport: str, _: None, refusal: Refusal) -> None:
     if pid == 0:
         try:
             with attacking(victim.address, transport) as attacker:
+                attacker.fds_are_refused = victim.refuses_fds
                 assert_served(attacker)
                 for sock in (attacker.control, attacker.stream or attacker.control):
-                    socket.send_fds(attacker.control, [b"x"], [sock.fileno()])
+                    attacker.send_fds(attacker.control, b"x", [sock.fileno()])
                 os.write(telling, b"x")
                 signal.pause()
         finally:

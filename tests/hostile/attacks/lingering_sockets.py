@@ -15,14 +15,16 @@ from typing import NamedTuple
 
 import moeshm
 from tests.crash.arithmetic import FREE, assert_exact, make_inputs
-from tests.hostile.attack import Refusal, Variant
+from tests.hostile.attack import TAKING_AND_REFUSING, Refusal, Variant
 from tests.hostile.attacker import Attacker, attacking, hello
 from tests.hostile.calls import assert_served
 from tests.hostile.conftest import Victim
 from tests.users import as_user
 
-TRANSPORTS = ("shared",)
-REFUSAL = Refusal(None, "told not to linger; else it is its own thread that waits", "process ")
+TRANSPORTS, VICTIMS = ("shared",), TAKING_AND_REFUSING
+REFUSAL = Refusal(
+    None, "refused by the kernel; else nobody waits, or its own thread does", "process "
+)
 #: More than the worker is waited for anywhere in these tests.
 _LINGER = struct.pack("ii", 1, 300)
 _MOST_OF_A_PROCESS = 64
@@ -53,8 +55,7 @@ def lingering(is_hidden: bool) -> Iterator[list[int]]:
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         sender = socket.create_connection(listener.getsockname())
-        # Closed with what it has not read, it ends the other's waiting.
-        stack.enter_context(listener.accept()[0])
+        receiver = stack.enter_context(listener.accept()[0])
         sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
         sender.setblocking(False)
         with contextlib.suppress(BlockingIOError):
@@ -70,6 +71,8 @@ def lingering(is_hidden: bool) -> Iterator[list[int]]:
         try:
             yield fds
         finally:
+            # Closed with what it has not read, it ends the other's waiting.
+            receiver.close()
             for fd in fds:
                 os.close(fd)
 
@@ -85,10 +88,10 @@ def stopped(victim: Victim) -> Iterator[None]:
 
 
 def send(attacker: Attacker, data: bytes, fds: list[int], times: int = 1) -> None:
-    """Send what nobody else holds from then on."""
-    socket.send_fds(attacker.control, [data], fds * times)
-    while fds:
-        os.close(fds.pop())
+    """Send what nobody else holds from then on, unless it is refused."""
+    if attacker.send_fds(attacker.control, data, fds * times):
+        while fds:
+            os.close(fds.pop())
 
 
 def scene(victim: Victim, transport: str, what: What, _: Refusal) -> None:
@@ -108,6 +111,7 @@ def scene(victim: Victim, transport: str, what: What, _: Refusal) -> None:
             ]
             with stopped(victim):
                 attacker = stack.enter_context(attacking(victim.address))
+                attacker.fds_are_refused = victim.refuses_fds
                 send(attacker, b"\0", fds)
             reason = attacker.receive_control()[0]["reason"]
             assert f"MOESHM_MAX_SESSIONS_PER_PROCESS={_MOST_OF_A_PROCESS}" in reason
@@ -115,6 +119,7 @@ def scene(victim: Victim, transport: str, what: What, _: Refusal) -> None:
                 each.close()
         else:
             attacker = stack.enter_context(attacking(victim.address))
+            attacker.fds_are_refused = victim.refuses_fds
             if what.when == "session":
                 attacker.shake_hands(transport)
                 assert_served(attacker)
@@ -126,8 +131,10 @@ def scene(victim: Victim, transport: str, what: What, _: Refusal) -> None:
                 assert_served(attacker)
             attacker.close()
         as_user(os.geteuid(), compute, os.getgroups())
-        if not what.is_hidden:
-            # While it would linger still.
-            victim.expect_ends(1 + {"refused": 64}.get(what.when, 1))
-    if what.is_hidden:
-        victim.expect_ends(1 + {"refused": 64}.get(what.when, 1))
+        ends = 1 + {"refused": 64}.get(what.when, 1)
+        # What was hidden in what came is closed by the thread that serves its sender.
+        lingers = what == What("hello", is_hidden=True) and not victim.refuses_fds
+        if not lingers:
+            victim.expect_ends(ends)
+    if lingers:
+        victim.expect_ends(ends)
