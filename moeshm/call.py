@@ -95,8 +95,8 @@ class CallFuture:
         self._total: FloatArray | None = None
         self._error: CallError | None = None
         self._n_parts = 0
-        #: The parts that were; None stands for the only one.
-        self._answered: set[_Part | None] = set()
+        #: The numbers of the parts that were.
+        self._answered: set[int] = set()
         self._bytes_out = self._bytes_in = 0
         self._start_ns = self._pack_ns = 0
         self._compute_ns = self._unpack_ns = self._waited_ns = 0
@@ -121,7 +121,7 @@ class CallFuture:
 
     def part(self, rows: slice) -> Receiver:
         """Who receives these of the rows that were sent."""
-        return _Part(self, self._buffer()[rows])
+        return _Part(self, self._buffer()[rows], rows.start)
 
     def done(self) -> bool:
         """True when `result` need not wait for the worker. Receives nothing by itself."""
@@ -186,36 +186,35 @@ class CallFuture:
                 self.is_done = True
 
     def take(
-        self,
-        reply: Reply,
-        record: Message,
-        into: Array | None = None,
-        part: _Part | None = None,
+        self, reply: Reply, record: Message, into: Array | None = None, number: int = 0
     ) -> None:
-        """One part's reply, or the only one; the first error of several stays."""
+        """The reply to the part with that number, or the only one; the first error stays."""
         with self._writing:
             if self.is_done:
                 # It failed: what it was to write to is its caller's again.
                 return
-            start_ns = time.perf_counter_ns()
-            self._error = self._error or reply.error
-            if into is not None:
-                reply.copy_rows(record, into, self.wire)
-            elif self._total is None or reply.error is not None:
-                reply.copy_rows(record, self._buffer(), self.wire)
-            else:
-                self._add(reply, record, self._total)
-            self._bytes_in += len(record)
-            self._compute_ns += reply.compute_ns
-            self._unpack_ns += time.perf_counter_ns() - start_ns
-            # Counted once, also when an interrupt has it taken again.
-            self._answered.add(part)
+            # Once, also where an interrupt has it taken again.
+            if number not in self._answered:
+                start_ns = time.perf_counter_ns()
+                self._error = self._error or reply.error
+                if into is not None:
+                    reply.copy_rows(record, into, self.wire)
+                elif self._total is None or reply.error is not None:
+                    reply.copy_rows(record, self._buffer(), self.wire)
+                else:
+                    self._add(reply, record, self._total)
+                self._answered.add(number)
+                self._bytes_in += len(record)
+                self._compute_ns += reply.compute_ns
+                self._unpack_ns += time.perf_counter_ns() - start_ns
             if len(self._answered) == self._n_parts:
                 self.is_done = True
 
     def _add(self, reply: Reply, record: Message, total: FloatArray) -> None:
         """Add the rows where they lie."""
         rows = reply.rows(record, (self._n_rows, total.shape[1]), self.wire)
+        # What was copied there before an interrupt is not to be added, too.
+        self._received = None
         try:
             try:
                 add_rows(total, self.rows, rows)
@@ -314,19 +313,20 @@ class CallFuture:
 class _Part:
     """Receives one of the messages that a call was cut into."""
 
-    __slots__ = ("_into", "deadline", "is_done", "whole")
+    __slots__ = ("_into", "_number", "deadline", "is_done", "whole")
     is_in_turn = True
 
-    def __init__(self, future: CallFuture, into: Array) -> None:
+    def __init__(self, future: CallFuture, into: Array, number: int) -> None:
         self.deadline = future.deadline
         self.is_done = False
         #: As `Receiver.whole`.
         self.whole = future
         self._into = into
+        self._number = number
 
     def take(self, reply: Reply, record: Message) -> None:
         """As `Receiver.take`."""
-        self.whole.take(reply, record, self._into, self)
+        self.whole.take(reply, record, self._into, self._number)
         self.is_done = True
 
     def fail(self, error: CallError) -> None:

@@ -145,7 +145,7 @@ class ExpertClient:
         inputs = self._check(view, layer, hidden_states, topk_ids, topk_weights, global_ids)
         if not self._is_plain(inputs, link):
             made = None if out is None else arrays.make_output(inputs, out)
-            return self._submit(view, layer, inputs, made, timeout_s, start_ns).result()
+            return _result_of(self._submit(view, layer, inputs, made, timeout_s, start_ns))
         output, array = made = arrays.make_output(inputs, out)
         try:
             answer = link.call(
@@ -164,7 +164,7 @@ class ExpertClient:
             self._fallback.compute(view, layer, inputs, array, error)
             return output
         if answer is None:
-            return self._submit(view, layer, inputs, made, timeout_s, start_ns).result()
+            return _result_of(self._submit(view, layer, inputs, made, timeout_s, start_ns))
         self._counter.answered(answer, len(array), start_ns)
         if answer.error is None:
             return output
@@ -496,3 +496,13 @@ class ExpertClient:
             view,
             rows,
         )
+
+
+def _result_of(future: CallFuture) -> Any:
+    """Of one that nobody else has."""
+    try:
+        return future.result()
+    except BaseException:
+        # After an interrupt its reply must not get to `out`, which is the caller's again.
+        future.fail(WorkerDied("the call was interrupted"))
+        raise

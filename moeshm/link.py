@@ -41,6 +41,8 @@ _ORDER_PAUSE_S = 0.005
 #: How late a thread may learn that the one that received was interrupted, which only the main
 #: thread is; and how often it looks while another receives.
 _UNTOLD_S, _LOOK_S = 0.01, 0.1
+#: A signal's handler hardly raises so often while one record is taken in: then it is a bug.
+_MOST_FAILURES = 100
 #: Longer than copying the largest reply takes; a thread that the interpreter ended never stops.
 _COPY_LIMIT_S = 5.0
 
@@ -62,8 +64,13 @@ class Link:
         #: The views that calls may name.
         self.views = SessionNumbers(self)
         self._outbox = Outbox(session.transport)
-        #: The record that is being taken in.
+        #: The record that is being taken in, and how often that failed.
         self._received: collections.deque[Message] = collections.deque()
+        self._n_failures = 0
+        #: The call whose reply was taken in last.
+        self._last_given = 0
+        #: Some are received by nobody, and of these some may never have been sent.
+        self._has_given_up = False
         #: Held to change what is below, and to end the session.
         self._state = Monitor()
         self._pid = os.getpid()
@@ -165,13 +172,17 @@ class Link:
                 call_id = self.new_id()
                 call = call_id, layer, hidden_states, topk_ids, topk_weights, dtype
                 call_ns = int(deadline * 1e9)
-                bytes_out = self._send_now((*call, call_ns, view, None), receiver)
-                if bytes_out is None:
-                    return None
-                sent_ns = time.perf_counter_ns()
-                last = deadline + GRACE_S
-                answer = self._receive_answer(call_id, dtype, into, last, sent_ns, bytes_out)
-                self._pending.pop(call_id, None)
+                try:
+                    bytes_out = self._send_now((*call, call_ns, view, None), receiver)
+                    if bytes_out is None:
+                        return None
+                    sent_ns = time.perf_counter_ns()
+                    last = deadline + GRACE_S
+                    answer = self._receive_answer(call_id, dtype, into, last, sent_ns, bytes_out)
+                    self._close(call_id)
+                except BaseException:
+                    self._has_given_up = True
+                    raise
                 return answer
         except (RingEmpty, RingFull) as error:
             is_held_up = self.is_held_up(receiver)
@@ -232,6 +243,7 @@ class Link:
             receiver = self._pending.get(call_id)
             if receiver is not None:
                 self._pending[call_id] = Nobody(receiver.deadline, receiver.is_in_turn)
+                self._has_given_up = True
 
     def is_held_up(self, call: object) -> bool:
         """Whether the worker may be at a call that was sent before this one, and has time left.
@@ -418,17 +430,16 @@ class Link:
 
     def _receive(self, timeout_s: float) -> None:
         record = self._acquire(timeout_s)
-        reply = None
-        is_taken = True
+        is_over = False
         try:
-            reply = protocol.parse_reply(record)
-            self._give(reply, record)
+            self._give(protocol.parse_reply(record), record)
+            is_over = True
         except BaseException as error:
-            is_taken = self._is_taken(error, reply)
+            is_over = self._is_given_up(error)
             raise
         finally:
-            if is_taken:
-                self._received.pop().release()
+            if is_over:
+                self._release()
 
     def _acquire(self, timeout_s: float) -> Message:
         """The next record, which is in `_received` until it is released. It gets there in one step:
@@ -438,12 +449,15 @@ class Link:
             self._received.extend(map(self._transport.acquire, (timeout_s,)))
         return self._received[0]
 
-    def _is_taken(self, error: BaseException, reply: Reply | None) -> bool:
-        """Whether a record that was in hand can be released. One that a signal's handler kept from
-        being taken in stays, for who receives next."""
-        if isinstance(error, Exception):
-            return True
-        return reply is not None and reply.call_id not in self._pending
+    def _is_given_up(self, error: BaseException) -> bool:
+        """Whether to release a record that was not taken in. One that a signal's handler kept from
+        that, by whatever it raised, stays for who receives next."""
+        self._n_failures += 1
+        return isinstance(error, MoeshmError) or self._n_failures > _MOST_FAILURES
+
+    def _release(self) -> None:
+        self._n_failures = 0
+        self._received.pop().release()
 
     def _receive_answer(
         self,
@@ -457,34 +471,60 @@ class Link:
         while True:
             record = self._acquire(max(0.0, deadline - time.monotonic()))
             arrived_ns = time.perf_counter_ns()
-            reply = None
-            is_taken = True
+            is_over = False
             try:
                 n_bytes = len(record)
                 compute_ns = protocol.take_plain(record, call_id, into, dtype)
                 if compute_ns >= 0:
+                    is_over = True
                     return Answer(None, sent_ns, arrived_ns, compute_ns, bytes_out, n_bytes)
                 reply = protocol.parse_reply(record)
                 if reply.call_id == call_id:
                     reply.copy_rows(record, into, dtype)
+                    is_over = True
                     return Answer(
                         reply.error, sent_ns, arrived_ns, reply.compute_ns, bytes_out, n_bytes
                     )
                 self._give(reply, record)
+                is_over = True
             except BaseException as error:
-                is_taken = self._is_taken(error, reply)
+                is_over = self._is_given_up(error)
                 raise
             finally:
-                if is_taken:
-                    self._received.pop().release()
+                if is_over:
+                    self._release()
             if self._n_waiting:
                 with self._state:
                     self._state.notify_all()
 
     def _give(self, reply: Reply, record: Message) -> None:
-        receiver = self._pending.get(reply.call_id)
+        """To who waits for it; a second time does nothing."""
+        call_id = reply.call_id
+        receiver = self._pending.get(call_id)
         if receiver is None:
-            raise ProtocolError(f"a reply to call {reply.call_id}, which is not open")
+            if call_id == self._last_given:
+                return
+            raise ProtocolError(f"a reply to call {call_id}, which is not open")
         # Unanswered until it has all: else it is told with the others when the session ends.
         receiver.take(reply, record)
-        self._pending.pop(reply.call_id, None)
+        self._last_given = call_id
+        self._close(call_id)
+
+    def _close(self, call_id: int) -> None:
+        """It was answered, and so was all that was sent before it in its turn: what was given up
+        and still waits never left."""
+        if self._has_given_up:
+            self._forget_unsent(call_id)
+        self._pending.pop(call_id, None)
+
+    def _forget_unsent(self, answered: int) -> None:
+        pending = self._pending.copy()
+        receiver = pending.get(answered)
+        if receiver is None or not receiver.is_in_turn:
+            return
+        for call_id, earlier in pending.items():
+            if call_id == answered:
+                break
+            if type(earlier) is Nobody and earlier.is_in_turn:
+                self._pending.pop(call_id, None)
+        self._has_given_up = any(type(each) is Nobody for each in self._pending.copy().values())

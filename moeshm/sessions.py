@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -47,8 +46,7 @@ class Sessions:
         self._counter = counter
         self._reconnector = Reconnector(on_close)
         #: `close` has begun, and has come to its end.
-        self._is_closed = threading.Event()
-        self._is_ended = False
+        self._is_closed = self._is_ended = False
         #: The session that takes the last one's place, until it holds the views.
         self._coming: Link | None = None
         #: The newest: that of calls.
@@ -72,10 +70,10 @@ class Sessions:
                 self._reconnect, lambda: self.link, deadline, can_fall_back
             )
         except WorkerDied:
-            if not self._is_closed.is_set():
+            if not self._is_closed:
                 raise
         else:
-            if not self._is_closed.is_set():
+            if not self._is_closed:
                 return found
             # By another thread in the meantime, who knew nothing of what was opened.
             found.close(ClientClosed("the client was closed while it connected anew"))
@@ -84,7 +82,7 @@ class Sessions:
 
     def check_open(self) -> None:
         """ClientClosed: there are none any more."""
-        if self._is_closed.is_set():
+        if self._is_closed:
             raise ClientClosed("the client is closed; connect anew")
 
     def close(self) -> None:
@@ -92,7 +90,7 @@ class Sessions:
         interrupted."""
         if self._is_ended:
             return
-        self._is_closed.set()
+        self._is_closed = True
         link = self.link
         link.close(ClientClosed("the client was closed with this call on its way"))
         coming = self._coming

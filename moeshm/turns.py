@@ -75,15 +75,18 @@ class Turns:
         return True
 
     def _next(self) -> Place:
+        # The first of equals.
+        return min(self._ready(), key=lambda each: each._client.served)
+
+    def _ready(self) -> list[Place]:
+        """Those that may have the next turn; for who has the guard."""
         busy = [each._client for each in self._queue if each._is_interrupted and each._is_long]
         # All but those of a client that has one in its middle, which waits itself.
-        waiting = [
+        return [
             each
             for each in self._queue
             if each._is_interrupted or not each._is_long or each._client not in busy
         ]
-        # The first of equals.
-        return min(waiting, key=lambda each: each._client.served)
 
     def _hand_over_if_free(self) -> None:
         """For who comes, and for who made it free: of both, one finds the other."""
@@ -132,15 +135,18 @@ class Place:
         turns._hand_over_if_free()
         self._wait(deadline_ns)
 
+    def finished(self) -> None:
+        """Before `leave`: the call was computed to its end."""
+        if self._is_long:
+            spent_ns = self._spent_ns + time.monotonic_ns() - self._since_ns
+            self._client.ns_per_token = spent_ns / self._n_tokens
+
     def leave(self) -> None:
         """The turn is over."""
         turns = self._turns
         if self._is_out:
             self._is_out = False
             return
-        if self._is_long:
-            spent_ns = self._spent_ns + time.monotonic_ns() - self._since_ns
-            self._client.ns_per_token = spent_ns / self._n_tokens
         if turns._queue:
             with turns._guard:
                 if turns._hand_over(self._client):
@@ -159,13 +165,14 @@ class Place:
             return any(
                 not each._is_long
                 or (each._client is not self._client and turn_ns >= each._next_turn_ns())
-                for each in self._turns._queue
+                for each in self._turns._ready()
             )
 
     def _next_turn_ns(self) -> float:
         """How long the turn will be that this long call waits for."""
         left_ns = self._n_tokens * self._client.ns_per_token - self._spent_ns
-        return min(max(0.0, left_ns), LONG_TURN_NS)
+        # One that took all of that knows no better than one that knows nothing.
+        return min(left_ns, LONG_TURN_NS) if left_ns > 0 else LONG_TURN_NS
 
     def offer(self, deadline_ns: int) -> None:
         """Between two steps of a call: let the next one compute, if there is one, and wait.

@@ -357,6 +357,7 @@ class SessionServer:
         try:
             _check_deadline(deadline_ns, start_ns, is_begun=False)
             self._guard(layer, compute, *arguments)
+            self._place.finished()
         finally:
             self._place.leave()
             self._compute_ns = time.monotonic_ns() - start_ns - steps.paused_ns

@@ -6,13 +6,11 @@ import random
 import signal
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import moeshm
-from moeshm import protocol
 from moeshm.errors import WorkerDied
 from tests.crash.arithmetic import FREE, GATED, assert_exact, make_inputs
 from tests.crash.interrupted import WAITS, Scene, Wait
@@ -264,63 +262,3 @@ def test_parts_of_a_call_that_has_failed_are_not_taken(client: moeshm.ExpertClie
     after = make_inputs(FREE, 2)
     assert_exact(client.compute(*after), after)
     assert (out == 99).all()
-
-
-@pytest.mark.parametrize("n_parts", [1, 2])
-@pytest.mark.parametrize("is_copied", [False, True])
-def test_a_reply_that_was_interrupted_as_it_was_taken_in_is_taken_in_again(
-    client: moeshm.ExpertClient, monkeypatch: pytest.MonkeyPatch, n_parts: int, is_copied: bool
-) -> None:
-    """By who receives next; calls of others, and the session, go on."""
-    inputs, others = make_inputs(FREE, 1, 4), make_inputs(FREE, 2)
-    future = client.submit(*inputs, slice_tokens=4 // n_parts)
-    other = client.submit(*others)
-    real = protocol.Reply.copy_rows
-
-    def interrupt(*arguments: Any) -> None:
-        if is_copied:
-            real(*arguments)
-        raise KeyboardInterrupt
-
-    for _ in range(2):
-        with monkeypatch.context() as patched:
-            patched.setattr(protocol.Reply, "copy_rows", interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                future.result()
-    assert_exact(other.result(), others)
-    assert_exact(future.result(), inputs)
-    assert client.stats().reconnects == 0
-
-
-def test_a_reply_that_was_interrupted_by_who_gives_its_call_up_is_nobodys(
-    client: moeshm.ExpertClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(protocol, "take_plain", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            client.compute(*make_inputs(FREE, 1))
-    inputs = make_inputs(FREE, 2)
-    assert_exact(client.compute(*inputs), inputs)
-    assert client.stats().reconnects == 0
-    assert client._link._pending == {}
-
-
-def test_a_session_that_ends_with_such_a_reply_lets_go_of_it(
-    client: moeshm.ExpertClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else its memory would stay mapped."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(protocol, "take_plain", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            client.compute(*make_inputs(FREE, 1))
-    link = client._link
-    assert link._received
-    client.close()
-    assert not link._received

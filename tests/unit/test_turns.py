@@ -61,6 +61,7 @@ class Session:
                     self.place.offer(deadline_ns)
                 self._house.seen.append(self.name)
                 assert self._go.acquire(timeout=PATIENCE_S)
+            self.place.finished()
         except DeadlineExceeded:
             self._house.late.append(self.name)
         finally:
@@ -330,6 +331,49 @@ def test_a_long_call_is_let_through_after_as_long_as_it_takes_itself(
     assert not prefill.place.is_wanted()
     clock[0] += 1
     assert prefill.place.is_wanted()
+
+
+def test_a_clients_other_long_calls_do_not_cut_anothers_turn_short(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that may not begin as it has one in its middle."""
+    clock = [10**9]
+    monkeypatch.setattr(turns_module, "time", SimpleNamespace(monotonic_ns=lambda: clock[0]))
+    small = house.session("small", "two")
+    small.call(n_tokens=MANY)
+    clock[0] += 1000
+    small.go()
+    small.join()
+    house.session("large", "two").call(n_steps=9, n_tokens=10**6)
+    one = house.session("one")
+    one.call(n_steps=9, n_tokens=MANY)
+    assert house.run(1) == ["one"]
+    small.call(n_tokens=MANY)
+    clock[0] += 1000
+    assert not one.place.is_wanted()
+    clock[0] += LONG_TURN_NS
+    assert one.place.is_wanted()
+
+
+def test_a_call_that_takes_longer_than_expected_gains_nothing(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [10**9]
+    monkeypatch.setattr(turns_module, "time", SimpleNamespace(monotonic_ns=lambda: clock[0]))
+    cheap = house.session("cheap")
+    cheap.call(n_tokens=4096)
+    clock[0] += 1000
+    cheap.go()
+    cheap.join()
+    cheap.call(n_steps=9, n_tokens=MANY)
+    other = house.session("other")
+    other.call(n_steps=9, n_tokens=MANY)
+    clock[0] += LONG_TURN_NS
+    assert house.run(1) == ["other"]
+    clock[0] += LONG_TURN_NS - 1
+    assert not other.place.is_wanted()
+    clock[0] += 1
+    assert other.place.is_wanted()
 
 
 def test_nobody_waits_for_a_turn_that_was_handed_over_at_the_deadline(
