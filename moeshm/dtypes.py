@@ -76,11 +76,12 @@ def widen(array: Array, out: FloatArray | None = None) -> FloatArray:
     return out
 
 
-def narrow(values: FloatArray, dtype: DType, out: Array | None = None) -> Array:
+def narrow(values: Array, dtype: DType, out: Array | None = None) -> Array:
     """float32 values in the given format, rounded to nearest, ties to even; NaN stays NaN.
 
-    `out`: an array of the same shape and of `dtype.numpy`; it is returned. Without it, F32
-    gives `values` back as they are. f16 overflows to infinity without a warning.
+    `out`: an array of the same shape and of `dtype.numpy`; it is returned, and the values may be in
+    any format. Without it, F32 gives `values` back as they are. f16 overflows to infinity without a
+    warning.
     """
     if out is None:
         if dtype is DType.F32:

@@ -124,6 +124,18 @@ def test_activations_and_formats(
     assert_close(found, reference_ffn(layer, hidden, ids, weights), tolerance)
 
 
+@pytest.mark.parametrize("weight_dtype", DType)
+@pytest.mark.parametrize("dtype", DType)
+def test_many_tokens_in_every_format(build: Build, weight_dtype: DType, dtype: DType) -> None:
+    """By the coarser format: kernels may round activations to that of the weights."""
+    layer = random_layer(1, hidden_size=48, intermediate_size=20, weight_dtype=weight_dtype)
+    hidden, ids, weights = draw_call(2, layer, 140, 3)
+    hidden = narrow(hidden * 3, dtype)
+    found = compute(build({0: layer}), hidden, ids, weights, dtype)
+    tolerance = max(TOLERANCE[weight_dtype], TOLERANCE[dtype])
+    assert_close(found, reference_ffn(layer, hidden, ids, weights), tolerance)
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("weight_dtype", DType)
 @pytest.mark.parametrize("n_tokens", [1, 12])

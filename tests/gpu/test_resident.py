@@ -218,7 +218,9 @@ def draw(seed: int, n_tokens: int, dtype: DType = BF16) -> Inputs:
     return narrow(hidden, dtype), ids, weights
 
 
-@pytest.mark.parametrize(("weight_dtype", "dtype"), [(BF16, BF16), (BF16, F32), (F16, F16)])
+@pytest.mark.parametrize(
+    ("weight_dtype", "dtype"), [(BF16, BF16), (BF16, F32), (BF16, F16), (F16, F16)]
+)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_results(device: Device, weight_dtype: DType, dtype: DType, has_bias: bool) -> None:
     """Each time the same bits."""

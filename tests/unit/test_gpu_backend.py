@@ -19,7 +19,7 @@ from moeshm.backends.reference import reference_ffn
 from moeshm.checkpoint import ExpertLayer, load
 from moeshm.demo import tiny_moe_path
 from moeshm.demo.decoder import Decoder, ExpertsFn, generate
-from moeshm.dtypes import Array, DType, FloatArray, narrow
+from moeshm.dtypes import Array, DType, FloatArray, narrow, widen
 from moeshm.errors import DeviceLost, OutOfDeviceMemory, SettingError
 from tests.checkpoints import random_layer
 from tests.conformance.test_backends import TOLERANCE, assert_close, compute, draw_call
@@ -146,16 +146,42 @@ def test_a_pause_that_raises_ends_the_call_and_leaves_the_turn() -> None:
     np.testing.assert_array_equal(compute(backend, *call), expected)
 
 
-@pytest.mark.parametrize("dtype", [DType.F16, DType.BF16])
-def test_calls_are_launched_as_the_kernels_of_sm_90a_take_them(dtype: DType) -> None:
+@pytest.mark.parametrize(
+    ("weight_dtype", "dtype"),
+    [(DType.F16, DType.F16), (DType.BF16, DType.BF16), (DType.BF16, DType.F16)],
+)
+def test_calls_are_launched_as_the_kernels_of_sm_90a_take_them(
+    weight_dtype: DType, dtype: DType
+) -> None:
     """Their blocks and shared memory are choice.py's."""
-    layer = random_layer(8, weight_dtype=dtype)
+    layer = random_layer(8, weight_dtype=weight_dtype)
     hidden, ids, weights = draw_call(9, layer, 200, 2)
     call = (narrow(hidden, dtype), ids, weights)
     device = SimtDevice(FEATURES._replace(has_wgmma=True))
     found = compute(GpuBackend({0: layer}, device), *call, dtype)
-    assert_close(found, reference_ffn(layer, *call), TOLERANCE[dtype])
+    tolerance = max(TOLERANCE[weight_dtype], TOLERANCE[dtype])
+    assert_close(found, reference_ffn(layer, *call), tolerance)
     assert "prefill_wgmma.cu" in device.compiled
+
+
+@pytest.mark.parametrize(("hidden_size", "on_device"), [(24, False), (24, True), (33, False)])
+@pytest.mark.parametrize("n_tokens", [1, 140])
+@pytest.mark.parametrize("dtype", [DType.F32, DType.F16])
+def test_activations_are_rounded_to_weights_in_bfloat16(
+    dtype: DType, n_tokens: int, hidden_size: int, on_device: bool
+) -> None:
+    """The bits of a call that comes in bfloat16, up to the largest float16."""
+    layer = random_layer(8, hidden_size=hidden_size, weight_dtype=DType.BF16)
+    hidden, ids, weights = draw_call(9, layer, n_tokens, 2)
+    hidden[0, :3] = 65504, -65504, 2**-24
+    hidden = narrow(hidden, dtype)
+    backend = GpuBackend({0: layer}, SimtDevice())
+    expected = compute(backend, narrow(widen(hidden), DType.BF16), ids, weights)
+    rows: Any = OnDevice(aligned(hidden)) if on_device else hidden
+    found = np.full(hidden.shape, np.nan, np.float32)
+    backend.ffn(0, rows, ids, weights, found)
+    np.testing.assert_array_equal(found, expected)
+    assert_close(found, reference_ffn(layer, hidden, ids, weights), TOLERANCE[DType.BF16])
 
 
 def test_memory_is_freed_with_the_backend() -> None:
@@ -224,10 +250,11 @@ def test_after_warm_up_nothing_is_compiled(weight_dtype: DType) -> None:
     assert device.compiled == []
     backend.warm_up()
     compiled, loaded = list(device.compiled), list(device.loaded)
-    assert {"convert.cu", "route.cu", "combine.cu", "decode_fma.cu", "prefill_fma.cu"} <= set(
-        compiled
-    )
-    assert ("decode_mma.cu" in compiled) == (weight_dtype is not DType.F32)
+    assert {"convert.cu", "route.cu", "combine.cu"} <= set(compiled)
+    for kind in ("decode", "prefill"):
+        assert (f"{kind}_mma.cu" in compiled) == (weight_dtype is not DType.F32)
+        # Activations of any format can be rounded to bfloat16.
+        assert (f"{kind}_fma.cu" in compiled) == (weight_dtype is not DType.BF16)
     for expert in range(20):
         backend.add(1, part(layer, [expert]))
         for n_tokens in (*range(1, 40, 1 + expert), 64, 100, 300, 700, 4000, 9000):

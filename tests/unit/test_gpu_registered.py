@@ -138,19 +138,21 @@ def test_calls_between_registered_rings(
 
 
 @pytest.mark.parametrize(
-    ("weight_dtype", "in_place_bytes", "direct_bytes", "expected"),
+    ("weight_dtype", "dtype", "in_place_bytes", "direct_bytes", "expected"),
     [
         # Rows of 24 values; ids and weights, each padded to a multiple of 256 bytes.
-        (DType.F32, 0, 0, [("in from ring", 3840), ("in from staging", 1024), "out"]),
-        (DType.F32, 1 << 20, 0, [("in from ring", 3840), ("in from staging", 1024)]),
-        (DType.BF16, 0, 0, [("in from staging", 1024), "convert", "out"]),
-        (DType.F32, 0, 3841, [("in from staging", 4864), "out"]),
-        (DType.F32, 0, 3840, [("in from ring", 3840), ("in from staging", 1024), "out"]),
+        (DType.F32, DType.F32, 0, 0, [("in from ring", 3840), ("in from staging", 1024), "out"]),
+        (DType.F32, DType.F32, 1 << 20, 0, [("in from ring", 3840), ("in from staging", 1024)]),
+        (DType.BF16, DType.F32, 0, 0, [("in from staging", 1024), "convert", "out"]),
+        (DType.BF16, DType.F16, 0, 0, [("in from staging", 1024), "convert", "out"]),
+        (DType.F32, DType.F32, 0, 3841, [("in from staging", 4864), "out"]),
+        (DType.F32, DType.F32, 0, 3840, [("in from ring", 3840), ("in from staging", 1024), "out"]),
     ],
 )
 def test_what_is_copied(
     monkeypatch: pytest.MonkeyPatch,
     weight_dtype: DType,
+    dtype: DType,
     in_place_bytes: int,
     direct_bytes: int,
     expected: list[object],
@@ -160,10 +162,12 @@ def test_what_is_copied(
     monkeypatch.setattr(gpu_backend, "DIRECT_BYTES", direct_bytes)
     layer, device = random_layer(9, weight_dtype=weight_dtype), IdleDevice()
     backend, copies = GpuBackend({0: layer}, device), Copies(device, monkeypatch)
+    hidden, ids, weights = draw_call(10, layer, 40, 2)
+    hidden = narrow(hidden, dtype)
     with rings(backend) as ends:
-        serve(ends, layer, backend, *draw_call(10, layer, 40, 2))
+        serve(ends, layer, backend, hidden, ids, weights)
     if expected[-1] == "out":
-        expected[-1] = ("out to ring", 3840)
+        expected[-1] = ("out to ring", hidden.nbytes)
     assert [each for each in copies.seen if each == "convert" or type(each) is tuple] == expected
 
 

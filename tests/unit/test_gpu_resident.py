@@ -51,7 +51,7 @@ def others(monkeypatch: pytest.MonkeyPatch) -> Others:
 
 
 @pytest.mark.parametrize(
-    ("weight_dtype", "dtype"), [(BF16, BF16), (BF16, F32), (F16, F16)], ids=str
+    ("weight_dtype", "dtype"), [(BF16, BF16), (BF16, F32), (BF16, F16), (F16, F16)], ids=str
 )
 def test_calls_give_what_the_reference_gives(weight_dtype: DType, dtype: DType) -> None:
     """And the same bits when they are made again."""
@@ -96,7 +96,7 @@ def test_hidden_sizes_that_kernels_take_padded() -> None:
 
 
 @pytest.mark.parametrize("n_tokens", [1, 5])
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", DType)
 def test_arrays_in_device_memory(dtype: DType, n_tokens: int) -> None:
     with serving() as served:
         for seed in range(2):
@@ -109,7 +109,7 @@ def test_arrays_in_device_memory(dtype: DType, n_tokens: int) -> None:
         assert served.counts == (0, 0)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", DType)
 def test_arrays_in_registered_rings(monkeypatch: pytest.MonkeyPatch, dtype: DType) -> None:
     monkeypatch.setattr(gpu_backend, "DIRECT_BYTES", 0)
     with serving() as served, rings(served.backend) as ends:
@@ -207,7 +207,7 @@ def test_after_warm_up_nothing_is_compiled_or_allocated() -> None:
         before = [*device.compiled], [*device.loaded], device.n_allocations
         n_launched = served.resident.n_launched
         for n_tokens in (1, 2, 9, 1):
-            for dtype in (BF16, F32):
+            for dtype in DType:
                 served.call(n_tokens, n_tokens, dtype=dtype)
         assert ([*device.compiled], [*device.loaded], device.n_allocations) == before
         # The last thing that it did was for the whole device.

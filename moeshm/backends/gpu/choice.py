@@ -180,12 +180,9 @@ def _is_few(size: Size, kernels: str) -> bool:
 def _can(kernels: str, shape: Shape, x_dtype: DType, features: Features) -> bool:
     if kernels == "fma":
         return True
-    # float32 activations are rounded to bfloat16, which has their range; float16 has not.
-    takes_x = x_dtype is shape.weight_dtype or (x_dtype, shape.weight_dtype) == (
-        DType.F32,
-        DType.BF16,
-    )
-    return _has(features, kernels) and takes_x and shape.weight_dtype is not DType.F32
+    # Other activations are rounded to bfloat16, which has their range; float16 has not.
+    takes_x = shape.weight_dtype is DType.BF16 or x_dtype is shape.weight_dtype is DType.F16
+    return _has(features, kernels) and takes_x
 
 
 def _has(features: Features, kernels: str) -> bool:
