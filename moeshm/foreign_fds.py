@@ -1,9 +1,9 @@
-"""File descriptors that a peer sends along, of whatever kind: refused, or received and closed.
+"""File descriptors that a peer sends along, of whatever kind: refused, left unread, or closed.
 
 To close one may take as long as its sender likes: a TCP socket lingers over what it could not send,
-and a file of FUSE, or a socket in whose queue the like lies, waits for others. Those that came with
-a message are closed by the thread that serves their sender, sockets without lingering; those that
-lie unread at the end, by a thread that ends, for which nothing lingers.
+and a file of FUSE, or a socket in whose queue the like lies, waits for others. A worker receives
+none: what lies unread at the end is closed by a thread that ends, for which nothing lingers. A
+client, who needs a welcome's, closes what else it received, sockets without lingering.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import os
 import socket
 import struct
 import threading
+
+from .errors import ProtocolError
 
 #: Linux 6.16; Python has no name for it.
 _SO_PASSRIGHTS = 83
@@ -50,6 +52,24 @@ def receive(sock: socket.socket, n_bytes: int) -> tuple[bytes, list[int], bool]:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(numbers[: len(numbers) - len(numbers) % fds.itemsize])
     return packet, list(fds), bool(found & (socket.MSG_TRUNC | socket.MSG_CTRUNC))
+
+
+def receive_without(sock: socket.socket, n_bytes: int) -> tuple[bytes, list[int], bool]:
+    """As `receive`, where none may come: ProtocolError if some did, and all stays unread for
+    `hang_up`."""
+    if _peek(sock)[1]:
+        raise ProtocolError(
+            "a handshake packet carries fds; the worker takes none: send it without any"
+        )
+    packet, _, found, _ = sock.recvmsg(n_bytes)
+    return packet, [], bool(found & socket.MSG_TRUNC)
+
+
+def _peek(sock: socket.socket) -> tuple[bytes, bool]:
+    """A byte of the next packet, and whether it has fds. OSError."""
+    # Without room for fds: only a flag tells of them.
+    packet, _, found, _ = sock.recvmsg(1, 0, socket.MSG_PEEK)
+    return packet, bool(found & socket.MSG_CTRUNC)
 
 
 def close_fds(fds: list[int]) -> None:
@@ -88,11 +108,10 @@ def _discard_bytes(sock: socket.socket) -> bool:
     False: there are fds, or there may be some still."""
     for _ in range(_MOST_UNREAD):
         try:
-            # Without room for fds: only a flag tells of them.
-            packet, _, found, _ = sock.recvmsg(1, 0, socket.MSG_PEEK)
+            packet, has_fds = _peek(sock)
         except ConnectionResetError:  # it left something unread; told once
             continue
-        if found & socket.MSG_CTRUNC:
+        if has_fds:
             return False
         if not packet:
             # The end, or a packet of no bytes, behind which there may be others.

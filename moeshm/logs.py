@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
+import select
+import stat
 import sys
 import threading
 import time
@@ -65,16 +68,89 @@ def _encodable(text: str) -> str:
 
 
 def configure(level: str, as_json: bool) -> None:
-    """Log moeshm's records of at least `level` (debug, info, warning, error) to standard error."""
-    handler = logging.StreamHandler(sys.stderr)
-    if as_json:
-        handler.setFormatter(_JsonFormatter())
-    else:
-        handler.setFormatter(_PlainFormatter())
+    """Log moeshm's records of at least `level` (debug, info, warning, error) to standard error.
+
+    Where that is a pipe or a socket, nobody waits for its reader: records for which there is no
+    room are counted, and told of later.
+    """
+    handler = _handler()
+    handler.setFormatter(_JsonFormatter() if as_json else _PlainFormatter())
     logger = logging.getLogger("moeshm")
     logger.handlers = [handler]
     logger.setLevel(level.upper())
     logger.propagate = False
+
+
+def _handler() -> logging.Handler:
+    try:
+        fd = sys.stderr.fileno()
+        mode = os.fstat(fd).st_mode
+    except (AttributeError, OSError):  # there is none, or it is no file
+        return logging.StreamHandler(sys.stderr)
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+        return _NeverWaiting(fd, sys.stderr.encoding)
+    return logging.StreamHandler(sys.stderr)
+
+
+class _NeverWaiting(logging.Handler):
+    """Writes whole lines in their order, and waits for no reader: a line that finds no room is kept
+    until the next record, and records until then are lost, and told of with the next line."""
+
+    def __init__(self, fd: int, encoding: str) -> None:
+        super().__init__()
+        self._fd = fd
+        self._encoding = encoding
+        #: What there was no room for yet.
+        self._rest = b""
+        self._n_lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write it, keep it, or count it."""
+        self.flush()
+        if self._rest:
+            self._n_lost += 1
+            return
+        try:
+            text = self.format(record)
+            if self._n_lost:
+                text = f"{self.format(_lost(self._n_lost))}\n{text}"
+            self._rest = f"{text}\n".encode(self._encoding, "backslashreplace")
+        except Exception:  # as of all handlers: the caller is not to fail
+            self.handleError(record)
+            return
+        self._n_lost = 0
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is kept, as far as there is room."""
+        while self._rest:
+            try:
+                n_written = _write_some(self._fd, self._rest[: select.PIPE_BUF])
+            except OSError:  # who read it is gone
+                return
+            if not n_written:
+                return
+            self._rest = self._rest[n_written:]
+
+
+def _lost(count: int) -> logging.LogRecord:
+    text = "%d lines were lost, since nobody read those before them"
+    return logging.LogRecord(__name__, logging.WARNING, "", 0, text, (count,), None)
+
+
+def _write_some(fd: int, data: bytes) -> int:
+    """How many bytes there was room for, of PIPE_BUF at most. OSError."""
+    # O_NONBLOCK would be for all who have the file.
+    try:
+        return os.pwritev(fd, [data], -1, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return 0
+    except OSError:  # a pipe before Linux 6.4, or a system that lacks the call
+        pass
+    # Where others write there, too, they may take the room in between.
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return os.write(fd, data) if poll.poll(0) else 0
 
 
 def limited(name: str) -> logging.Logger:

@@ -79,7 +79,7 @@ def parse_address(address: str) -> str:
 class ControlSocket:
     """A connected SOCK_SEQPACKET socket that carries handshake messages and fds.
 
-    `is_worker`: the peer is a client, whose fds nobody wants; the socket is this process's alone.
+    `is_worker`: the peer is a client, of whom no fds are taken; the socket is this process's alone.
     """
 
     def __init__(self, sock: socket.socket, is_worker: bool = False) -> None:
@@ -120,7 +120,7 @@ class ControlSocket:
         """The next message and its fds, which are the caller's to close.
 
         SessionError: none came in time, or the peer is gone. ProtocolError: it is no message, or
-        a longer one.
+        a longer one, or brings more fds than may come.
         """
         deadline = time.monotonic() + timeout_s
         data = bytearray()
@@ -160,14 +160,15 @@ class ControlSocket:
         return packet
 
     def _receive(self, deadline: float) -> tuple[bytes, list[int], bool]:
+        receive = foreign_fds.receive_without if self._is_worker else foreign_fds.receive
         while True:
             left_s = deadline - time.monotonic()
             self._socket.settimeout(min(max(1e-3, left_s), _SLICE_S))
             try:
-                return foreign_fds.receive(self._socket, _PACKET_BYTES + 1)
+                return receive(self._socket, _PACKET_BYTES + 1)
             except ConnectionResetError:
                 # It hung up without reading all; what it had said before is there still.
-                return foreign_fds.receive(self._socket, _PACKET_BYTES + 1)
+                return receive(self._socket, _PACKET_BYTES + 1)
             except TimeoutError:
                 if left_s <= _SLICE_S:
                     raise

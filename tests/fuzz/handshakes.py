@@ -175,12 +175,14 @@ def judge_packets(choices: Choices) -> str:
 
 
 def _receive(choices: Choices) -> str:
+    is_worker = bool(choices.below(2))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs, contextlib.closing(ControlSocket(ours)) as control:
+    with theirs, contextlib.closing(ControlSocket(ours, is_worker)) as control:
         whole = changed_hello(choices)
         n_packets = 1 + choices.below(4)
         n_each = -(-len(whole) // n_packets)
-        sent = bytearray()
+        #: Of the packets up to the first that is marked as the last.
+        n_of_message, is_whole = 0, False
         for number in range(n_packets):
             part = whole[number * n_each : (number + 1) * n_each]
             mark = choices.near(number + 1 < n_packets, 8)
@@ -189,14 +191,15 @@ def _receive(choices: Choices) -> str:
             n_passed = choices.below(6) if choices.byte() > 128 else 0
             # With one fd of a kind that nobody expects.
             socket.send_fds(theirs, [packet], [theirs.fileno()] * n_passed)
-            sent += packet[1:]
+            n_of_message += 0 if is_whole else n_passed
+            is_whole = is_whole or packet[:1] == b"\0"
         if choices.byte() < 64:
             theirs.shutdown(socket.SHUT_WR)
         try:
             message, fds = control.receive(0.0, _MAX_BYTES)
         except (ProtocolError, SessionError) as error:
             return f"packets: {_gist(error)}"
-        assert len(fds) <= 4
+        assert len(fds) == n_of_message <= (0 if is_worker else 4)
         assert all(os.get_inheritable(fd) is False for fd in fds)
         close_fds(fds)
         assert len(handshake.encode_control(message)) <= 2 * _MAX_BYTES

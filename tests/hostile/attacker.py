@@ -123,7 +123,12 @@ class Attacker:
         """The worker's next handshake message."""
         data, fds = b"", array.array("i")
         while True:
-            packet, ancillary, _, _ = self.control.recvmsg(1 << 16, socket.CMSG_SPACE(16))
+            room = 1 << 16, socket.CMSG_SPACE(16)
+            try:
+                packet, ancillary, _, _ = self.control.recvmsg(*room)
+            except ConnectionResetError:
+                # It left something unread; told once, before its last words.
+                packet, ancillary, _, _ = self.control.recvmsg(*room)
             for _, _, numbers in ancillary:
                 fds.frombytes(numbers)
             data += packet[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moeshm import handshake, session
+from moeshm import foreign_fds, handshake, session
 from moeshm.errors import (
     ProtocolError,
     SessionError,
@@ -136,6 +137,60 @@ def test_a_broken_handshake_is_refused_and_its_fds_closed(
         control.receive(0.01, handshake.MAX_HELLO_BYTES)
     assert type(caught.value) is kind
     assert n_fds() == before
+
+
+@pytest.mark.parametrize(
+    "attack", [with_fds((WHOLE, 1)), with_fds((MORE, 0), (WHOLE, 4)), with_fds((WHOLE, 253))]
+)
+@pytest.mark.parametrize("resets", [False, True])
+def test_a_worker_does_not_even_receive_fds(
+    monkeypatch: pytest.MonkeyPatch, attack: Callable[[socket.socket], None], resets: bool
+) -> None:
+    """To close one may take as long as its sender likes."""
+
+    def close(fds: list[int]) -> None:
+        assert not fds, "fds came"
+
+    monkeypatch.setattr(session, "close_fds", close)
+    monkeypatch.setattr(foreign_fds, "close_fds", close)
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with right, contextlib.closing(ControlSocket(left, is_worker=True)) as control:
+        attack(right)
+        if resets:
+            left.send(b"not read")
+            right.close()
+        before = n_fds()
+        with pytest.raises(ProtocolError, match="carries fds; the worker takes none"):
+            control.receive(PATIENCE_S, handshake.MAX_HELLO_BYTES)
+        assert n_fds() == before
+
+
+def test_who_sent_fds_with_a_hello_is_told_why_it_is_refused() -> None:
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with contextlib.closing(ControlSocket(right)) as client:
+        with contextlib.closing(ControlSocket(left, is_worker=True)) as control:
+            client.send(HELLO, [right.fileno()], PATIENCE_S)
+            with pytest.raises(ProtocolError, match="carries fds"):
+                session.accept(control, {4: dense_info(8, 4, 2)}, "null", 64, PATIENCE_S)
+        message, _ = client.receive(PATIENCE_S)
+        assert isinstance(message, Refusal)
+        assert "send it without any" in message.reason
+        with pytest.raises(SessionError, match="closed the connection"):
+            client.receive(PATIENCE_S)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 40_000])
+def test_a_worker_receives_messages_of_any_length_without_fds(size: int) -> None:
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with (
+        contextlib.closing(ControlSocket(right)) as client,
+        contextlib.closing(ControlSocket(left, is_worker=True)) as control,
+    ):
+        client.send(Refusal("x" * size), [], PATIENCE_S)
+        assert control.receive(PATIENCE_S) == (Refusal("x" * size), [])
+        right.send(b"\0" * 40_000)
+        with pytest.raises(ProtocolError, match="too long"):
+            control.receive(PATIENCE_S)
 
 
 def test_endless_packets_do_not_hold_a_handshake_open(

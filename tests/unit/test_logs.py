@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import importlib
 import json
 import logging
 import os
+import socket
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -15,6 +18,7 @@ import pytest
 from moeshm import logs
 from moeshm.access import Peer
 from moeshm.printable import printable
+from tests.wire import meanwhile
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +160,130 @@ def test_what_is_too_long_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_printable(text: str, shown: str) -> None:
     assert printable(text, 10) == shown
+
+
+# --- a log that nobody reads --------------------------------------------------------------
+
+
+class Unread:
+    """A pipe, or a socket, in which there is no room."""
+
+    def __init__(self, kind: str) -> None:
+        if kind == "socket":
+            left, right = socket.socketpair()
+            self.reader, self.writer = left.detach(), right.detach()
+        else:
+            self.reader, self.writer = os.pipe()
+        self.n_filled = 0
+        os.set_blocking(self.writer, False)
+        for size in (4096, 1):
+            try:
+                while True:
+                    self.n_filled += os.write(self.writer, b"x" * size)
+            except BlockingIOError:
+                pass
+        os.set_blocking(self.writer, True)
+        os.set_blocking(self.reader, False)
+
+    def configure(self, monkeypatch: pytest.MonkeyPatch, as_json: bool = False) -> None:
+        """Have records written there, as if it were standard error."""
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", open(self.writer, "w", closefd=False))  # noqa: SIM115
+            logs.configure("info", as_json)
+
+    def read(self) -> bytes:
+        """All that is there, but what filled it."""
+        data = bytearray()
+        try:
+            while more := os.read(self.reader, 65536):
+                data += more
+        except BlockingIOError:
+            pass
+        n_filled, self.n_filled = self.n_filled, 0
+        return bytes(data[n_filled:])
+
+    def close(self) -> None:
+        """Both ends, unless the reader's is closed."""
+        os.close(self.writer)
+        if self.reader >= 0:
+            os.close(self.reader)
+
+
+@pytest.fixture(params=["pipe", "socket", "pipe before Linux 6.4"])
+def unread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Unread]:
+    """One of each kind."""
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    if "before" in request.param:
+        monkeypatch.setattr(os, "pwritev", fail)
+    found = Unread(request.param)
+    yield found
+    found.close()
+
+
+def log_lines(*lines: str) -> None:
+    """Log these, without waiting for ever."""
+
+    def log() -> None:
+        for line in lines:
+            logging.getLogger("moeshm").info("%s", line)
+
+    with meanwhile(log):
+        pass
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_nobody_waits_for_who_does_not_read_the_log(
+    unread: Unread, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    """Lines are lost, and counted once somebody reads; none is torn."""
+    unread.configure(monkeypatch, as_json)
+    log_lines(*(f"line {number}" for number in range(100)))
+    assert unread.read() == b""
+    log_lines("read again", "and on")
+    lines = unread.read().decode().splitlines()
+    said = [json.loads(each)["message"] if as_json else each.split(" ", 3)[3] for each in lines]
+    lost = "99 lines were lost, since nobody read those before them"
+    assert said == ["line 0", lost, "read again", "and on"]
+
+
+def test_a_line_that_finds_room_for_a_part_goes_on_there(
+    unread: Unread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unread.configure(monkeypatch)
+    unread.read()
+    long = ["ü" * 7000] * 200
+    log_lines(*long)
+    data = unread.read()
+    log_lines("read again")
+    *shown, lost, last = (data + unread.read()).decode().splitlines()
+    assert {each.split(" ", 3)[3] for each in shown} == {long[0]}
+    assert f"{len(long) - len(shown)} lines were lost" in lost
+    assert last.endswith("read again")
+
+
+def test_what_was_kept_is_written_at_the_end(
+    unread: Unread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unread.configure(monkeypatch)
+    log_lines("the last word")
+    unread.read()
+    (handler,) = logging.getLogger("moeshm").handlers
+    handler.flush()
+    assert unread.read().endswith(b"the last word\n")
+
+
+def test_a_reader_that_is_gone_is_no_error(unread: Unread, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: logging.Handler, record: logging.LogRecord) -> None:
+        raise AssertionError(record)
+
+    monkeypatch.setattr(logging.Handler, "handleError", fail)
+    unread.configure(monkeypatch)
+    os.close(unread.reader)
+    unread.reader = -1
+    log_lines("one", "two")
 
 
 # --- lines about peers --------------------------------------------------------------------

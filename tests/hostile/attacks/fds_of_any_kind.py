@@ -1,6 +1,7 @@
 """Sends file descriptors of all kinds along with a good hello.
 
-The worker wants none: one that it kept, or used for a ring, would be in the attacker's hands.
+The worker wants none: one that it kept, or used for a ring, would be in the attacker's hands; and
+one of the attacker's own file system (FUSE) keeps whoever closes it: none may even be received.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import select
 import socket
 from collections.abc import Callable, Sequence
 
-from tests.hostile.attack import BOTH, TAKING_AND_REFUSING, Refusal, Variant
-from tests.hostile.attacker import PATIENCE_S, Attacker, hello
+from moeshm.errors import HandshakeRefused
+from tests.hostile.attack import TAKING_AND_REFUSING, Refusal, Variant
+from tests.hostile.attacker import PATIENCE_S, Attacker, attacking, hello
+from tests.hostile.calls import assert_served
+from tests.hostile.conftest import Victim
 
-HAS_SESSION, N_SERVED, TRANSPORTS, VICTIMS = False, 0, BOTH, TAKING_AND_REFUSING
-REFUSAL = Refusal(
-    None, "refused by the kernel, or closed unused; the session is as usual", "session ended after"
-)
+VICTIMS = TAKING_AND_REFUSING
+REFUSAL = Refusal(HandshakeRefused, "carries fds", "got no session")
 KINDS = (
     *("pipe", "file", "folder", "/dev/zero", "memfd", "stream socket", "listening socket"),
     *("datagram socket", "epoll", "itself"),
@@ -54,15 +56,26 @@ def make(kind: str, attacker: Attacker, stack: contextlib.ExitStack) -> int:
     return fds[-1]
 
 
-def attack(attacker: Attacker, kind: str) -> None:
-    """A pipe goes along; once the worker has closed it, its other end says so."""
+def scene(victim: Victim, transport: str, kind: str, refusal: Refusal) -> None:
+    """A pipe goes along; once nobody has it, its other end says so. Where the kernel lets none
+    through, the hello that follows without is a good one."""
     told, held = os.pipe()
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, told)
+        attacker = stack.enter_context(attacking(victim.address))
+        attacker.fds_are_refused = victim.refuses_fds
         fd = make(kind, attacker, stack)
-        name = attacker.transport_wish
-        attacker.send_fds(attacker.control, hello(transport=name), [fd, fd, held])
+        came = attacker.send_fds(attacker.control, hello(transport=transport), [fd, fd, held])
         os.close(held)
-        attacker.take_welcome()
+        if came:
+            name, reason = attacker.farewell()
+            assert name == "refusal"
+            assert refusal.says in reason
+            assert refusal.says in victim.expect_log(refusal.log)
+        else:
+            attacker.take_welcome()
+            assert_served(attacker)
+            attacker.close()
+            victim.expect_log("session ended after 1 calls")
         assert select.select([told], [], [], PATIENCE_S)[0], "the worker keeps an fd"
         assert os.read(told, 1) == b""

@@ -52,8 +52,8 @@ def _connect_and_leave(address: str, client: moeshm.ExpertClient) -> None:
 
 @contextlib.contextmanager
 def _reading_the_log(victim: Victim) -> Iterator[None]:
-    """A log that nobody reads would stop the worker; the end is that of a session known by how many
-    calls it had."""
+    """Lines that find no room are lost; the end is that of a session known by how many calls it
+    had."""
     thread = threading.Thread(
         target=victim.expect_log, args=(f"session ended after {_LAST} calls",)
     )
