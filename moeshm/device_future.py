@@ -110,7 +110,7 @@ class DeviceFuture(msgspec.Struct, eq=False, weakref=True):
                     if not part.is_settled:
                         # Another thread is about to.
                         time.sleep(_SETTLED_PAUSE_S)
-                elif until is not None and time.monotonic() > until:
+                if until is not None and time.monotonic() > until and not part.is_settled:
                     raise NotReady(f"no result within {timeout_s} s; the call is still on its way")
         return self.result()
 
@@ -160,8 +160,9 @@ class Part(msgspec.Struct, eq=False):
     late_at: float = 0.0
     #: The same, and it has done nothing else meanwhile: when the session is given up for it.
     given_up_at: float = 0.0
-    #: A thread tells its future of the end; and has.
-    is_told: bool = False
+    #: The thread that tells its future why it was refused, as of threading.get_ident; 0 for none.
+    teller: int = 0
+    #: Its future knows of the end.
     is_settled: bool = False
 
     @property
@@ -179,8 +180,8 @@ class Part(msgspec.Struct, eq=False):
 
     @property
     def is_in_turn(self) -> bool:
-        """As `Receiver.is_in_turn`."""
-        return True
+        """As `Receiver.is_in_turn`: no more when the worker has passed it."""
+        return not self.is_passed
 
     @property
     def is_done(self) -> bool:
@@ -206,6 +207,9 @@ class Part(msgspec.Struct, eq=False):
         """Let the stream go on, in the place of a worker that never comes to it."""
         self.is_released = True
         self.claim.set(DONE, self.claim.sequence)
+        if not self.has_take:
+            # Else a worker that ends waits for it to come.
+            self.claim.set(TAKEN, self.claim.sequence)
 
     def abandon(self) -> None:
         """Let the stream go on before the worker, which may still write to the output."""

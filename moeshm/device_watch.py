@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import logging
 import math
+import operator
 import threading
 import time
 import traceback
@@ -42,6 +43,8 @@ _IDLE_LOOKS = 100
 _LATE_GRACE_S = 0.25
 #: Longer than taking in a reply that was sent takes.
 _REPLY_LIMIT_S = 5.0
+
+_call = operator.methodcaller("__call__")
 
 
 class Mover(Protocol):
@@ -95,6 +98,9 @@ class Watch:
         self.is_over = False
         #: Oldest first, one for each of the allocator's claims.
         self.parts: collections.deque[Part] = collections.deque()
+        #: Forgets the oldest part, and frees its room.
+        self._free_steps = self.parts.popleft, self.allocator.free_oldest
+        self._done_steps: collections.deque[None] = collections.deque(maxlen=0)
         self._segment = segment
         #: Kinds of errors that the log has.
         self._logged: set[str] = set()
@@ -121,34 +127,44 @@ class Watch:
 
     def settle(self) -> None:
         """Tell the futures of parts that are over, and free the room of the oldest of them."""
+        me = threading.get_ident()
         refused: list[tuple[Part, int]] = []
-        with self.lock:
-            for part in self.parts:
-                if part.is_settled or part.is_told or not part.is_over:
-                    continue
-                flag = 0 if part.is_released else part.claim.refused
-                if flag:
-                    part.is_told = True
-                    refused.append((part, flag))
-                else:
-                    # Its future has the output, or knows why not.
-                    self._end(part)
-            unheard = self._free_settled()
-        # Not under the lock: what the worker said may still have to be taken in.
-        if refused:
-            unheard += self._tell(refused)
-        for part in unheard:
-            self._take_in_reply(part)
-            part.link.forget_now(part.call_id)
+        try:
+            with self.lock:
+                for part in self.parts:
+                    if part.is_settled or part.teller not in (0, me) or not part.is_over:
+                        continue
+                    flag = 0 if part.is_released else part.claim.refused
+                    if flag:
+                        refused.append((part, flag))
+                        part.teller = me
+                    else:
+                        # Its future has the output, or knows why not.
+                        self._end(part)
+                unheard = self._free_settled()
+            # Not under the lock: what the worker said may still have to be taken in.
+            if refused:
+                unheard += self._tell(refused)
+            for part in unheard:
+                self._take_in_reply(part)
+                part.link.forget_now(part.call_id)
+        finally:
+            # After an interrupt some are untold, and any thread's to tell of.
+            for part, _ in refused:
+                if part.teller == me:
+                    part.teller = 0
 
     def _tell(self, refused: list[tuple[Part, int]]) -> list[Part]:
         """Their futures why the worker computed nothing; each with that flag of its. As
         `_free_settled`."""
         for part, flag in refused:
             try:
-                self._fail(part, self._reason(part, flag))
-            finally:
-                self._end(part)
+                error = self._reason(part, flag)
+            except Exception as cause:  # whatever it is, the output is no result
+                error = WorkerFailed(f"the worker refused the call, and why is unknown: {cause}")
+            # Not after an interrupt: one that ends untold has succeeded.
+            self._fail(part, error)
+            self._end(part)
         with self.lock:
             return self._free_settled()
 
@@ -186,8 +202,9 @@ class Watch:
                     unheard.append(part)
                 else:
                     part.link.forget_now(part.call_id)
-            parts.popleft()
-            self.allocator.free_oldest()
+            # In one step of the interpreter: no handler of a signal runs in between, which would
+            # lose the room.
+            self._done_steps.extend(map(_call, self._free_steps))
         return unheard
 
     def _fail(self, part: Part, error: CallError) -> None:

@@ -180,15 +180,19 @@ class WorkerProcess:
 def _end(running: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
     """Send the signal to the worker, if there is one, and wait until it is gone."""
     while running:
-        process = running.pop()
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(number)
-            process.send_signal(signal.SIGCONT)
-        try:
-            process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        for process in running.copy():
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+                process.send_signal(signal.SIGCONT)
+            try:
+                process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            # Not before: after an interrupt of the wait it is for whoever comes next. Another
+            # thread may have been faster.
+            with contextlib.suppress(ValueError):
+                running.remove(process)
 
 
 def _clean_up(running: list[subprocess.Popen[bytes]], folder: Path, lock: int, owner: int) -> None:

@@ -10,8 +10,16 @@ from typing import NamedTuple
 import numpy as np
 
 import moeshm
-from tests.crash.arithmetic import HIDDEN_SIZE, ArithmeticBackend, CallInputs, assert_exact
-from tests.crash.processes import GatedWorker
+from moeshm.device_watch import Watch
+from tests.crash.arithmetic import (
+    FREE,
+    HIDDEN_SIZE,
+    ArithmeticBackend,
+    CallInputs,
+    assert_exact,
+    make_inputs,
+)
+from tests.crash.processes import GatedWorker, within
 from tests.engine_gpu import PATIENCE_S, GpuArray, Stream
 
 SOON_S = 15.0
@@ -62,6 +70,13 @@ def wait_until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+def watch_of(client: moeshm.ExpertClient) -> Watch:
+    """Of its session's slab."""
+    calls = client._link.device_calls
+    assert calls is not None
+    return calls._watch
+
+
 class GpuCall(NamedTuple):
     """A call's arrays on the GPU, and its output."""
 
@@ -92,3 +107,18 @@ class GpuCall(NamedTuple):
     def check(self) -> None:
         """Its output, where the stream has passed it."""
         assert_exact(self.out.host, self.inputs)
+
+
+def assert_same_session(client: moeshm.ExpertClient, stream: Stream) -> None:
+    """Calls work there, and nothing of earlier ones is left."""
+    for tag in (8, 9):
+        call = GpuCall.of(make_inputs(FREE, tag))
+        with within(SOON_S):
+            call.submit(client, stream).wait(PATIENCE_S)
+        call.check()
+    wait_until(lambda: not watch_of(client).parts)
+    # Takes in every reply that came before its own.
+    inputs = make_inputs(FREE, 7)
+    assert_exact(client.compute(*inputs), inputs)
+    assert client._link._pending == {}
+    assert client.stats().reconnects == 0

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import moeshm
+from moeshm._words import load_word
 from moeshm.device_future import Part
 from moeshm.errors import (
     CallError,
@@ -22,9 +23,17 @@ from moeshm.errors import (
     WorkerDied,
 )
 from moeshm.outbox import Drain
-from moeshm.transport.slab import SLOTS
+from moeshm.transport.slab import DONE, SLOTS, TAKEN
 from tests.crash.arithmetic import FREE, ArithmeticBackend, make_inputs
-from tests.crash.device_calls.calls import MORE_TOKENS, SOON_S, GpuCall, Kind, connected, wait_until
+from tests.crash.device_calls.calls import (
+    MORE_TOKENS,
+    SOON_S,
+    GpuCall,
+    Kind,
+    connected,
+    wait_until,
+    watch_of,
+)
 from tests.crash.processes import GatedWorker, within
 from tests.engine_gpu import PATIENCE_S, HostMover, Movers, Stream
 
@@ -94,6 +103,26 @@ def test_a_ring_that_is_full(
             future.wait(PATIENCE_S)
             call.check()
     assert_next_call_works(client, stream, n_reconnects=0)
+
+
+def test_a_worker_that_ends_does_not_wait_for_a_call_that_it_was_not_told_of(
+    client: moeshm.ExpertClient, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if all of it that is done was not taken."""
+    released: list[Part] = []
+
+    def refuse(part: Part, _call_id: int, _packed: bytes) -> None:
+        released.append(part)
+        raise RingFull("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client._link, "describe", refuse)
+        with pytest.raises(RingFull, match="no room"):
+            GpuCall.of(make_inputs(FREE, 2)).submit(client, stream)
+    (part,) = released
+    memory = watch_of(client)._segment.memory
+    done, taken = (load_word(memory, part.claim.flag(flag)) for flag in (DONE, TAKEN))
+    assert done == taken == part.claim.sequence
 
 
 def test_a_ring_that_is_broken(

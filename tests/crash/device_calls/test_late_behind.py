@@ -4,7 +4,9 @@ session: it ends alone, and its room is nobody's before the worker has passed it
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -12,11 +14,18 @@ import moeshm
 from moeshm import device_watch
 from moeshm._words import load_word
 from moeshm.device_future import Part
-from moeshm.device_watch import Watch
 from moeshm.errors import DeadlineExceeded, RingFull, WorkerDied
 from moeshm.transport.slab import DONE, SLOTS, TAKEN
-from tests.crash.arithmetic import FREE, GATED, ArithmeticBackend, assert_exact, make_inputs
-from tests.crash.device_calls.calls import SOON_S, GpuCall, Kind, connected, wait_until
+from tests.crash.arithmetic import FREE, GATED, ArithmeticBackend, make_inputs
+from tests.crash.device_calls.calls import (
+    SOON_S,
+    GpuCall,
+    Kind,
+    assert_same_session,
+    connected,
+    wait_until,
+    watch_of,
+)
 from tests.crash.processes import GatedWorker, within
 from tests.engine_gpu import PATIENCE_S, Movers, Stream
 
@@ -29,13 +38,6 @@ def other() -> Iterator[Stream]:
     made = Stream()
     yield made
     made.close()
-
-
-def watch_of(client: moeshm.ExpertClient) -> Watch:
-    """Of its session's slab."""
-    calls = client._link.device_calls
-    assert calls is not None
-    return calls._watch
 
 
 def end_alone(future: moeshm.DeviceFuture) -> None:
@@ -62,21 +64,6 @@ def be_late_behind(
     assert not pending.done()
     assert client._link.loss is None
     return first, pending, part
-
-
-def assert_same_session(client: moeshm.ExpertClient, stream: Stream) -> None:
-    """Calls work there, and nothing of earlier ones is left."""
-    for tag in (8, 9):
-        call = GpuCall.of(make_inputs(FREE, tag))
-        with within(SOON_S):
-            call.submit(client, stream).wait(PATIENCE_S)
-        call.check()
-    wait_until(lambda: not watch_of(client).parts)
-    # Takes in every reply that came before its own.
-    inputs = make_inputs(FREE, 7)
-    assert_exact(client.compute(*inputs), inputs)
-    assert client._link._pending == {}
-    assert client.stats().reconnects == 0
 
 
 def test_it_ends_alone(
@@ -157,6 +144,34 @@ def test_behind_a_call_of_host_arrays(
     worker.let_go()
     pending.result(PATIENCE_S)
     assert_same_session(client, stream)
+
+
+def test_a_call_that_the_worker_has_passed_is_none_before_it(
+    worker: GatedWorker,
+    client: moeshm.ExpertClient,
+    stream: Stream,
+    movers: Movers,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Though its output was not taken, a worker that hangs afterwards is given up."""
+    gate, take = threading.Event(), movers.opened[0]._take
+
+    def take_late(*arguments: Any) -> None:
+        gate.wait(PATIENCE_S)
+        take(*arguments)
+
+    monkeypatch.setattr(movers.opened[0], "_take", take_late)
+    pending = GpuCall.of(make_inputs(FREE, 1)).submit(client, stream)
+    part = pending._parts[0]
+    assert part.is_in_turn or part.is_passed
+    wait_until(lambda: part.is_passed)
+    assert not part.is_in_turn
+    late = client.submit(*make_inputs(GATED, 2), timeout_s=HASTY_S)
+    with within(SOON_S), pytest.raises(DeadlineExceeded, match="the session is given up"):
+        late.result()
+    gate.set()
+    stream.synchronize()
+    worker.let_go()
 
 
 # --- workers that hang, die or end ------------------------------------------------------------
