@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,18 @@ def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def interrupting(is_copied: bool) -> Callable[..., None]:
+    """Instead of `copy_rows`: an interrupt before the rows are copied, or right after that."""
+    real = protocol.Reply.copy_rows
+
+    def copy_and_interrupt(*arguments: Any) -> None:
+        if is_copied:
+            real(*arguments)
+        raise KeyboardInterrupt
+
+    return copy_and_interrupt
+
+
 @pytest.mark.parametrize("n_parts", [1, 2])
 @pytest.mark.parametrize("is_copied", [False, True])
 def test_a_reply_that_was_interrupted_as_it_was_taken_in_is_taken_in_again(
@@ -35,16 +48,9 @@ def test_a_reply_that_was_interrupted_as_it_was_taken_in_is_taken_in_again(
     inputs, others = make_inputs(FREE, 1, 4), make_inputs(FREE, 2)
     future = client.submit(*inputs, slice_tokens=4 // n_parts)
     other = client.submit(*others)
-    real = protocol.Reply.copy_rows
-
-    def copy_and_interrupt(*arguments: Any) -> None:
-        if is_copied:
-            real(*arguments)
-        raise KeyboardInterrupt
-
     for _ in range(2):
         with monkeypatch.context() as patched:
-            patched.setattr(protocol.Reply, "copy_rows", copy_and_interrupt)
+            patched.setattr(protocol.Reply, "copy_rows", interrupting(is_copied))
             with pytest.raises(KeyboardInterrupt):
                 future.result()
     assert_exact(other.result(), others)
@@ -86,15 +92,8 @@ def test_a_sum_has_such_a_reply_once(
     """What was copied for `result` is not added, too."""
     inputs = make_inputs(FREE, 1, 4)
     future, other = client.submit(*inputs), client.submit(*make_inputs(FREE, 2))
-    real = protocol.Reply.copy_rows
-
-    def copy_and_interrupt(*arguments: Any) -> None:
-        if is_copied:
-            real(*arguments)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(protocol.Reply, "copy_rows", copy_and_interrupt)
+        patched.setattr(protocol.Reply, "copy_rows", interrupting(is_copied))
         with pytest.raises(KeyboardInterrupt):
             other.result()
     total = np.zeros_like(inputs.hidden_states)
