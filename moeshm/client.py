@@ -441,6 +441,10 @@ class ExpertClient:
             if self._fallback is None:
                 raise
             future.fail(error)
+        except BaseException:
+            # Parts may have left: after an interrupt nothing may get to `out`.
+            future.fail(WorkerDied("the call was interrupted as it was sent"))
+            raise
         return future
 
     def _send(self, future: CallFuture, view: HeldView, slice_tokens: int, start_ns: int) -> None:

@@ -161,6 +161,9 @@ class Watch:
             try:
                 error = self._reason(part, flag)
             except Exception as cause:  # whatever it is, the output is no result
+                if threading.current_thread() is threading.main_thread():
+                    # A signal's handler may have raised it; the watch's thread will tell.
+                    raise
                 error = WorkerFailed(f"the worker refused the call, and why is unknown: {cause}")
             # Not after an interrupt: one that ends untold has succeeded.
             self._fail(part, error)

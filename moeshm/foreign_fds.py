@@ -116,7 +116,8 @@ def _discard_bytes(sock: socket.socket) -> bool:
         if not packet:
             # The end, or a packet of no bytes, behind which there may be others.
             return _refuses(sock)
-        sock.recv(1)
+        with contextlib.suppress(ConnectionResetError):
+            sock.recv(1)
     return False
 
 

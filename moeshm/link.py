@@ -25,6 +25,7 @@ from .errors import (
     ProtocolError,
     RingEmpty,
     RingFull,
+    SessionError,
     WorkerDied,
 )
 from .held import SessionNumbers
@@ -67,8 +68,8 @@ class Link:
         #: The record that is being taken in, and how often that failed.
         self._received: collections.deque[Message] = collections.deque()
         self._n_failures = 0
-        #: The call whose reply was taken in last.
-        self._last_given = 0
+        #: The call whose reply was taken in, until that is released.
+        self._last_given = -1
         #: Some are received by nobody, and of these some may never have been sent.
         self._has_given_up = False
         #: Held to change what is below, and to end the session.
@@ -452,12 +453,21 @@ class Link:
     def _is_given_up(self, error: BaseException) -> bool:
         """Whether to release a record that was not taken in. One that a signal's handler kept from
         that, by whatever it raised, stays for who receives next."""
+        if isinstance(error, MoeshmError):
+            return True
         self._n_failures += 1
-        return isinstance(error, MoeshmError) or self._n_failures > _MOST_FAILURES
+        # Handlers run in the main thread.
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and self._n_failures <= _MOST_FAILURES:
+            return False
+        self.lose(SessionError(f"a reply could not be taken in: {error!r}"))
+        return True
 
     def _release(self) -> None:
         self._n_failures = 0
         self._received.pop().release()
+        # Not before: an interrupt of this leaves the record for who finds that it was taken in.
+        self._last_given = -1
 
     def _receive_answer(
         self,
@@ -518,13 +528,14 @@ class Link:
         self._pending.pop(call_id, None)
 
     def _forget_unsent(self, answered: int) -> None:
-        pending = self._pending.copy()
-        receiver = pending.get(answered)
-        if receiver is None or not receiver.is_in_turn:
-            return
-        for call_id, earlier in pending.items():
+        # First: who gives one up meanwhile says so again.
+        self._has_given_up = False
+        is_before = answered in self._pending and self._pending[answered].is_in_turn
+        for call_id, receiver in self._pending.copy().items():
             if call_id == answered:
-                break
-            if type(earlier) is Nobody and earlier.is_in_turn:
-                self._pending.pop(call_id, None)
-        self._has_given_up = any(type(each) is Nobody for each in self._pending.copy().values())
+                is_before = False
+            elif type(receiver) is Nobody and receiver.is_in_turn:
+                if is_before:
+                    self._pending.pop(call_id, None)
+                else:
+                    self._has_given_up = True

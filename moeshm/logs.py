@@ -85,7 +85,7 @@ def _handler() -> logging.Handler:
     try:
         fd = sys.stderr.fileno()
         mode = os.fstat(fd).st_mode
-    except (AttributeError, OSError):  # there is none, or it is no file
+    except (AttributeError, OSError, ValueError):  # there is none, it is no file, or closed
         return logging.StreamHandler(sys.stderr)
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
         return _NeverWaiting(fd, sys.stderr.encoding)
@@ -145,8 +145,8 @@ def _write_some(fd: int, data: bytes) -> int:
         return os.pwritev(fd, [data], -1, os.RWF_NOWAIT)
     except BlockingIOError:
         return 0
-    except OSError:  # a pipe before Linux 6.4, or a system that lacks the call
-        pass
+    except (OSError, AttributeError, NotImplementedError):
+        pass  # a pipe before Linux 6.4, or a system, or a Python, that lacks the call
     # Where others write there, too, they may take the room in between.
     poll = select.poll()
     poll.register(fd, select.POLLOUT)

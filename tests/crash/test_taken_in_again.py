@@ -13,7 +13,7 @@ import pytest
 import moeshm
 from moeshm import protocol
 from moeshm.call import CallFuture
-from moeshm.errors import DeadlineExceeded
+from moeshm.errors import DeadlineExceeded, WorkerDied
 from moeshm.link import Link
 from moeshm.outbox import Outbox
 from tests.crash.arithmetic import FREE, GATED, assert_exact, make_inputs
@@ -216,3 +216,70 @@ def test_clients_closed_by_many_threads_at_once(worker: GatedWorker, transport: 
     for thread in threads:
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
+
+
+def test_an_interrupted_submit_of_several_parts_gets_no_rows_any_more(
+    client: moeshm.ExpertClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One had left."""
+    inputs = make_inputs(FREE, 1, 4)
+    out = np.zeros_like(inputs.hidden_states)
+    real, n_sent = Link.send, 0
+
+    def send(*arguments: Any) -> int:
+        nonlocal n_sent
+        n_sent += 1
+        if n_sent > 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Link, "send", send)
+        with pytest.raises(KeyboardInterrupt):
+            client.submit(*inputs, out=out, slice_tokens=2)
+    out[...] = 99
+    after = make_inputs(FREE, 3)
+    assert_exact(client.submit(*after).result(), after)
+    assert (out == 99).all()
+
+
+def test_what_is_no_handlers_ends_the_session(
+    client: moeshm.ExpertClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there is no memory for a result: no other call is to find it again and again."""
+    future = client.submit(*make_inputs(FREE, 1, 4))
+    found: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            future.result()
+        except MemoryError as error:
+            found.append(error)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(protocol.Reply, "copy_rows", fail)
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(PATIENCE_S)
+    assert found
+    with pytest.raises(WorkerDied, match="a reply could not be taken in"):
+        future.result()
+    inputs = make_inputs(FREE, 2)
+    assert_exact(client.compute(*inputs), inputs)
+
+
+def test_one_interrupt_does_not_make_every_later_call_look_for_what_was_given_up(
+    client: moeshm.ExpertClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Outbox, "write_at_once", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            client.compute(*make_inputs(FREE, 1))
+    assert client._link._has_given_up
+    for tag in range(2):
+        inputs = make_inputs(FREE, tag)
+        assert_exact(client.compute(*inputs), inputs)
+    assert not client._link._has_given_up

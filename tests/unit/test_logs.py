@@ -209,7 +209,9 @@ class Unread:
             os.close(self.reader)
 
 
-@pytest.fixture(params=["pipe", "socket", "pipe before Linux 6.4"])
+@pytest.fixture(
+    params=["pipe", "socket", "pipe before Linux 6.4", "pipe of a Python without flags"]
+)
 def unread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Unread]:
     """One of each kind."""
 
@@ -218,6 +220,8 @@ def unread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
     if "before" in request.param:
         monkeypatch.setattr(os, "pwritev", fail)
+    elif "without" in request.param:
+        monkeypatch.delattr(os, "RWF_NOWAIT")
     found = Unread(request.param)
     yield found
     found.close()

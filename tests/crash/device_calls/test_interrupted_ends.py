@@ -176,7 +176,29 @@ def test_a_reason_that_cannot_be_found_is_told_as_that(
     with monkeypatch.context() as patch:
         patch.setattr(watch, "_reason", fail)
         (future,) = refused(client, stream, 1)
+        # The main thread would take it for what a signal's handler raised.
+        thread = threading.Thread(target=watch.settle)
+        thread.start()
+        thread.join(PATIENCE_S)
         with pytest.raises(WorkerFailed, match="why is unknown: by top_k"):
             future.wait(PATIENCE_S)
     assert not watch.parts
+    assert_same_session(client, stream)
+
+
+def test_what_a_handler_raises_is_its_callers(
+    client: moeshm.ExpertClient, stream: Stream, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not taken for what is wrong with the call."""
+
+    def give_up(_part: Part) -> None:
+        raise TimeoutError("as the test says")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "_take_in_reply", give_up)
+        (future,) = refused(client, stream, 1)
+        with pytest.raises(TimeoutError, match="as the test says"):
+            future.wait(PATIENCE_S)
+    with within(SOON_S), pytest.raises(InvalidCall, match="view 77 is not held"):
+        future.wait(PATIENCE_S)
     assert_same_session(client, stream)
