@@ -102,7 +102,7 @@ from moeshm.demo import tiny_moe_path
 client = moeshm.spawn_worker(tiny_moe_path(), threads=1, transport=sys.argv[1])
 call = 0, np.ones((64, 128), np.float32), np.zeros((64, 4), np.int32), np.ones((64, 4), np.float32)
 calls = [client.submit(*call) for _ in range(20)]
-print(client.worker_pid, client._on_close.__self__._folder, flush=True)
+print(client.worker_pid, client._sessions._on_close.__self__._folder, flush=True)
 if sys.argv[2] == "fork" and os.fork() == 0:
     os.close(1); os.close(2)
     sys.stdin.readline()
@@ -140,7 +140,7 @@ def test_the_end_of_the_interpreter_ends_its_worker(
 def test_a_forgotten_client_ends_its_worker(transport: str) -> None:
     client = moeshm.spawn_worker(tiny_moe_path(), threads=1, transport=transport)
     pidfd = os.pidfd_open(client.worker_pid)
-    folder = client._on_close.__self__._folder  # type: ignore[attr-defined]
+    folder = client._sessions._on_close.__self__._folder  # type: ignore[attr-defined]
     try:
         assert folder.exists()
         del client

@@ -221,7 +221,7 @@ def test_a_fallback_that_computes_something_else_is_refused(
         number: msgspec.structs.replace(info, activation=Activation.GEGLU)
         for number, info in fallback.layers.items()
     }
-    with pytest.raises(SettingError, match="fallback has layer 0 with activation=geglu"):
+    with pytest.raises(SettingError, match="fallback has layer 1 with activation=geglu"):
         moeshm.connect(worker.address, transport=transport, fallback=fallback)
 
 

@@ -42,7 +42,11 @@ MEANT = {
 
 #: Atomics that the ring does not use: words that GPUs read and set, too, beside the data that they
 #: tell of.
-OF_OTHERS = {"moeshm_load_word": "acquire", "moeshm_store_word": "release"}
+OF_OTHERS = {
+    "moeshm_load_word": "acquire",
+    "moeshm_store_word": "release",
+    "moeshm_replace_word": "acq_rel, acquire",
+}
 
 
 def operations() -> dict[int, str]:

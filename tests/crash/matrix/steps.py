@@ -41,7 +41,7 @@ CLIENT = [
     Step("handshake.hello", "moeshm.session:ControlSocket.send"),
     Step("handshake.welcome", "moeshm.session:ControlSocket.receive"),
     Step("handshake.map", "moeshm.session:_join"),
-    Step("handshake.link", "moeshm.client:ExpertClient._connect"),
+    Step("handshake.link", "moeshm.sessions:Sessions._connect"),
     Step("hold.order", "moeshm.link:Link.order"),
     Step("hold.await", "moeshm.link:Link.await_order"),
     Step("hold.answered", "moeshm.held:_listing"),
