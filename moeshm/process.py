@@ -26,17 +26,21 @@ def _remember_own_pid() -> None:
 os.register_at_fork(after_in_child=_remember_own_pid)
 
 
+def _stat(pid: int) -> list[str]:
+    """What proc(5) has of the process after its name: the state first, its start 20th. OSError."""
+    # The command name in parentheses may itself hold spaces and parentheses.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
 def start_ticks(pid: int) -> int:
     """When the process started, in clock ticks since boot; 0 when it cannot be read.
 
-    Together with the pid it names a process for the time of one boot (proc(5), stat field 22).
+    Together with the pid it names a process for the time of one boot.
     """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        return int(_stat(pid)[19])
     except OSError:
         return 0
-    # The command name in parentheses may itself hold spaces and parentheses.
-    return int(stat.rpartition(")")[2].split()[19])
 
 
 @functools.cache
@@ -70,7 +74,7 @@ def open_pidfd(pid: int, ticks: int = 0) -> int:
 def is_alive(pid: int, ticks: int = 0) -> bool:
     """True while that very process runs, or nobody can tell; a zombie counts as gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = _stat(pid)
     except (FileNotFoundError, ProcessLookupError):
         return False
     except OSError:  # like too many open files
@@ -82,10 +86,9 @@ def is_stopped(pid: int) -> bool:
     """True while a signal, or a debugger, keeps that process from running; False when nobody can
     tell."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        return _stat(pid)[0] in ("T", "t")
     except OSError:
         return False
-    return stat.rpartition(")")[2].split()[0] in ("T", "t")
 
 
 def usable_cpus() -> int:
@@ -133,7 +136,7 @@ def share_heap() -> None:
 
     By default it makes a heap for each thread, up to eight for a CPU, and keeps what a thread freed
     for who comes to use that heap: a worker's sessions come and go, and one that had served for
-    half an hour kept 35 MiB that way and used 14. Call it before there are other threads. A
+    23 minutes kept 35 MiB that way and used 14. Call it before there are other threads. A
     MALLOC_ARENA_MAX in the environment stays. Source: mallopt(3).
     """
     if "MALLOC_ARENA_MAX" not in os.environ:

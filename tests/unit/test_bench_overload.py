@@ -14,7 +14,7 @@ from moeshm.backends import MemoryUser, SteppingBackend
 from moeshm.backends.gpu.backend import GpuBackend
 from moeshm.bench import harness, overload
 from moeshm.bench.harness import Plan
-from moeshm.bench.overload import Asked
+from moeshm.bench.overload import DECODE, PREFILL, Asked
 from moeshm.bench.overload_worker import WorkerSetup, _backend, unstepped
 from moeshm.bench.replay_model import SHAPES, Computed
 from moeshm.bench.schema import OverloadReport
@@ -39,6 +39,12 @@ def asked(**changed: object) -> Asked:
         deadline_s=5.0,
     )
     return msgspec.structs.replace(usual, **changed)
+
+
+def test_a_decodes_batch_is_as_long_as_it_is_asked_for() -> None:
+    assert asked().clients(DECODE) == (1, 1)
+    assert asked(decode_tokens=9).clients(DECODE) == (1, 9)
+    assert asked(decode_tokens=9).clients(PREFILL) == (1, 64)
 
 
 def test_only_one_of_the_workers_computes_in_steps() -> None:
