@@ -5,8 +5,11 @@
 # REQUIREMENTS=...  resolved together with the extras, like torch==2.13.0
 # PYTHON=...        the interpreter to make .venv with; for test-gpu, whose packages to use as they are
 # CC=...            the C compiler
+# JOBS=...          how many tests run at once (default: 2; 0: in one process, for -s and --pdb)
 
 EXTRAS ?= dev
+# Most tests start processes themselves.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -30,7 +33,7 @@ demo: $(INSTALLED) ## Build and install in .venv, then run `moeshm demo`
 venv: $(INSTALLED_EXTRAS) ## Build and install in .venv, and nothing else
 
 test: $(INSTALLED_EXTRAS) ## Build and install in .venv, then run every test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-sanitized: $(INSTALLED_EXTRAS) ## Run the ring's and a client's tests under TSan, the ring's under ASan and UBSan
 	tools/sanitized_tests.sh $(BIN)/python $(ARGS)

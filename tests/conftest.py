@@ -10,6 +10,10 @@ import pytest
 
 from . import gpus, leaks
 
+# Before anything imports NumPy, here and in the thousand processes that tests start: each of them
+# would have OpenBLAS's idle threads spin for a while, as they do before they sleep.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+
 
 def pytest_collection_finish() -> None:
     # A test module may be collected on any machine, and for runs that use no GPU.
