@@ -198,7 +198,7 @@ def test_a_poisoned_token_stays_alone(variant: Variant, poison: float) -> None:
 @every_variant
 def test_more_tasks_than_a_block_lists_at_once(variant: Variant) -> None:
     layer = random_layer(
-        17, hidden_size=264, intermediate_size=8, num_experts=70, weight_dtype=DType.F16
+        17, hidden_size=136, intermediate_size=8, num_experts=70, weight_dtype=DType.F16
     )
     call = draw(18, layer, 150, 1, x_dtype=DType.F16, empty=0)
     found = run(variant, layer, call, grid=1, order="reverse")
