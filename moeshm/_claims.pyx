@@ -17,11 +17,18 @@ from .transport.slab import Places
 cdef enum:
     # As transport/slab.py has them.
     SLOT_BYTES = 512
+    GIVEN = 0
     DONE = 128
     REFUSED = 256
     TAKEN = 384
     # Of ids in the slab, int32, and of weights, float32.
     PAIR_BYTES = 4
+
+# Sequences do not wrap, as waits of HIP's streams compare plain numbers. Past the first of these
+# they begin anew as soon as nothing is claimed; flags of claims of before stay reached. Past the
+# last nothing is claimed until then: an abandoned call's `done` is one more.
+cdef uint32_t RESTART = 3 << 30
+cdef uint32_t LAST = 0xFFFFFFFE
 
 
 # Bytes of a call's hidden states, or output, and of its ids, or weights.
@@ -154,7 +161,8 @@ cdef class Allocator:
     """Gives calls parts of a slab's data, one behind the other, and takes them back in that order.
 
     One thread at a time. `memory`: the slab's segment; `data_bytes`: of the slab, in the segment or
-    not; `last_sequence`: where numbers go on from. ValueError: there is no room for flags, or data.
+    not; `last_sequence`: where numbers go on from. ValueError: there is no room for flags, or data,
+    or no number.
     """
 
     cdef _Flags flags
@@ -169,6 +177,8 @@ cdef class Allocator:
     def __init__(self, memory, uint64_t data_bytes, uint32_t last_sequence=0):
         if not data_bytes:
             raise ValueError("a slab of 0 bytes; pass the size of its data")
+        if last_sequence >= LAST:
+            raise ValueError(f"last_sequence={last_sequence}; pass a number below {LAST}")
         self.flags = _Flags(memory)
         self.data_bytes = data_bytes
         self.sequence = last_sequence
@@ -197,7 +207,7 @@ cdef class Allocator:
             # In one piece: the rest of the lap stays unused.
             begin, at = begin + (self.data_bytes - at) % self.data_bytes, 0
         if (self.n_claims == SLOTS or begin + size - self.begin > self.data_bytes
-                or self.flags is None):
+                or self.sequence == LAST or self.flags is None):
             return None
         claim = new_claim(self.flags, self.sequence % SLOTS)
         self.sequence += 1
@@ -224,6 +234,19 @@ cdef class Allocator:
             raise IndexError("nothing is claimed; free what was")
         self.begin = self.ends[(self.sequence - self.n_claims) % SLOTS]
         self.n_claims -= 1
+        if not self.n_claims and self.sequence >= RESTART and self.flags is not None:
+            self._restart()
+
+    cdef _restart(self):
+        """Have sequences, and flags, which nobody sets or waits for, begin as in a new slab."""
+        cdef char *slot = <char *>self.flags.view.buf
+        cdef int _number
+        for _number in range(SLOTS):
+            moeshm_store_word(<uint32_t *>(slot + GIVEN), 0)
+            moeshm_store_word(<uint32_t *>(slot + DONE), 0)
+            moeshm_store_word(<uint32_t *>(slot + TAKEN), 0)
+            slot += SLOT_BYTES
+        self.sequence = 0
 
     def close(self):
         """Give out no more; flags stay mapped for claims that there are."""

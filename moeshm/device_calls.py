@@ -32,6 +32,8 @@ class DeviceCalls:
         self._most_tokens = self._watch.allocator.most_tokens
         #: Held from a descriptor until its arrays are given and its output is taken.
         self._submitting = Role()
+        #: Calls that were given and taken, of the mover's, by those who had it before.
+        self._n_given = self._n_taken = 0
         # Weakly known: a client that is forgotten ends at once, and then this.
         weakref.finalize(self, self._watch.end).atexit = False
 
@@ -84,24 +86,28 @@ class DeviceCalls:
         # In the order of their descriptors: the worker waits for each one's arrays, and on a stream
         # that waits for a later call's output an earlier one's would never come.
         with self._submitting.taken(call.deadline):
-            part: Part | None = None
+            #: The part, whatever interrupts this once it is looked after.
+            begun: list[Part] = []
             try:
-                while part is None:
+                while not begun:
                     with watch.lock:
-                        part = self._begin(call, future, inputs)
-                    if part is None:
+                        self._begin(call, future, inputs, begun)
+                    if not begun:
                         self._wait_for_room(call.deadline)
+                part = begun[0]
                 future.add(part)
                 self._send(call, part, out)
             finally:
-                if part is not None:
+                for part in begun:
                     if not part.has_take:
                         part.release()
                     part.is_begun = True
 
-    def _begin(self, call: DeviceCall, future: DeviceFuture, inputs: DeviceInputs) -> Part | None:
-        """A part with room in the slab, which is looked after from now on; None where there is
-        none. Holds the lock. WorkerDied."""
+    def _begin(
+        self, call: DeviceCall, future: DeviceFuture, inputs: DeviceInputs, begun: list[Part]
+    ) -> None:
+        """Add a part with room in the slab, which is looked after from now on; nothing where there
+        is none. Holds the lock. WorkerDied."""
         watch, link = self._watch, call.link
         if watch.is_over:
             raise another(link.loss or WorkerDied("the session is over"))
@@ -114,8 +120,8 @@ class DeviceCalls:
                 part = Part(
                     future, link, watch, claim, inputs, call.fallback, link.new_id(), call.deadline
                 )
+                begun.append(part)
                 watch.add(part)
-            return part
         except BaseException:
             # An interrupt. Room is given back in the order of parts, and a claim may have none.
             if part is not None:
@@ -135,15 +141,21 @@ class DeviceCalls:
             places, sequence, n_bytes = claim.places, claim.sequence, claim.out_bytes
             if mover.exchange(stream, inputs, out, n_bytes, places, sequence):
                 part.has_give = part.has_take = True
-                return
-            mover.give(stream, inputs, places, sequence)
-            part.has_give = True
-            mover.take(stream, out, n_bytes, places, sequence)
-            part.has_take = True
+            else:
+                mover.give(stream, inputs, places, sequence)
+                part.has_give = True
+                mover.take(stream, out, n_bytes, places, sequence)
+                part.has_take = True
+            self._n_given += 1
+            self._n_taken += 1
         except (RingFull, WorkerDied, ClientClosed):
             # The worker was not told, or there is none any more.
             raise
         except BaseException as error:
+            # Interrupted right after a launch, which the slab must outlive.
+            n_given, n_taken = mover.count_enqueued()
+            part.has_give = part.has_give or n_given > self._n_given
+            part.has_take = part.has_take or n_taken > self._n_taken
             # The worker may wait for arrays that never come.
             is_said = isinstance(error, DeviceError)
             link.lose(DeviceError(str(error)) if is_said else WorkerDied("it was interrupted"))

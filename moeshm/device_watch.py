@@ -71,6 +71,11 @@ class Mover(Protocol):
         """
         ...
 
+    def count_enqueued(self) -> tuple[int, int]:
+        """How many calls were given and taken on streams, up to now: also where that was
+        interrupted as it ended."""
+        ...
+
     def fetch(self, offset: int, n_bytes: int) -> Array:
         """A copy, as uint8, of what is there in the slab's data."""
         ...

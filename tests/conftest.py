@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +37,14 @@ def _the_run_leaves_nothing() -> Iterator[None]:
     left = leaks.find_leaks(before, fds=False) + leaks.find_orphans()
     del os.environ[leaks.RUN_VARIABLE]
     assert not left, "the tests left behind: " + "; ".join(left)
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """For sockets in folders of their own: tmp_path has the test's name, and of a socket's path
+    only 107 bytes are allowed."""
+    with tempfile.TemporaryDirectory(prefix="s") as path:
+        yield Path(path)
 
 
 @pytest.fixture(autouse=True)

@@ -116,6 +116,8 @@ class HostMover:
         self._most_exchanged = most_exchanged
         #: Calls that were given, and that were taken; and of these, the exchanged ones.
         self.n_given = self.n_taken = self.n_exchanged = 0
+        #: Calls that are to be given, and taken.
+        self._n_enqueued = [0, 0]
         self.is_closed = False
 
     def is_capturing(self, stream: int) -> bool:
@@ -125,10 +127,12 @@ class HostMover:
     def give(self, stream: int, arrays: DeviceInputs, at: Places, sequence: int) -> None:
         """As `Mover.give`."""
         _streams[stream].do(lambda: self._give(arrays, at, sequence))
+        self._n_enqueued[0] += 1
 
     def take(self, stream: int, out: int, n_bytes: int, at: Places, sequence: int) -> None:
         """As `Mover.take`."""
         _streams[stream].do(lambda: self._take(out, n_bytes, at, sequence))
+        self._n_enqueued[1] += 1
 
     def exchange(
         self, stream: int, arrays: DeviceInputs, out: int, n_bytes: int, at: Places, sequence: int
@@ -143,7 +147,14 @@ class HostMover:
             self._take(out, n_bytes, at, sequence)
 
         _streams[stream].do(do)
+        self._n_enqueued[0] += 1
+        self._n_enqueued[1] += 1
         return True
+
+    def count_enqueued(self) -> tuple[int, int]:
+        """As `Mover.count_enqueued`."""
+        n_given, n_taken = self._n_enqueued
+        return n_given, n_taken
 
     def _give(self, arrays: DeviceInputs, at: Places, sequence: int) -> None:
         assert not self.is_closed

@@ -31,7 +31,8 @@ class Transport(Protocol):
     #: Bytes that may be on their way before a sender waits.
     buffer_bytes: int
     #: Of time.monotonic: when what is sent is of no more use, set by who sends. A record that has
-    #: left in part by then takes the session with it. None for no such time.
+    #: left in part by then takes the session with it, unless its sender was interrupted: then who
+    #: sends next sends the rest first. None for no such time.
     finish_by: float | None
 
     def write(

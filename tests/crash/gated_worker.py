@@ -12,10 +12,9 @@ import resource
 import struct
 import sys
 
-from moeshm import worker
+from moeshm import _stream, worker
 from moeshm.daemon import Daemon
 from moeshm.logs import configure
-from moeshm.transport import stream
 from moeshm.turns import Place
 from tests.crash.arithmetic import BROKEN, GATED, STEPPED
 from tests.crash.slab_arithmetic import SlabArithmetic
@@ -48,7 +47,7 @@ def main() -> None:
     if drain_limit_s:
         worker.DRAIN_LIMIT_S = drain_limit_s
     if reply_timeout_s:
-        worker.REPLY_TIMEOUT_S = stream._STALL_S = reply_timeout_s
+        worker.REPLY_TIMEOUT_S = _stream.STALL_S = reply_timeout_s
     if max_fds:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max_fds, max_fds))
     if max_segment_bytes:

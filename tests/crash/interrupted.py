@@ -138,7 +138,7 @@ def _fill(scene: Scene) -> None:
         scene.client.submit(*wide, timeout_s=LONG_S)
 
 
-#: Where a sender waits for room. A large record that has begun to leave over a socket is finished.
+#: Where a sender waits for room. Over a socket a large record has left in part by then.
 _NO_ROOM = {"shared": "_write_parts", "stream": "_wait_for_room"}
 
 

@@ -147,7 +147,7 @@ class NotifySocket:
         give_up_at = time.monotonic() + PATIENCE_S
         try:
             while (left_s := give_up_at - time.monotonic()) > 0:
-                readable, _, _ = select.select([self._socket, pidfd], [], [], left_s)
+                readable, _, _ = select.select([self._socket.fileno(), pidfd], [], [], left_s)
                 # Never waits here: whatever made it readable, a test must end with a reason.
                 with contextlib.suppress(BlockingIOError):
                     return self._socket.recv(4096, socket.MSG_DONTWAIT).decode()

@@ -92,7 +92,7 @@ def test_a_busy_worker_is_waited_for_until_the_deadline(
     worker: GatedWorker, client: moeshm.ExpertClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not only for as long as a stalled stream is: more than fits is sent while it computes."""
-    monkeypatch.setattr("moeshm.transport.stream._STALL_S", 0.05)
+    monkeypatch.setattr("moeshm._stream.STALL_S", 0.05)
     gated = client.submit(*make_inputs(GATED, 1))
     worker.next_turn()
     wide = [make_inputs(WIDE, tag, MANY_TOKENS) for tag in range(4)]
@@ -170,20 +170,20 @@ def test_one_missed_deadline_does_not_load_the_model_anew(transport: str) -> Non
 
 
 def test_folders_that_killed_engines_left_are_swept_and_no_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(short_folder))
     monkeypatch.setattr(supervisor, "_NEW_FOLDER_S", -1.0)
     for name in ("moeshm-worker-dead", "moeshm-worker-unlocked", "other"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "moeshm-worker-dead" / "lock").touch()
+        (short_folder / name).mkdir()
+    (short_folder / "moeshm-worker-dead" / "lock").touch()
     with moeshm.spawn_worker(tiny_moe_path(), threads=1) as first:
-        left = {path.name for path in tmp_path.iterdir()}
+        left = {path.name for path in short_folder.iterdir()}
         assert left >= {"moeshm-worker-unlocked", "other"}
         assert "moeshm-worker-dead" not in left
         with moeshm.spawn_worker(tiny_moe_path(), threads=1):
             pass
         # The second start left the first one's folder alone.
-        assert {path.name for path in tmp_path.iterdir()} == left
+        assert {path.name for path in short_folder.iterdir()} == left
         assert first.layers
-    assert {path.name for path in tmp_path.iterdir()} == {"moeshm-worker-unlocked", "other"}
+    assert {path.name for path in short_folder.iterdir()} == {"moeshm-worker-unlocked", "other"}

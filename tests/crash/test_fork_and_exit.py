@@ -116,10 +116,12 @@ if sys.argv[2] != "exit":
 
 @pytest.mark.parametrize("way", ["exit", "sigint", "sigkill", "fork"])
 def test_the_end_of_the_interpreter_ends_its_worker(
-    tmp_path: Path, transport: str, way: str
+    short_folder: Path, transport: str, way: str
 ) -> None:
     """By itself, by Ctrl-C, by SIGKILL, and by SIGKILL while a forked child lives on."""
-    with running(["-c", LEAVES, transport, way], environment={"TMPDIR": str(tmp_path)}) as process:
+    with running(
+        ["-c", LEAVES, transport, way], environment={"TMPDIR": str(short_folder)}
+    ) as process:
         worker_pid, folder = process.output.read_until("\n").split()
         process.output.read_until("ready")
         if way == "sigint":
@@ -134,7 +136,7 @@ def test_the_end_of_the_interpreter_ends_its_worker(
             assert way == "sigint" or not rest
         assert not Path(folder, "worker.sock").exists()
         if way in ("exit", "sigint"):
-            assert os.listdir(tmp_path) == []
+            assert os.listdir(short_folder) == []
 
 
 def test_a_forgotten_client_ends_its_worker(transport: str) -> None:

@@ -195,7 +195,7 @@ def claim(choices: Choices) -> str:
     """Claims of any sizes, of a slab whose flags the worker sets to anything."""
     data_bytes = choices.near(1 << 14, 40) or 1
     memory = bytearray(FLAGS_BYTES)
-    allocator = Allocator(memory, data_bytes, choices.near(0, 32))
+    allocator = Allocator(memory, data_bytes, choices.near(0, 32) % 0xFFFFFFFE)
     held: list[tuple[Claim, list[tuple[int, int]]]] = []
     outcome = "nothing"
     while choices.are_left():

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import sys
 
-from moeshm import daemon, foreign_fds, limits, logs, worker
+from moeshm import _stream, daemon, foreign_fds, limits, logs, worker
 from moeshm.daemon import Daemon
 from moeshm.logs import configure
-from moeshm.transport import stream
 from tests.crash.arithmetic import ArithmeticBackend
 
 
@@ -32,7 +31,7 @@ def main() -> None:
         daemon.HANDSHAKE_TIMEOUT_S = limits._SLOW_HANDSHAKE_S = 300.0
     if "hasty" in sys.argv:
         daemon.HANDSHAKE_TIMEOUT_S = daemon.DRAIN_TIMEOUT_S = 1.0
-        worker.REPLY_TIMEOUT_S = stream._STALL_S = 0.3
+        worker.REPLY_TIMEOUT_S = _stream.STALL_S = 0.3
     Daemon(ArithmeticBackend(), sys.argv[1]).run()
 
 

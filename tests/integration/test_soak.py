@@ -6,9 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +38,10 @@ def run(*arguments: str) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """For temporary files, with a short name: sockets are among them."""
-    with tempfile.TemporaryDirectory(prefix="s") as path:
-        monkeypatch.setattr("tempfile.tempdir", path)
-        yield Path(path)
+def folder(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """For temporary files, sockets among them."""
+    monkeypatch.setattr("tempfile.tempdir", str(short_folder))
+    return short_folder
 
 
 def wait_until(is_done: Callable[[], bool]) -> None:

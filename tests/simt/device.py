@@ -129,6 +129,7 @@ class SimtCommandList:
         self._host: dict[int, int] = {}
         #: Numbers of values.
         self._values: set[int] = set()
+        self.n_enqueued = 0
 
     def copy_in(self, to: int, source: int, nbytes: int) -> int:
         """As `CommandList.copy_in`."""
@@ -189,6 +190,7 @@ class SimtCommandList:
         self._device.used_streams.append(stream)
         for command, arguments in self._commands:
             self._device.do(getattr(self._device, command), *arguments)
+        self.n_enqueued += 1
 
 
 class SimtDevice:

@@ -31,6 +31,9 @@ from moeshm.transport.slab import (
 )
 
 DATA_BYTES = 64 << 10
+#: Of sequences: whoever waits for an abandoned call must still find one more than that reached, by
+#: comparing plain numbers.
+LAST = 0xFFFFFFFE
 #: Tokens, hidden_size, top_k, format.
 Shape = tuple[int, int, int, DType]
 SHAPES = st.tuples(
@@ -142,6 +145,8 @@ def test_what_no_allocator_is_made_of() -> None:
         Allocator(bytearray(FLAGS_BYTES - 1), DATA_BYTES)
     with pytest.raises(ValueError, match="0 bytes"):
         Allocator(flags(), 0)
+    with pytest.raises(ValueError, match=f"last_sequence={LAST}"):
+        Allocator(flags(), DATA_BYTES, LAST)
     with pytest.raises(BufferError):
         Allocator(bytes(FLAGS_BYTES), DATA_BYTES)
 
@@ -153,6 +158,45 @@ def test_what_was_not_claimed_is_not_freed() -> None:
     claimed(allocator, SMALL)
     allocator.free_oldest()
     with pytest.raises(IndexError, match="nothing is claimed"):
+        allocator.free_oldest()
+
+
+@pytest.mark.parametrize("n_held", [0, 1, SLOTS - 1])
+def test_sequences_never_wrap(n_held: int) -> None:
+    """Not every driver's waits compare in a circle."""
+    memory = flags()
+    allocator = Allocator(memory, DATA_BYTES, LAST - 2 * SLOTS)
+    held: list[Claim] = [claimed(allocator, SMALL) for _ in range(n_held)]
+    while claim := allocator.claim(*SMALL):
+        for flag in (GIVEN, DONE, TAKEN):
+            now = load_word(memory, claim.flag(flag))
+            assert now < claim.sequence
+            claim.set(flag, claim.sequence)
+        held.append(claim)
+        if len(held) > n_held:
+            held.pop(0)
+            allocator.free_oldest()
+            if not held and claim.sequence < LAST:
+                break  # it has begun anew at once
+    if n_held:
+        assert held[-1].sequence == LAST
+    for each in held:
+        assert allocator.claim(*SMALL) is None
+        allocator.free_oldest()
+        assert each.has_reached(TAKEN)
+    claim = claimed(allocator, SMALL)
+    assert (claim.sequence, claim.places.slot) == (1, 0)
+    for slot in range(SLOTS):
+        for flag in (GIVEN, DONE, TAKEN, REFUSED):
+            assert load_word(memory, slot * SLOT_BYTES + flag) == 0
+    assert not claim.has_reached(DONE)
+
+
+def test_sequences_go_on_while_there_are_enough() -> None:
+    """To begin anew is for sessions that are long."""
+    allocator = Allocator(flags(), DATA_BYTES, 1 << 31)
+    for number in range(1, 2 * SLOTS):
+        assert claimed(allocator, SMALL).sequence == (1 << 31) + number
         allocator.free_oldest()
 
 
@@ -175,15 +219,16 @@ def test_flags_are_where_transport_slab_says(flag: int) -> None:
         (4, 5, False),
         (5, 5, True),
         (6, 5, True),
-        (0, 0xFFFFFFFF, True),
-        (0xFFFFFFFF, 0, False),
+        (0xFFFFFFFF, 0xFFFFFFFE, True),
+        (0, 0xFFFFFFFE, True),
+        (0xFFFFFFFF, 1, False),
         (0x80000004, 5, True),
         (0x80000006, 5, False),
     ],
 )
 @each_flag
 def test_a_flag_that_is_reached(flag: int, now: int, sequence: int, is_there: bool) -> None:
-    claim = claimed(Allocator(flags(), DATA_BYTES, (sequence - 1) % (1 << 32)), SMALL)
+    claim = claimed(Allocator(flags(), DATA_BYTES, sequence - 1), SMALL)
     assert claim.sequence == sequence
     claim.set(flag, now)
     assert claim.has_reached(flag) == claim.wait(flag, 0, 0) == is_there
@@ -198,11 +243,11 @@ def test_a_flag_is_waited_for() -> None:
     setter.join()
 
 
-@pytest.mark.parametrize("sequence", [1, 40, 0xFFFFFFFE, 0xFFFFFFFF, 0])
+@pytest.mark.parametrize("sequence", [1, 40, LAST - 1, LAST])
 def test_an_abandoned_call_is_passed_when_the_worker_says_so(sequence: int) -> None:
     """Whoever waits for it goes on before, and is not held up again."""
     memory = flags()
-    claim = claimed(Allocator(memory, DATA_BYTES, (sequence - 1) % (1 << 32)), SMALL)
+    claim = claimed(Allocator(memory, DATA_BYTES, sequence - 1), SMALL)
     # Of the slot's last call, abandoned or not.
     for before in (sequence - SLOTS, sequence - SLOTS + 1):
         claim.set(DONE, before % (1 << 32))
@@ -275,7 +320,7 @@ def test_the_flags_stay_mapped_for_who_has_a_claim() -> None:
 @pytest.mark.parametrize("are_global", [False, True])
 @pytest.mark.parametrize("dtype", DType)
 def test_its_descriptor_arrives_as_it_was(dtype: DType, are_global: bool) -> None:
-    allocator = Allocator(flags(), 1 << 42, (1 << 32) - 6)
+    allocator = Allocator(flags(), 1 << 42, (1 << 32) - 38)
     # Offsets are longer than 32 bits.
     claimed(allocator, ((1 << 24) - 1, 1 << 14, 3, dtype))
     claim = claimed(allocator, (5, 64, (1 << 16) - 1, dtype))

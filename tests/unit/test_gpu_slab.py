@@ -101,15 +101,15 @@ def test_a_layer_without_experts() -> None:
         assert not slab.compute(hidden, np.full_like(ids, -1), weights, n_ids=0).any()
 
 
-def test_sequences_wrap() -> None:
+def test_sequences_begin_anew() -> None:
     call = draw_call(1, LAYER, 2, 2)
     with engine(GpuBackend({0: LAYER}, SimtDevice())) as slab:
-        slab.allocator = Allocator(slab.segment.memory, DATA_BYTES, (1 << 32) - 2)
+        slab.allocator = Allocator(slab.segment.memory, DATA_BYTES, (1 << 32) - 3)
         claims = []
         for _ in range(3):
             claims.append(slab.begin(*call))
             assert_close(slab.take(claims[-1], call[0]), reference_ffn(LAYER, *call), 1e-5)
-        assert [claim.sequence for claim in claims] == [(1 << 32) - 1, 0, 1]
+        assert [claim.sequence for claim in claims] == [(1 << 32) - 2, 1, 2]
 
 
 # --- ids ------------------------------------------------------------------------------------

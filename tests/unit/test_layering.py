@@ -20,8 +20,8 @@ LAYERS = {
         " _closing"
     ),
     "L1 session": (
-        "_wire _descriptors _claims protocol orders descriptors _device_arrays device_arrays"
-        " handshake access limits foreign_fds sizes session transport"
+        "_wire _descriptors _claims _stream protocol orders descriptors _device_arrays"
+        " device_arrays handshake access limits foreign_fds sizes session transport"
     ),
     "L2 compute": "checkpoint backends",
     "L3 policy": "placement swaps routing_stats policy",

@@ -1,53 +1,47 @@
 """A record that comes in slowly holds its reader no longer than it may take; one that came in time
-is taken, and none is lost unseen."""
+is taken."""
 
 from __future__ import annotations
 
-import contextlib
 import math
+import socket
 import struct
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from moeshm.errors import RingClosed
-from moeshm.transport.stream import StreamTransport, _Reader
+from moeshm.transport.stream import StreamTransport
 
 EPOCH, PAYLOAD = 7, bytes(range(100))
 BYTES = struct.pack("<QIIQQ", len(PAYLOAD), 1, 0, EPOCH, 0) + PAYLOAD
 
 
-class Dribble:
-    """A socket that always has one more byte."""
-
-    def __init__(self) -> None:
-        self.n_taken = 0
-
-    def recv_into(self, view: memoryview, _n_bytes: int, _flags: int) -> int:
-        view[:1] = BYTES[self.n_taken : self.n_taken + 1]
-        self.n_taken += 1
-        return 1
-
-
-def test_bytes_without_end_are_read_until_the_deadline() -> None:
-    sock: Any = Dribble()
-    reader = _Reader(sock, EPOCH, 1000)
-    message = None
-    while message is None:
-        before = sock.n_taken
-        with contextlib.suppress(BlockingIOError):
-            message = reader.read(time.monotonic() - 1)
-        # After the last of the header, the first of the rest.
-        assert sock.n_taken - before <= 2
-    # What came before is kept.
-    assert bytes(message) == PAYLOAD
+@pytest.fixture
+def dribble() -> Iterator[StreamTransport]:
+    """An end that always has one more byte."""
+    # Of packets it takes one at a time.
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        for byte in BYTES:
+            theirs.send(bytes([byte]))
+        transport = StreamTransport(ours, EPOCH, True)
+        yield transport
+        transport.close()
 
 
-def test_without_a_deadline_all_of_it_is_read() -> None:
-    sock: Any = Dribble()
-    assert bytes(_Reader(sock, EPOCH, 1000).read(math.inf)) == PAYLOAD
+def test_bytes_without_end_are_read_until_the_deadline(dribble: StreamTransport) -> None:
+    n_reads = 1
+    while not dribble._read(time.monotonic() - 1):
+        n_reads += 1
+    # After the last of the header, the first of the rest, and what came before is kept.
+    assert n_reads == len(BYTES) - 1
+    assert bytes(dribble.acquire(0.0)) == PAYLOAD
+
+
+def test_without_a_deadline_all_of_it_is_read(dribble: StreamTransport) -> None:
+    assert dribble._read(math.inf)
+    assert bytes(dribble.acquire(0.0)) == PAYLOAD
 
 
 @pytest.fixture
@@ -81,27 +75,3 @@ def test_a_record_that_came_in_time_is_taken_however_late_its_reader_is(
     monkeypatch.setattr(theirs, "_ready", late)
     deadline = time.monotonic() + 0.02
     assert bytes(theirs.acquire(0.01)) == PAYLOAD
-
-
-def test_a_record_that_an_interrupt_loses_takes_the_stream_with_it(
-    ends: tuple[StreamTransport, StreamTransport], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Signals are looked for once more when the role was given back: the record is in hand then."""
-    ours, theirs = ends
-
-    class Interrupted:
-        def tried(self, _deadline: float) -> Interrupted:
-            return self
-
-        def __enter__(self) -> bool:
-            return True
-
-        def __exit__(self, *_error: object) -> None:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(theirs, "_reading", Interrupted())
-    ours.write((PAYLOAD,), 1)
-    with pytest.raises(KeyboardInterrupt):
-        theirs.acquire(10)
-    with pytest.raises(RingClosed):
-        theirs.write((PAYLOAD,), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -25,34 +26,32 @@ time.sleep(60)
 
 
 @pytest.fixture
-def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerProcess]:
+def worker(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerProcess]:
     """A stubborn one, which is soon killed."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(short_folder))
     monkeypatch.setattr(supervisor, "_STOP_TIMEOUT_S", 0.05)
     made = WorkerProcess("unused", "cpu", False, None, None, None)
     made._command = [sys.executable, "-c", STUBBORN]
     made.restart()
-    (process,) = made._running
     yield made
-    process.kill()
-    process.wait()
+    made._child.end(signal.SIGKILL)
 
 
 def test_an_interrupted_stop_leaves_the_worker_to_the_next(
     worker: WorkerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (process,) = worker._running
+    (process,) = worker._child.running
 
-    def interrupt(*_arguments: Any) -> int:
+    def interrupt(*_arguments: Any) -> list[int]:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(process, "wait", interrupt)
+        patch.setattr(supervisor, "_readable", interrupt)
         with pytest.raises(KeyboardInterrupt):
             worker.stop()
     assert worker.is_running()
     worker.stop()
-    assert process.returncode is not None
+    assert process.popen.returncode == -signal.SIGKILL
     assert not worker.is_running()
     assert list(tmp_path.iterdir()) == []
 
@@ -60,31 +59,28 @@ def test_an_interrupted_stop_leaves_the_worker_to_the_next(
 def test_of_two_threads_that_stop_it_neither_returns_before_its_end(
     worker: WorkerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does either mind that the other was faster."""
-    (process,) = worker._running
-    is_there, gate, wait = threading.Event(), threading.Event(), process.wait
-    failures: list[BaseException] = []
+    (process,) = worker._child.running
+    is_there, gate, readable = threading.Event(), threading.Event(), supervisor._readable
+    found: list[int | None] = []
 
-    def wait_late(timeout: float | None = None) -> int:
-        if threading.current_thread() is thread:
-            is_there.set()
-            gate.wait(PATIENCE_S)
-        return wait(timeout)
+    def readable_late(fds: list[int], timeout_s: float | None) -> list[int]:
+        is_there.set()
+        gate.wait(PATIENCE_S)
+        return readable(fds, timeout_s)
 
     def stop() -> None:
-        try:
-            worker.stop()
-        except BaseException as error:
-            failures.append(error)
+        worker.stop()
+        found.append(process.popen.returncode)
 
-    monkeypatch.setattr(process, "wait", wait_late)
-    thread = threading.Thread(target=stop)
-    thread.start()
+    monkeypatch.setattr(supervisor, "_readable", readable_late)
+    threads = [threading.Thread(target=stop) for _ in range(2)]
+    for thread in threads:
+        thread.start()
     assert is_there.wait(PATIENCE_S)
-    worker.stop()
-    assert process.returncode is not None
+    assert found == []
     gate.set()
-    thread.join(PATIENCE_S)
-    assert not thread.is_alive()
-    assert failures == []
+    for thread in threads:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    assert found == [-signal.SIGKILL] * 2
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ cdef enum:
     # a conversion, or after `admit` and with a written value at the end.
     MOST_COMMANDS = 8
     # CU_STREAM_WAIT_VALUE_GEQ, which by cuda.h compares in a circle, and hipStreamWaitValueGte,
-    # which by HIP's reference compares plain numbers: there a wrapped sequence is seen too early.
+    # which by HIP's reference compares plain numbers: what is waited for must not wrap.
     WAIT_UNTIL_REACHED = 0
     # CU_STREAM_WRITE_VALUE_DEFAULT: who sees the value sees everything before it on the stream.
     WRITE_IN_ORDER = 0
@@ -117,6 +117,8 @@ cdef class CommandList:
     cdef Driver driver
     cdef Command commands[MOST_COMMANDS]
     cdef int n_commands
+    # How often all of it was enqueued: known also to whom an interrupt keeps from hearing of it.
+    cdef readonly uint64_t n_enqueued
     # What commands point to.
     cdef list kept
 
@@ -198,7 +200,10 @@ cdef class CommandList:
                 if status != 0:
                     break
                 index += 1
-        return None if status == 0 else (index, status)
+        if status != 0:
+            return index, status
+        self.n_enqueued += 1
+        return None
 
     cdef Command *_add_copy(
             self, Copy copy, uint64_t to, uint64_t source, size_t nbytes) except NULL:

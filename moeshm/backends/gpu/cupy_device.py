@@ -337,6 +337,11 @@ class _CommandList:
             index, status = refused
             self._device.check_status(status, self._names[index])
 
+    @property
+    def n_enqueued(self) -> int:
+        """As `CommandList.n_enqueued`."""
+        return self._commands.n_enqueued
+
 
 class _CupyModule:
     """A compiled file."""

@@ -161,6 +161,11 @@ class CommandList(Protocol):
         """
         ...
 
+    @property
+    def n_enqueued(self) -> int:
+        """How often that was done, up to now: also where `enqueue` was interrupted as it ended."""
+        ...
+
 
 class Device(Protocol):
     """One GPU with one stream, on which everything is done in order.

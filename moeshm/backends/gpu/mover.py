@@ -221,6 +221,13 @@ class Mover:
         self._enqueue(commands, stream)
         return True
 
+    def count_enqueued(self) -> tuple[int, int]:
+        """How many calls were given and taken on streams, up to now: also where that was
+        interrupted as it ended."""
+        exchanged = 0 if self._exchange is None else self._exchange.n_enqueued
+        few = 0 if self._takes_few is self._takes else self._takes_few.n_enqueued
+        return self._give.n_enqueued + exchanged, self._takes.n_enqueued + few + exchanged
+
     def fetch(self, offset: int, n_bytes: int) -> Bytes:
         """A copy, as uint8, of what is there in the slab's data. DeviceError."""
         if self._host_data is not None:
@@ -340,6 +347,11 @@ class _Launches:
                 blocks = grid if kernel is kernels[-1] else 1
                 commands.launch(kernel, blocks, _THREADS, 0, *arguments, overlaps=False)
             self._lists.append(commands)
+
+    @property
+    def n_enqueued(self) -> int:
+        """How often any of it was."""
+        return sum(commands.n_enqueued for commands in self._lists)
 
     def of(self, n_items: int) -> CommandList:
         """With a thread for each vector of 16 bytes and each pair, as far as grids go."""

@@ -23,7 +23,7 @@ from moeshm.errors import (
     WorkerDied,
 )
 from moeshm.outbox import Drain
-from moeshm.transport.slab import DONE, SLOTS, TAKEN
+from moeshm.transport.slab import DONE, GIVEN, SLOTS, TAKEN
 from tests.crash.arithmetic import FREE, ArithmeticBackend, make_inputs
 from tests.crash.device_calls.calls import (
     MORE_TOKENS,
@@ -357,34 +357,38 @@ def test_a_launch_that_is_refused_leaves_earlier_calls_to_their_streams(
     assert_next_call_works(client, stream)
 
 
+@pytest.mark.parametrize("step", ["give", "take"])
 def test_an_interrupt_right_after_the_launch(
     client: moeshm.ExpertClient,
     stream: Stream,
     movers: Movers,
     monkeypatch: pytest.MonkeyPatch,
     kind: Kind,
+    step: str,
 ) -> None:
-    """What was launched does not wait for ever, though nobody knows that it was."""
-    mover = movers.opened[0]
-    step = "take" if kind.most_exchanged < 0 else "exchange"
-    launch, close = getattr(mover, step), mover.close
+    """What was launched does not wait for ever, and its slab is not let go of before."""
+    mover, watch = movers.opened[0], watch_of(client)
+    exchanges = step == "give" and kind.most_exchanged >= 0
+    launch = getattr(mover, "exchange" if exchanges else step)
+    gates: list[threading.Event] = []
 
     def launch_and_fail(*arguments: Any) -> None:
+        gates.append(stream.hold())
         launch(*arguments)
         raise KeyboardInterrupt
 
-    def close_later() -> None:
-        # As drivers do, which wait for every stream before they free memory.
-        stream.synchronize()
-        close()
-
-    monkeypatch.setattr(mover, step, launch_and_fail)
-    monkeypatch.setattr(mover, "close", close_later)
-    gate = stream.hold()
+    monkeypatch.setattr(mover, "exchange" if exchanges else step, launch_and_fail)
+    # More than one launch exchanges.
+    call = GpuCall.of(make_inputs(FREE, 2, 3 if exchanges else MORE_TOKENS))
     with pytest.raises(KeyboardInterrupt):
-        GpuCall.of(make_inputs(FREE, 2)).submit(client, stream)
-    gate.set()
+        call.submit(client, stream)
+    (part,) = watch.parts
+    wait_until(lambda: part.has_reached(DONE) and part.has_reached(GIVEN) == (step == "take"))
+    watch.settle()
+    assert list(watch.parts) == [part]
+    assert not mover.is_closed
+    gates[0].set()
     with within(SOON_S):
-        assert enqueued(mover, stream) == (1, 1)
+        assert enqueued(mover, stream) == (1, int(exchanges or step == "take"))
         assert_let_go(mover)
     assert_next_call_works(client, stream)

@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import Any
 
 import pytest
 
@@ -29,6 +26,7 @@ from tests.crash.device_calls.calls import (
 )
 from tests.crash.processes import within
 from tests.engine_gpu import PATIENCE_S, Stream
+from tests.interrupts import interrupted_at
 
 FILES = device_future.__file__, device_watch.__file__
 #: Fewer moments than any of these ends has.
@@ -43,33 +41,12 @@ def watch(client: moeshm.ExpertClient, monkeypatch: pytest.MonkeyPatch) -> Watch
     return found
 
 
-@contextlib.contextmanager
-def interrupted_at(moment: int) -> Iterator[None]:
-    """At that one of the moments, in FILES, at which handlers of signals may run: a function is
-    entered, or one in C has returned."""
-    n_left = moment
-
-    def look(frame: FrameType, event: str, _argument: Any) -> None:
-        nonlocal n_left
-        if event in ("call", "c_return") and frame.f_code.co_filename in FILES:
-            n_left -= 1
-            if n_left < 0:
-                raise KeyboardInterrupt  # once: the interpreter calls it no more
-
-    before = sys.getprofile()
-    sys.setprofile(look)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
-
-
 def at_every_moment(submit: Callable[[], list[DeviceFuture]]) -> Iterator[list[DeviceFuture]]:
     """Calls that are over, the `wait` of the first of which was interrupted; each time later."""
     for moment in itertools.count():
         futures = submit()
         try:
-            with interrupted_at(moment), contextlib.suppress(CallError):
+            with interrupted_at(moment, FILES), contextlib.suppress(CallError):
                 futures[0].wait(PATIENCE_S)
         except KeyboardInterrupt:
             yield futures

@@ -24,15 +24,14 @@ class Step(NamedTuple):
 
 
 _STREAM = "moeshm.transport.stream:"
-#: Of either side. A write that is `sent` may be a part of a record only, and what is `filled` is
-#: its header or its payload.
+#: Of either side. Who waits for room may have sent a part of a record, and what was `read` may be
+#: one.
 _STREAMS = [
     Step("stream.write", f"{_STREAM}StreamTransport.write", ("stream",)),
-    Step("stream.sent", f"{_STREAM}StreamTransport._send", ("stream",)),
     Step("stream.wait_for_room", f"{_STREAM}StreamTransport._wait_for_room", ("stream",)),
     Step("stream.acquire", f"{_STREAM}StreamTransport.acquire", ("stream",)),
     Step("stream.poll", f"{_STREAM}StreamTransport._poll", ("stream",)),
-    Step("stream.filled", f"{_STREAM}_Reader._fill", ("stream",)),
+    Step("stream.read", f"{_STREAM}StreamTransport._read", ("stream",)),
     Step("stream.close", f"{_STREAM}StreamTransport.close", ("stream",)),
 ]
 

@@ -16,6 +16,7 @@ import pytest
 import moeshm
 from moeshm.errors import DeadlineExceeded, MoeshmError, WorkerDied
 from moeshm.transport import stream
+from moeshm.transport.stream import StreamTransport
 from tests.crash.arithmetic import MANY_TOKENS, WIDE, ArithmeticBackend, make_inputs
 from tests.crash.processes import within
 from tests.hostile.attack import BOTH, Refusal, Variant
@@ -34,6 +35,7 @@ VARIANTS = {
 def scene(folder: Path, transport: str, what: tuple[int, float], refusal: Refusal) -> None:
     """It ends at the deadline, or long before the client's memory."""
     size, timeout_s = what
+    sequences, really_read = itertools.count(), StreamTransport._read
     most = stream._MAX_INBOX_BYTES if timeout_s < 1 else 4 << 20
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     layers = {WIDE: msgspec.to_builtins(ArithmeticBackend().layers[WIDE])}
@@ -45,10 +47,17 @@ def scene(folder: Path, transport: str, what: tuple[int, float], refusal: Refusa
             socket.send_fds(control, [packet], [theirs.fileno()])
             theirs.close()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                for sequence in itertools.count():
-                    header = RECORD.pack(64 + size, REPLY, 0, EPOCH, sequence)
-                    ours.sendall(header + reply_header(call_id=1 << 40) + bytes(size))
+                while timeout_s > 1:
+                    send()
             wait_until_gone(control)
+
+    def send() -> None:
+        header = RECORD.pack(64 + size, REPLY, 0, EPOCH, next(sequences))
+        ours.sendall(header + reply_header(call_id=1 << 40) + bytes(size))
+
+    def read(transport: StreamTransport, until: float) -> bool:
+        send()
+        return really_read(transport, until)
 
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -58,8 +67,8 @@ def scene(folder: Path, transport: str, what: tuple[int, float], refusal: Refusa
     ):
         patch.setattr(stream, "_MAX_INBOX_BYTES", most)
         if timeout_s < 1:
-            # Faster than any test can send: there is always another.
-            patch.setattr(stream._Reader, "read", lambda *_: stream.StreamMessage(64))
+            # Faster than another thread can send: there is always another.
+            patch.setattr(StreamTransport, "_read", read)
         # Larger than the socket's buffers: its sender has to wait for room in the midst of it.
         inputs = make_inputs(WIDE, 1, MANY_TOKENS)
         with pytest.raises(refusal.error or MoeshmError, match=refusal.says):
