@@ -1,10 +1,11 @@
-"""Interrupts at a chosen moment of the main thread, for tests that try every moment there is."""
+"""Interrupts of the main thread, at a chosen moment or at any: for tests that try every one."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -34,3 +35,30 @@ def interrupted_at(moment: int, files: tuple[str, ...]) -> Iterator[None]:
         yield
     finally:
         sys.setprofile(before)
+
+
+def interrupt_often(
+    n_interrupts: int, go_on: Callable[[], object], after: Callable[[], object] = lambda: None
+) -> None:
+    """Call `go_on` again and again, until signals came so often in its midst; `after` each."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    n_left = n_interrupts
+    timeout_of_the_test = signal.getitimer(signal.ITIMER_REAL)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        while n_left > 0:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 2e-4)
+                # Not for ever: what is raised as garbage is collected nobody hears.
+                for _ in range(1000):
+                    go_on()
+            except KeyboardInterrupt:
+                n_left -= 1
+                after()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timeout_of_the_test)

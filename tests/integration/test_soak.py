@@ -59,7 +59,7 @@ def processes_of_the_run(soak: int) -> list[int]:
 
 
 def test_a_short_run_finds_nothing(folder: Path) -> None:
-    status, printed = run("--minutes", "0.2", "--seed", "5")
+    status, printed = run("--minutes", "0.1", "--seed", "5")
     assert printed["failures"] == []
     assert status == 0
     assert printed["wrong_results"] == printed["leaks"] == printed["hangs"] == 0

@@ -13,6 +13,7 @@ import pytest
 
 from moeshm._role import Bell, Monitor, Role
 from moeshm.errors import RingFull
+from tests.interrupts import interrupt_often
 
 
 def test_one_thread_has_it_at_a_time() -> None:
@@ -55,25 +56,16 @@ def test_who_waits_for_it_gets_it() -> None:
 
 
 def test_interrupts_at_any_moment_leave_it_with_nobody() -> None:
-    role, n_interrupts = Role(), 0
+    role = Role()
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def go_on() -> None:
+        with role.taken(time.monotonic() + 60):
+            pass
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        while n_interrupts < 300:
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 2e-4)
-                while True:
-                    with role.taken(time.monotonic() + 60):
-                        pass
-            except KeyboardInterrupt:
-                n_interrupts += 1
-            assert not role.is_taken
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    def check() -> None:
+        assert not role.is_taken
+
+    interrupt_often(300, go_on, check)
 
 
 def test_a_signal_that_another_thread_gets_ends_a_wait() -> None:
@@ -145,7 +137,7 @@ def test_who_waits_for_news_is_told() -> None:
 def test_interrupts_at_any_moment_leave_a_monitor_whole() -> None:
     """Nobody gives back a lock that it has not got, and nothing but the interrupt comes out."""
     monitor, inside, is_over = Monitor(), [], threading.Event()
-    n_interrupts = n_both = 0
+    n_both = 0
 
     def use(me: str) -> None:
         nonlocal n_both
@@ -159,26 +151,19 @@ def test_interrupts_at_any_moment_leave_a_monitor_whole() -> None:
                 use("other")
                 monitor.notify_all()
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def go_on() -> None:
+        with monitor:
+            monitor.wait(60)
+
+    def use_it() -> None:
+        with monitor:
+            use("main")
 
     thread = threading.Thread(target=tell)
-    before = signal.signal(signal.SIGALRM, interrupt)
     thread.start()
     try:
-        while n_interrupts < 300:
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 2e-4)
-                while True:
-                    with monitor:
-                        monitor.wait(60)
-            except KeyboardInterrupt:
-                n_interrupts += 1
-            with monitor:
-                use("main")
+        interrupt_often(300, go_on, use_it)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
         is_over.set()
         thread.join()
     assert n_both == 0

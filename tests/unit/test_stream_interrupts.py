@@ -6,7 +6,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-import signal
 import socket
 import struct
 import time
@@ -18,7 +17,7 @@ import pytest
 from moeshm.errors import PeerDied, RingClosed, RingEmpty, RingFull
 from moeshm.transport import stream
 from moeshm.transport.stream import StreamMessage, StreamTransport
-from tests.interrupts import interrupted_at
+from tests.interrupts import interrupt_often, interrupted_at
 from tests.wire import pattern
 
 EPOCH = 7
@@ -186,19 +185,7 @@ def test_signals_at_any_moment_lose_no_record() -> None:
             while True:
                 taken.extend(map(worker.acquire, (0.0,)))
 
-    n_interrupts = 0
-    before = signal.signal(signal.SIGALRM, lambda *_: interrupt())
-    try:
-        while n_interrupts < 300:
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 2e-4)
-                while True:
-                    go_on()
-            except KeyboardInterrupt:
-                n_interrupts += 1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    interrupt_often(300, go_on)
     go_on()
     assert [record.sequence for record in taken] == list(range(len(taken)))
     client.close()
