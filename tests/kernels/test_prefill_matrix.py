@@ -221,7 +221,7 @@ def test_any_grid_gives_the_same_bits(variant: Variant) -> None:
     layer = random_layer(21, hidden_size=264, intermediate_size=136, weight_dtype=DType.F16)
     call = draw(22, layer, 60, 2, x_dtype=DType.F16)
     first = run(variant, layer, call, grid=1)
-    for grid in (2, 7, 100):
+    for grid in (7, 100):
         assert same_bits(run(variant, layer, call, grid=grid), first), grid
 
 
