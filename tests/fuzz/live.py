@@ -286,7 +286,7 @@ def _shake_hands(scene: _Scene, choices: Choices) -> str:
         whole = handshakes.changed_hello(choices)
         n_packets = 1 + choices.below(3)
         n_each = -(-len(whole) // n_packets)
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for number in range(n_packets):
                 mark = bytes([choices.near(number + 1 < n_packets, 8)])
                 part = whole[number * n_each : (number + 1) * n_each]

@@ -226,7 +226,7 @@ def test_a_process_that_is_slow_keeps_no_other_out(tmp_path: Path, has_begun: bo
             slow.append(stack.enter_context(attacking(address)))
             if has_begun:
                 # Some are refused before they say anything.
-                with contextlib.suppress(BrokenPipeError):
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     slow[-1].control.send(b"\1h")
 
         for _ in range(300):

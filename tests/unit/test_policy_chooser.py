@@ -31,7 +31,7 @@ from .policy_simulator import (
 )
 
 N_FORWARDS = 300
-SPEEDS = (1 / 16, 1 / 4, 1, 4)
+SPEEDS = (1 / 16, 1, 4)
 #: Slow packing, work without weights to read again: what is sent in slices overlaps.
 FINE = World(
     expert_ns=0,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 
 import moeshm
 from moeshm.device_watch import Watch
@@ -44,6 +45,10 @@ KINDS = {
     "device": Kind(True, "auto", "device"),
     "device, by one launch": Kind(True, "auto", "device", MOST_EXCHANGED),
 }
+#: For tests that wait a lot, and whose subject is the same for all: those that differ most.
+unlike_kinds = pytest.mark.parametrize(
+    "kind", ["pinned, by the host", "device, by one launch"], indirect=True, scope="module"
+)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from tests.crash.device_calls.calls import (
     Kind,
     assert_same_session,
     connected,
+    unlike_kinds,
     wait_until,
     watch_of,
 )
@@ -30,6 +31,7 @@ from tests.crash.processes import GatedWorker, within
 from tests.engine_gpu import PATIENCE_S, Movers, Stream
 
 HASTY_S = 0.3
+pytestmark = unlike_kinds
 
 
 @pytest.fixture
