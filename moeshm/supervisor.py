@@ -111,7 +111,7 @@ class WorkerProcess:
         _sweep()
         self._child = _Child()
         # Named before it is made, which an interrupt may hide.
-        self._folder = Path(tempfile.gettempdir()) / f"{_PREFIX}{secrets.token_hex(4)}"
+        self._folder = Path(tempfile.gettempdir()) / f"{_PREFIX}{secrets.token_urlsafe(6)}"
         locks: list[io.FileIO] = []
         self._held = self._child, self._folder, locks, os.getpid()
         # For a client that is forgotten or whose interpreter ends; not in a forked child.
